@@ -1,0 +1,141 @@
+"""Sparse conditional constant propagation and dead-code elimination, per channel, on a whole program.
+
+Forward, :func:`known_facts` finds the elements that are constant; backward, :func:`read_facts` those that no output depends on.
+:class:`ChannelAnalysis` adds which indices must go together and yields the largest cut: ``keep`` of every (value, dimension).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.facts import reduce_to, sizes, slices
+from thresher.analysis.operators import Facts, facts_of_constants, row
+from thresher.analysis.ties import Key, Tie, close_all, coupling_graph
+from thresher.program import Program, is_tensor, shape_of
+
+
+def known_facts(program: Program) -> Facts:
+    """What is constant, per node; nodes without an entry have no constant element."""
+    facts = facts_of_constants(program)
+    for node in program.calls():
+        if is_tensor(node):
+            found = row(node).known(node, facts)
+            if found is not None:
+                facts[node] = found
+    return facts
+
+
+def read_facts(program: Program, facts: Facts) -> dict[fx.Node, Tensor]:
+    """For each tensor node, which of its elements some output depends on. Elements that are known are not computed, so what they
+    depend on is not read for their sake."""
+    read: dict[fx.Node, Tensor] = {}
+
+    def add(node: fx.Node, wanted: Tensor) -> None:
+        wanted = reduce_to(wanted, sizes(node))
+        read[node] = read[node] | wanted if node in read else wanted
+
+    for node in reversed(program.graph.nodes):
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                if is_tensor(source):
+                    add(source, torch.ones([1] * len(sizes(source)), dtype=torch.bool))
+        elif node.op == "call_function" and not is_tensor(node):
+            for source in node.all_input_nodes:  # several results: everything is read
+                if is_tensor(source):
+                    add(source, torch.ones([1] * len(sizes(source)), dtype=torch.bool))
+        elif node.op == "call_function" and node in read:
+            wanted = read[node] & ~facts[node].mask if node in facts else read[node]
+            for source, part in row(node).read(node, wanted, facts).items():
+                add(source, part)
+    return read
+
+
+@dataclass
+class ChannelAnalysis:
+    """The facts of a program, the ties between its dimensions, and the largest cut that both allow."""
+
+    program: Program
+    facts: Facts
+    read: dict[fx.Node, Tensor]
+    ties: list[Tie]
+    keep: dict[Key, Tensor]
+    cuttable: dict[Key, Tensor]
+    blame: dict[Key, fx.Node] = field(default_factory=dict)
+
+    @staticmethod
+    def of(program: Program) -> ChannelAnalysis:
+        facts = known_facts(program)
+        read = read_facts(program, facts)
+        ties = [tie for node in program.calls() if is_tensor(node) for tie in row(node).ties(node, facts)]
+        analysis = ChannelAnalysis(program, facts, read, ties, {}, {})
+        analysis._choose()
+        return analysis
+
+    def full(self, node: object, dim: int | str) -> bool:
+        """Nothing is cut from this dimension."""
+        vector = self.keep.get((node, dim))  # type: ignore[arg-type]
+        return vector is None or bool(vector.all())
+
+    def count(self, node: fx.Node, dim: int | str) -> int:
+        """How many indices of this dimension are kept."""
+        return int(self.keep[(node, dim)].sum())
+
+    @property
+    def cuts(self) -> list[Key]:
+        """The dimensions of real values that lose indices."""
+        return [key for key, vector in self.keep.items() if isinstance(key[1], int) and not bool(vector.all())]
+
+    def coupling(self) -> nx.Graph:
+        return coupling_graph(self.ties)
+
+    # ------------------------------------------------------------------ choosing the cut
+
+    def _choose(self) -> None:
+        mentioned: dict[fx.Node, set[Key]] = defaultdict(set)
+        for tie in self.ties:
+            mentioned[tie.node].update(tie.keys)
+        for node in self.program.graph.nodes:
+            if is_tensor(node):
+                for dim, size in enumerate(sizes(node)):
+                    self.cuttable[(node, dim)] = self._cuttable(node, dim, size)
+        self.keep = {key: ~vector for key, vector in self.cuttable.items()}
+        for tie in self.ties:  # virtual dimensions start empty: only real ones ask for something
+            for key, size in zip(tie.keys, tie.left_sizes + tie.right_sizes):
+                self.keep.setdefault(key, torch.zeros(size, dtype=torch.bool))
+        for node in self.program.graph.nodes:
+            if node.op in ("call_function", "output"):
+                self._pin_rigid(node, mentioned[node])
+        for node in self.program.calls():
+            if is_tensor(node):
+                for key, indices in row(node).pins(node, self.facts):
+                    self.keep[key] = self.keep[key] | indices
+        close_all(self.ties, self.keep, self.blame)
+        while empty := [key for key, vector in self.keep.items() if not bool(vector.any()) and vector.numel()]:
+            for key in empty:  # a dimension never vanishes: one index stays
+                self.keep[key] = torch.arange(self.keep[key].numel()) == 0
+            close_all(self.ties, self.keep, self.blame)
+
+    def _cuttable(self, node: fx.Node, dim: int, size: int) -> Tensor:
+        if node.op == "placeholder" or isinstance(shape_of(node)[dim], torch.SymInt):
+            return torch.zeros(size, dtype=torch.bool)
+        if node.op == "get_attr":
+            return torch.ones(size, dtype=torch.bool)
+        dead = ~self.read[node] if node in self.read else torch.ones([1] * len(sizes(node)), dtype=torch.bool)
+        if node in self.facts:
+            dead = dead | self.facts[node].mask
+        return slices(dead, dim, size, every=True)
+
+    def _pin_rigid(self, node: fx.Node, mentioned: set[Key]) -> None:
+        """Dimensions that the operator does not tie stay whole, in its arguments and in its result."""
+        values = [n for n in node.all_input_nodes if is_tensor(n)] + ([node] if is_tensor(node) and node.op != "output" else [])
+        for value in values:
+            for dim, size in enumerate(sizes(value)):
+                key = (value, dim)
+                if key not in mentioned and not bool(self.keep[key].all()):
+                    self.keep[key] = torch.ones(size, dtype=torch.bool)
+                    self.blame[key] = node

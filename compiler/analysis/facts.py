@@ -1,0 +1,88 @@
+"""Facts about slices of values, as tensors.
+
+A fact of a value of shape ``S`` is stored *narrow*: a tensor of the same rank that broadcasts to ``S``, with size 1 along every
+dimension where it does not vary. A fact about channels of an image is ``[1, C, 1, 1]``, whatever the image's size.
+
+* ``Known``: ``mask`` says which elements do not depend on any input, ``value`` holds their content in float64 (0 elsewhere).
+* read:      a boolean tensor; False where no output of the graph depends on the element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from thresher.program import shape_of
+
+
+@dataclass(frozen=True)
+class Known:
+    """Elements that are constant. ``mask`` and ``value`` are narrow and need not vary along the same dimensions."""
+
+    mask: Tensor
+    value: Tensor
+
+    def all(self) -> bool:
+        return bool(self.mask.all())
+
+    def zero(self) -> Tensor:
+        """Where the element is known to be 0 (narrow)."""
+        return self.mask & (self.value == 0)
+
+
+def hint(dim: int | torch.SymInt) -> int:
+    """The size of a dimension in the example; facts never vary along dynamic ones."""
+    if isinstance(dim, torch.SymInt):
+        found = dim.node.hint
+        return int(found) if found is not None else 2
+    return int(dim)
+
+
+def sizes(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node with the example's sizes for dynamic dimensions."""
+    return tuple(hint(d) for d in shape_of(node))
+
+
+def compress(tensor: Tensor) -> Tensor:
+    """The narrow form of a full tensor: each dimension along which it is constant gets size 1."""
+    for dim in range(tensor.dim()):
+        if tensor.shape[dim] > 1:
+            first = tensor.narrow(dim, 0, 1)
+            if tensor.stride(dim) == 0 or bool((tensor == first).all()):
+                tensor = first
+    return tensor.contiguous()
+
+
+def known(mask: Tensor, value: Tensor) -> Known | None:
+    """A :class:`Known` with both parts compressed, or None where nothing is known."""
+    if not bool(mask.any()):
+        return None
+    mask = compress(mask)
+    zero = torch.zeros((), dtype=value.dtype)
+    return Known(mask, compress(torch.where(mask, value, zero)))
+
+
+def of_constant(tensor: Tensor) -> Known:
+    """All elements of a constant are known."""
+    value = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return Known(torch.ones([1] * tensor.dim(), dtype=torch.bool), value)
+
+
+def reduce_to(fact: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The adjoint of broadcasting: "any" over the dimensions in which ``shape`` is smaller than the fact's value."""
+    while fact.dim() > len(shape):
+        fact = fact.any(0)
+    for dim, size in enumerate(shape):
+        if size == 1 and fact.shape[dim] > 1:
+            fact = fact.any(dim, keepdim=True)
+    return fact
+
+
+def slices(fact: Tensor, dim: int, size: int, every: bool) -> Tensor:
+    """Per index of ``dim``: does the fact hold for every (or for any) element of the slice. Shape ``[size]``."""
+    others = [d for d in range(fact.dim()) if d != dim]
+    if others:
+        fact = fact.all(others) if every else fact.any(others)  # type: ignore[call-overload]
+    return fact.reshape(-1).expand(size) if fact.numel() == 1 else fact.reshape(-1)

@@ -1,0 +1,114 @@
+"""Which indices must go together: ties between dimensions of values, and the largest cut that respects them all.
+
+A *key* is one dimension of one value, ``(node, dim)``, or a virtual one such as ``(node, "group")``. ``keep[key]`` is a boolean vector.
+Ties only ever *add* kept indices, so the fixed point is unique: the most that can be cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+Key = tuple[fx.Node, int | str]
+
+
+@dataclass(eq=False)
+class Tie:
+    """Index ``j`` of the product space of ``right`` is index ``index[j]`` of the product space of ``left``.
+
+    A plain equality of two dimensions is the case of one key on each side and ``index = arange``. A ``view`` that splits channels
+    into heads has one key on the left and two on the right; what is kept must then be a product set on both sides.
+    """
+
+    node: fx.Node  # the operator that makes the tie
+    left: tuple[Key, ...]
+    right: tuple[Key, ...]
+    left_sizes: tuple[int, ...]
+    right_sizes: tuple[int, ...]
+    index: Tensor  # int64, shape right_sizes
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        return self.left + self.right
+
+    def close(self, keep: dict[Key, Tensor]) -> list[Key]:
+        """Grow ``keep`` until both sides agree; returns the keys that grew."""
+        left = _outer([keep[k] for k in self.left], self.left_sizes).reshape(-1)
+        both = _outer([keep[k] for k in self.right], self.right_sizes) | left[self.index]
+        grown = _grow(keep, self.right, both)
+        back = torch.zeros(max(1, math.prod(self.left_sizes)), dtype=torch.bool)
+        back[self.index[both]] = True
+        return grown + _grow(keep, self.left, back.reshape(self.left_sizes))
+
+
+def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+    """Two dimensions that keep the same indices."""
+    return Tie(node, (a,), (b,), (size,), (size,), torch.arange(size))
+
+
+def split(node: fx.Node, whole: Key, parts: Sequence[Key], part_sizes: Sequence[int]) -> Tie:
+    """``whole`` is the row-major product of ``parts``."""
+    total = math.prod(part_sizes)
+    return Tie(node, (whole,), tuple(parts), (total,), tuple(part_sizes), torch.arange(total).reshape(tuple(part_sizes)))
+
+
+def _outer(vectors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    result = torch.ones(shape, dtype=torch.bool)
+    for dim, vector in enumerate(vectors):
+        result = result & vector.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    return result
+
+
+def _grow(keep: dict[Key, Tensor], keys: tuple[Key, ...], wanted: Tensor) -> list[Key]:
+    grown = []
+    for dim, key in enumerate(keys):
+        others = [d for d in range(wanted.dim()) if d != dim]
+        need = wanted.any(others) if others else wanted  # type: ignore[call-overload]
+        if bool((need & ~keep[key]).any()):
+            keep[key] = keep[key] | need
+            grown.append(key)
+    return grown
+
+
+def close_all(ties: Iterable[Tie], keep: dict[Key, Tensor], blame: dict[Key, fx.Node]) -> None:
+    """Grow ``keep`` in place to the fixed point of all ties.
+
+    ``blame`` gets, for each key that grew, the operator at the root of it: the one that is already blamed for a neighbour, or
+    else the one whose tie asked for it.
+    """
+    ties = list(ties)
+    incident: dict[Key, list[Tie]] = {}
+    for tie in ties:
+        for key in tie.keys:
+            incident.setdefault(key, []).append(tie)
+    queue, queued = deque(ties), set(ties)
+    while queue:
+        tie = queue.popleft()
+        queued.discard(tie)
+        grown = tie.close(keep)
+        root = next((blame[k] for k in tie.keys if k in blame and k not in grown), tie.node)
+        for key in grown:
+            blame[key] = root
+            for other in incident[key]:
+                if other not in queued:
+                    queued.add(other)
+                    queue.append(other)
+
+
+def coupling_graph(ties: Iterable[Tie]) -> nx.Graph:
+    """The coupled sets as an inspectable object: vertices are ``(node name, dim)``, edges carry the operator that ties them.
+
+    ``networkx.connected_components`` gives the coupled sets.
+    """
+    graph = nx.Graph()
+    for tie in ties:
+        names = [(node.name, dim) for node, dim in tie.keys]
+        graph.add_nodes_from(names)
+        graph.add_edges_from((names[0], other, {"operator": tie.node.name}) for other in names[1:])
+    return graph

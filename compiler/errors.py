@@ -1,0 +1,33 @@
+"""The errors a user can meet. Each message names the node, parameter or argument and says what to do."""
+
+
+class ThresherError(Exception):
+    """Base of every error that Thresher raises on purpose."""
+
+
+class CaptureError(ThresherError):
+    """The model could not be captured as a graph."""
+
+
+class ProgramError(ThresherError):
+    """A program is not well-formed: a defect of the pass that made it."""
+
+
+class PassError(ThresherError):
+    """A pass is unknown, badly configured or out of order."""
+
+
+class InputError(ThresherError, ValueError):
+    """An argument of a compiled model has the wrong shape, dtype, device or structure."""
+
+
+class BackendError(ThresherError):
+    """A program cannot be lowered to the target that was asked for."""
+
+
+class ValidationError(ThresherError):
+    """A compiled result differs from the eager model by more than is allowed."""
+
+
+class ArtifactError(ThresherError):
+    """An artifact is damaged, foreign, newer than this library, or built for another machine."""

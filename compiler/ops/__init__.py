@@ -1,0 +1,4 @@
+"""The ``thresher::`` operators: schema, reference in plain torch (differentiable), fake implementation."""
+
+import thresher.ops.channels_last
+import thresher.ops.shrink  # noqa: F401

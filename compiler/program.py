@@ -1,0 +1,384 @@
+"""The graph IR: an ``fx.Graph`` of functional ATen (and ``thresher::``) calls, with its constants and its signature.
+
+Three kinds of node matter: ``placeholder`` (one per leaf of the user's inputs), ``get_attr`` (one per constant; its
+target is the name in ``constants``) and ``call_function``. Every tensor node carries
+
+* ``meta["val"]``             a fake tensor: its shape, dtype and, for dynamic programs, its symbols;
+* ``meta["nn_module_stack"]`` and ``meta["stack_trace"]``, as torch.export wrote them: where in the user's code it comes from.
+
+A constant may be stored at a higher precision than its node declares. Passes compute new constants in float64 and the
+rounding to the declared dtype happens once, in :meth:`Program.rounded`; so an exact pass can be checked to 1e-9.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from thresher.errors import InputError, ProgramError
+
+ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module that produced ``node``, or the node's name where none is known."""
+    stack = node.meta.get("nn_module_stack")
+    paths = [entry[0] for entry in stack.values()] if stack else []
+    path = paths[-1] if paths else ""
+    return path.removeprefix("L['self'].").removeprefix("L['self']") or node.name
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost ``File "...", line N`` of the user's code that produced ``node``, or an empty string."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    return next((line for line in reversed(lines) if line.startswith("File ")), "")
+
+
+def copy_origin(target: fx.Node, source: fx.Node) -> None:
+    """Let ``target`` say that it comes from the same place of the user's code as ``source``."""
+    for key in ORIGIN_KEYS:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether ``node`` is a graph node that stands for one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def shape_of(node: fx.Node) -> tuple:
+    """The shape of a tensor node; dynamic dimensions are ``SymInt``."""
+    return tuple(node.meta["val"].shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The declared dtype of a tensor node."""
+    return node.meta["val"].dtype
+
+
+@dataclass
+class Program:
+    """A captured model. ``probe`` holds one example of its flat inputs; the pytree specs give back the user's structure."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    probe: tuple[Any, ...]
+    name: str = "model"
+    notes: dict[str, Any] = field(default_factory=dict)  # what passes leave for the report, by pass name
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    @property
+    def output_nodes(self) -> list[Any]:
+        """The flat outputs: nodes, or literals where the model returns them."""
+        return list(self.output.args[0])  # type: ignore[arg-type]
+
+    def calls(self, *targets: Any) -> Iterator[fx.Node]:
+        """Every ``call_function`` node, or only those of the given operators."""
+        return (n for n in self.graph.nodes if n.op == "call_function" and (not targets or n.target in targets))
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The constant behind a ``get_attr`` node; None for anything else."""
+        return self.constants[node.target] if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def parameter_count(self) -> int:
+        """Elements of all floating-point constants."""
+        return sum(t.numel() for t in self.constants.values() if t.is_floating_point())
+
+    @property
+    def is_dynamic(self) -> bool:
+        return any(
+            is_tensor(n) and any(isinstance(d, torch.SymInt) for d in shape_of(n)) for n in self.placeholders
+        )
+
+    # ------------------------------------------------------------------ running
+
+    def flatten_inputs(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Any]:
+        """The leaves of a call, checked against the structure that was captured."""
+        from torch.export._tree_utils import reorder_kwargs
+
+        kwargs = kwargs or {}
+        try:
+            kwargs = reorder_kwargs(kwargs, self.in_spec)
+            leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        except (ValueError, KeyError) as error:
+            raise InputError(f"the arguments do not match the captured signature: {error}") from error
+        if spec != self.in_spec:
+            raise InputError(
+                f"the arguments have the structure {spec}, but the model was captured with {self.in_spec}; "
+                "call it with the same nesting of tuples, lists and dicts"
+            )
+        return leaves
+
+    def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
+        return pytree.tree_unflatten(list(leaves), self.out_spec)
+
+    def run(self, *flat: Any, dtype: torch.dtype | None = None, watch: Callable[[fx.Node, Any], None] | None = None) -> list[Any]:
+        """Run on flat inputs and return the flat outputs.
+
+        ``dtype`` evaluates the whole program in that floating dtype (float64 for proofs): floating inputs, constants and
+        every dtype literal in the graph are replaced. ``watch(node, value)`` sees each intermediate value.
+        """
+        with torch.no_grad():
+            return _Interpreter(self, dtype, watch).run(flat)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.unflatten_outputs(self.run(*self.flatten_inputs(args, kwargs)))
+
+    # ------------------------------------------------------------------ editing
+
+    def clone(self) -> Program:
+        """A copy whose graph can be edited freely; constant tensors are shared and must never be written in place."""
+        graph, mapping = fx.Graph(), {}  # type: tuple[fx.Graph, dict[fx.Node, fx.Node]]
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        return Program(
+            graph, dict(self.constants), self.in_spec, self.out_spec, self.probe, self.name, dict(self.notes)
+        )
+
+    def add_constant(self, value: Tensor, name: str, dtype: torch.dtype | None = None, like: fx.Node | None = None) -> fx.Node:
+        """A ``get_attr`` node, placed before all calls, for a new constant declared as ``dtype`` (default: its own)."""
+        name = self.fresh_name(name)
+        first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+        if first is None:
+            raise ProgramError("the graph has no output node")
+        with self.graph.inserting_before(first):
+            node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        self.constants[name] = value
+        self.set_fake(node, dtype or value.dtype)
+        if like is not None:
+            copy_origin(node, like)
+        return node
+
+    def fresh_name(self, name: str) -> str:
+        taken, candidate, i = self.constants, name, 0
+        while candidate in taken:
+            i += 1
+            candidate = f"{name}_{i}"
+        return candidate
+
+    def set_fake(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Write the metadata of a ``get_attr`` node from its constant."""
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(self.constants[node.target].shape, dtype=dtype)  # type: ignore[index]
+
+    def insert_call(self, before: fx.Node, target: Any, args: tuple, kwargs: dict | None = None, like: fx.Node | None = None) -> fx.Node:
+        """A new call before ``before``, with metadata: the shapes by a fake run, the origin of ``like``."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs or {})
+        copy_origin(node, like if like is not None else before)
+        self.refresh(node)
+        return node
+
+    def refresh(self, node: fx.Node) -> None:
+        """Recompute ``meta["val"]`` of one call from the metadata of its arguments."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def propagate(self) -> Program:
+        """Recompute all metadata from the inputs and constants on; returns self."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                self.set_fake(node, dtype_of(node) if "val" in node.meta else self.constants[node.target].dtype)
+            elif node.op == "call_function":
+                self.refresh(node)
+        return self
+
+    def clean(self) -> Program:
+        """Drop calls nobody uses, then constants nobody reads; returns self."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users:
+                self.graph.erase_node(node)
+        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        self.constants = {name: t for name, t in self.constants.items() if name in used}
+        return self
+
+    def rounded(self) -> Program:
+        """The program with every constant at the dtype its node declares: what is lowered, saved and counted."""
+        result = self.clone()
+        for node in result.graph.nodes:
+            if node.op == "get_attr":
+                result.constants[node.target] = result.constants[node.target].to(dtype_of(node)).contiguous()
+        return result
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+    # ------------------------------------------------------------------ checking
+
+    def verify(self) -> Program:
+        """Raise :class:`ProgramError` unless the program is well-formed; returns self.
+
+        Well-formed: topologically ordered, every constant present and used, one node per constant, and the shapes and
+        dtypes in the metadata equal those of a fake-tensor run.
+        """
+        try:
+            self.graph.lint()
+        except RuntimeError as error:
+            raise ProgramError(f"the graph is not well-formed: {error}") from error
+        targets = [n.target for n in self.graph.nodes if n.op == "get_attr"]
+        if missing := [t for t in targets if t not in self.constants]:
+            raise ProgramError(f"get_attr nodes without a constant: {missing}")
+        if len(set(targets)) != len(targets):
+            raise ProgramError(f"a constant has two get_attr nodes: {sorted(t for t in targets if targets.count(t) > 1)}")
+        if dangling := sorted(set(self.constants) - set(targets)):
+            raise ProgramError(f"constants that no node reads: {dangling[:5]}; call clean() at the end of the pass")
+        self._verify_metadata()
+        return self
+
+    def _verify_metadata(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and self.constants[node.target].shape != shape_of(node):
+                found, said = tuple(self.constants[node.target].shape), shape_of(node)
+                raise ProgramError(f"constant {node.target!r} has shape {found}, but its node says {said}")
+            if node.op != "call_function":
+                continue
+            said = node.meta.get("val")
+            try:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with self.fake_mode, torch.no_grad():
+                    found = node.target(*args, **kwargs)
+            except Exception as error:
+                raise ProgramError(f"node {node.name} ({node.target}) does not fit its arguments: {error}") from error
+            if _signature(found) != _signature(said):
+                raise ProgramError(
+                    f"node {node.name} ({node.target}) has metadata {_signature(said)}, but yields {_signature(found)}"
+                )
+
+    # ------------------------------------------------------------------ showing
+
+    def text(self) -> str:
+        """A readable form, one line a node; :func:`thresher.text.parse` reads it back."""
+        from thresher.text import render
+
+        return render(self)
+
+    def diff(self, other: Program) -> str:
+        """A unified diff of the two text forms; empty where they are structurally equal."""
+        return "\n".join(difflib.unified_diff(self.text().splitlines(), other.text().splitlines(), lineterm="", n=1))
+
+    def structurally_equal(self, other: Program) -> bool:
+        """Same operators, arguments, shapes and constants' shapes, node names aside."""
+        from thresher.text import render
+
+        return render(self, canonical=True) == render(other, canonical=True)
+
+    # ------------------------------------------------------------------ leaving
+
+    def to_module(self) -> fx.GraphModule:
+        """An ``nn.Module`` that computes the same on the user's structure, with trainable parameters."""
+        program = self.rounded()
+        root: dict[str, Any] = {
+            name: torch.nn.Parameter(t.detach().clone()) if t.is_floating_point() else t
+            for name, t in program.constants.items()
+        }
+        graph = program.graph
+        output = program.output
+        module = fx.GraphModule(root, graph, class_name=_class_name(self.name))
+        for name, value in root.items():  # fx registers what it copies as buffers unless told otherwise
+            owner, _, leaf = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            if isinstance(value, torch.nn.Parameter) and leaf not in holder._parameters:
+                holder._buffers.pop(leaf, None)
+                holder.register_parameter(leaf, value)
+        graph.set_codegen(_PytreeCodeGen(self.in_spec, self.out_spec, [n.name for n in program.placeholders]))
+        output.args = (list(output.args[0]),)  # type: ignore[arg-type]
+        module.recompile()
+        return module
+
+
+def _class_name(name: str) -> str:
+    cleaned = "".join(c if c.isalnum() else "_" for c in name)
+    return cleaned if cleaned and not cleaned[0].isdigit() else f"Model_{cleaned}"
+
+
+def _PytreeCodeGen(in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, names: list[str]) -> Any:
+    from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+    args_spec, kwargs_spec = in_spec.children()
+    positional = [f"arg_{i}" for i in range(args_spec.num_children)]
+    return _PyTreeCodeGen(_PyTreeInfo(positional + list(kwargs_spec.context or []), in_spec, out_spec))
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(str(d) for d in value.shape))
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(v) for v in value)
+    return str(value)
+
+
+class _Interpreter:
+    """Runs a program node by node, freeing each value after its last use."""
+
+    def __init__(self, program: Program, dtype: torch.dtype | None, watch: Callable[[fx.Node, Any], None] | None):
+        self.program, self.dtype, self.watch = program, dtype, watch
+
+    def convert(self, value: Any) -> Any:
+        if self.dtype is None:
+            return value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return self.dtype
+        return value
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        environment: dict[fx.Node, Any] = {}
+        last_use: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(self.program.graph.nodes):
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    last_use.setdefault(node, []).append(source)
+        inputs = iter(flat)
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                return [environment[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
+            environment[node] = value = self.step(node, environment, inputs)
+            if self.watch is not None:
+                self.watch(node, value)
+            for dead in last_use.get(node, ()):
+                environment.pop(dead, None)
+        raise ProgramError("the graph has no output node")
+
+    def step(self, node: fx.Node, environment: dict[fx.Node, Any], inputs: Iterator[Any]) -> Any:
+        if node.op == "placeholder":
+            return self.convert(next(inputs))
+        if node.op == "get_attr":
+            constant = self.program.constants[node.target]  # type: ignore[index]
+            return constant.to(dtype_of(node)) if self.dtype is None else self.convert(constant)
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: environment[a] if isinstance(a, fx.Node) else self.convert(a)
+        )
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def getitem_users(node: fx.Node) -> dict[int, fx.Node]:
+    """The ``getitem`` nodes of a call with several results, by index."""
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""The passes: one idea per file, in folders named after the stages."""

@@ -1,0 +1,1 @@
+"""Stage 1: one spelling for each thing."""

@@ -1,0 +1,131 @@
+"""Remove what does nothing and give each remaining thing one spelling, exactly.
+
+* no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices and expands of everything;
+* ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
+* ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
+* an additive attention mask that is all 0, or a boolean one that is all True, is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from thresher.analysis.operators import argument, concrete
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, dtype_of, getitem_users, is_tensor, shape_of
+
+aten = torch.ops.aten
+NO_OPS = {
+    aten.clone.default, aten.detach.default, aten.alias.default, aten.dropout.default, aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+}  # fmt: skip
+CONVERSIONS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device}
+RESHAPES = {aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.permute.default}
+
+
+@register_pass
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """Drop no-ops and unify spellings."""
+
+    name: ClassVar[str] = "simplify"
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work, notes = program.clone(), []
+        for node in list(work.calls()):
+            for rule in (drop_no_op, name_each_part, name_linear, drop_empty_mask):
+                message = rule(work, node)
+                if message:
+                    notes.append(Note.at(node, message))
+                    break
+        return PassResult(work.clean(), notes) if notes else PassResult(program)
+
+
+def drop_no_op(program: Program, node: fx.Node) -> str:
+    """``node`` returns its first argument unchanged."""
+    source = node.args[0] if node.args else None
+    if not is_tensor(source) or not is_tensor(node) or shape_of(source) != shape_of(node) or dtype_of(source) != dtype_of(node):  # type: ignore[arg-type]
+        return ""
+    same = (
+        node.target in NO_OPS and not (node.target is aten.dropout.default and node.args[2])
+        or node.target in CONVERSIONS
+        or node.target in RESHAPES and _keeps_order(node)
+        or _neutral(program, node)
+    )
+    if not same:
+        return ""
+    node.replace_all_uses_with(source)  # type: ignore[arg-type]
+    return "does nothing: removed"
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type,type-var]
+    return argument(node, 4, "step", 1) == 1 if node.target is aten.slice.Tensor else True
+
+
+def _neutral(program: Program, node: fx.Node) -> bool:
+    neutral = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}.get(node.target)  # type: ignore[arg-type]
+    if neutral is None:
+        return False
+    other = program.constant(node.args[1])
+    return bool((other == neutral).all()) if other is not None else node.args[1] == neutral
+
+
+def name_each_part(program: Program, node: fx.Node) -> str:
+    """``getitem(split(x), i)`` -> ``slice(x)``; ``getitem(unbind(x), i)`` -> ``select(x)``."""
+    if node.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
+        return ""
+    source = node.args[0]
+    dim = (argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0)) % len(shape_of(source))  # type: ignore[arg-type]
+    if isinstance(shape_of(source)[dim], torch.SymInt):  # type: ignore[arg-type]
+        return ""
+    parts = [v.shape[dim] if node.target is not aten.unbind.int else 1 for v in node.meta["val"]]
+    for index, item in getitem_users(node).items():
+        start = sum(concrete(p) for p in parts[:index])
+        if node.target is aten.unbind.int:
+            part = program.insert_call(item, aten.select.int, (source, dim, start), like=node)
+        else:
+            part = program.insert_call(item, aten.slice.Tensor, (source, dim, start, start + parts[index]), like=node)
+        item.replace_all_uses_with(part)
+        program.graph.erase_node(item)
+    return f"{node.target} written as slices"
+
+
+def name_linear(program: Program, node: fx.Node) -> str:
+    """A product with a constant matrix is a linear layer."""
+    bias = None
+    if node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+    elif node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+        x, weight = node.args
+    else:
+        return ""
+    matrix = program.constant(weight)
+    if matrix is not None and matrix.dim() == 3 and matrix.shape[0] == 1 and shape_of(x)[0] == 1:  # type: ignore[arg-type]
+        matrix = matrix[0]  # what einsum leaves
+    if matrix is None or matrix.dim() != 2 or not is_tensor(x) or program.constant(x) is not None or len(shape_of(x)) < 2:  # type: ignore[arg-type]
+        return ""
+    if bias is not None and (program.constant(bias) is None or len(shape_of(bias)) != 1 or shape_of(bias)[0] != matrix.shape[1]):  # type: ignore[arg-type]
+        return ""
+    transposed = program.add_constant(matrix.t().contiguous(), f"{weight.target}_t", dtype_of(weight), like=node)  # type: ignore[union-attr,arg-type]
+    new = program.insert_call(node, aten.linear.default, (x, transposed) if bias is None else (x, transposed, bias), like=node)
+    node.replace_all_uses_with(new)
+    return "a product with a constant matrix: written as linear"
+
+
+def drop_empty_mask(program: Program, node: fx.Node) -> str:
+    """An attention mask that masks nothing."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return ""
+    mask = program.constant(argument(node, 3, "attn_mask"))
+    if mask is None or not (bool(mask.all()) if mask.dtype is torch.bool else not bool(mask.any())):
+        return ""
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+    if len(node.args) > 3:
+        node.update_arg(3, None)
+    return "the attention mask masks nothing: dropped"

@@ -1,0 +1,1 @@
+"""Stage 2: what pruning left behind leaves the weights and the graph."""

@@ -1,0 +1,130 @@
+"""Evaluation-mode batch norm is an affine map per channel; it moves into a neighbouring weight.
+
+    BN(z) = s z + h,   s = gamma / sqrt(var + eps),   h = beta - s mean
+
+Backward (into the producer, always exact): ``s (W x + b) + h = (s W) x + (s b + h)``.
+Forward (into the consumer): ``W (s x + h) + b = (W s) x + (b + W h)``, exact where no padding can show: linear, unpadded
+convolutions, or h = 0. Where neither side can take it, it stays as one multiplication and one addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.operators import TABLE, Convolution, Linear, argument
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, dtype_of, getitem_users, shape_of
+
+aten = torch.ops.aten
+NORM = aten._native_batch_norm_legit_no_training.default
+
+
+@register_pass
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold evaluation-mode batch norm into the convolution or linear before it, else after it, else into mul and add."""
+
+    name: ClassVar[str] = "fold-batch-norm"
+    requires: ClassVar[tuple[str, ...]] = ("evaluate-constants",)
+    target_ops: ClassVar[tuple] = (NORM,)
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work, notes, refusals = program.clone(), [], []
+        for node in list(work.calls(NORM)):
+            if any(n is not None and work.constant(n) is None for n in node.args[1:5]):
+                refusals.append(Note.at(node, "the statistics or the affine parameters are not constant"))
+                continue
+            notes.append(Note.at(node, _fold(work, node)))
+        return PassResult(work.clean().propagate(), notes, refusals) if notes else PassResult(program, [], refusals)
+
+
+def _fold(program: Program, node: fx.Node) -> str:
+    source, result = node.args[0], getitem_users(node)[0]
+    scale, shift = _affine(program, node)
+    if _into_producer(program, source, scale, shift):  # type: ignore[arg-type]
+        result.replace_all_uses_with(source)  # type: ignore[arg-type]
+        return f"folded into {source}"
+    if consumers := _into_consumers(program, result, scale, shift):
+        result.replace_all_uses_with(source)  # type: ignore[arg-type]
+        return f"folded forward into {', '.join(consumers)}"
+    shape = [-1] + [1] * (len(shape_of(source)) - 2)  # type: ignore[arg-type]
+    value: fx.Node = source  # type: ignore[assignment]
+    for op, vector, label in ((aten.mul.Tensor, scale, "scale"), (aten.add.Tensor, shift, "shift")):
+        constant = program.add_constant(vector.reshape(shape), f"{node.name}_{label}", dtype_of(source), like=node)  # type: ignore[arg-type]
+        value = program.insert_call(node, op, (value, constant), like=node)
+    result.replace_all_uses_with(value)
+    return "written as one multiplication and one addition"
+
+
+def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
+    gamma, beta, mean, var = (program.constant(n) for n in node.args[1:5])
+    scale = torch.rsqrt(var.double() + node.args[6])  # type: ignore[union-attr,operator]
+    scale = scale * gamma.double() if gamma is not None else scale
+    shift = -scale * mean.double()  # type: ignore[union-attr]
+    return scale, shift + beta.double() if beta is not None else shift
+
+
+def _into_producer(program: Program, source: fx.Node, scale: Tensor, shift: Tensor) -> bool:
+    kind = TABLE.get(source.target) if isinstance(source, fx.Node) else None
+    if not isinstance(kind, (Convolution, Linear)) or len(source.users) > 1:
+        return False
+    if isinstance(kind, Linear) and len(shape_of(source)) != 2:
+        return False  # batch norm's channel is dimension 1, linear's the last
+    weight, bias = program.constant(source.args[1]), program.constant(argument(source, 2, "bias"))
+    if weight is None or (argument(source, 2, "bias") is not None and bias is None):
+        return False
+    if isinstance(kind, Convolution) and kind.transposed:
+        groups = kind.groups(source)
+        per_output = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], -1)
+        scaled = weight.double() * per_output.reshape(*per_output.shape, *[1] * (weight.dim() - 2))
+    else:
+        scaled = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    set_weights(program, source, scaled, scale * bias.double() + shift if bias is not None else shift)
+    return True
+
+
+def _into_consumers(program: Program, result: fx.Node, scale: Tensor, shift: Tensor) -> list[str]:
+    """Fold forward when *every* user can take it; returns their names."""
+    users = list(result.users)
+    if not users or not all(_takes(program, user, result, shift) for user in users):
+        return []
+    for user in users:
+        weight = program.constant(user.args[1]).double()  # type: ignore[union-attr]
+        bias = program.constant(argument(user, 2, "bias"))
+        scaled = weight * scale.reshape(1, -1, *[1] * (weight.dim() - 2))
+        offset = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
+        set_weights(program, user, scaled, offset + bias.double() if bias is not None else offset)
+    return [user.name for user in users]
+
+
+def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bool:
+    kind = TABLE.get(user.target) if user.op == "call_function" else None
+    if not isinstance(kind, (Convolution, Linear)) or user.args[0] is not value:
+        return False
+    if isinstance(kind, Linear):
+        fits = len(shape_of(value)) == 2
+    else:
+        padding = argument(user, 4, "padding", 0)
+        unpadded = padding != "same" and (padding == "valid" or not any([padding] if isinstance(padding, int) else padding))
+        fits = not kind.transposed and kind.groups(user) == 1 and (unpadded or not bool(shift.any()))
+    return fits and program.constant(user.args[1]) is not None and all(
+        program.constant(n) is not None for n in [argument(user, 2, "bias")] if n is not None
+    )
+
+
+def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
+    """Give a linear or a convolution its own new weight and bias (float64; declared in the node's dtype)."""
+    dtype = dtype_of(node)
+    old: fx.Node = node.args[1]  # type: ignore[assignment]
+    new_weight = program.add_constant(weight, str(old.target), dtype, like=node)
+    stem = str(old.target).removesuffix("weight") if str(old.target).endswith("weight") else f"{node.name}_"
+    new_bias = program.add_constant(bias, f"{stem}bias", dtype, like=node)
+    rest = tuple(node.args[3:]) if len(node.args) > 3 else ()
+    node.args = (node.args[0], new_weight, new_bias, *rest)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+
+

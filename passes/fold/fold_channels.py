@@ -1,0 +1,201 @@
+"""Remove every slice that is constant or that nobody reads, exactly.
+
+For a value ``v`` and a dimension ``d``, index ``i`` can go when each element of the slice ``v[.., i, ..]`` is *known* (does not depend on
+an input) or *unread* (no output depends on it). With ``y = W x + b`` and ``x`` split into kept and cut channels,
+
+    y = W_kept x_kept + (b + W_cut c)        c the known content of the cut channels, 0 where they are unread
+
+so narrower tensors give the same function. Which indices must go together (residual adds, concatenations, heads, groups) is decided
+by the ties of ``thresher.analysis``; a dead channel that a tie keeps alive is reported, with the operator that holds it.
+
+Zero times anything counts as zero, also for NaN and infinity, where the unpruned product would be NaN; ``strict=True`` refuses to
+fold for models with floating inputs, because any of them could be infinite.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.channels import ChannelAnalysis, known_facts
+from thresher.analysis.facts import sizes
+from thresher.analysis.operators import Elementwise, Weighted, argument, row
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, dtype_of, is_tensor, shape_of
+
+aten = torch.ops.aten
+
+
+@register_pass
+@dataclass(frozen=True)
+class FoldChannels(Pass):
+    """Cut known and unread channels, heads, hidden units and dead branches out of the weights and the graph."""
+
+    name: ClassVar[str] = "fold-channels"
+    strict: bool = False
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        result = PassResult(program)
+        if self.strict and any(is_tensor(n) and dtype_of(n).is_floating_point for n in program.placeholders):
+            first = program.placeholders[0]
+            result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
+            return result
+        work = program.clone()
+        constants = _replace_known_values(work)
+        analysis = ChannelAnalysis.of(work)
+        plan = _Plan(work, analysis)
+        rewrites = constants + _describe(analysis)
+        result.refusals = _refusals(analysis)
+        if not rewrites:
+            return result
+        if analysis.cuts:
+            plan.carry_out()
+        result.program, result.rewrites = work, rewrites
+        return result
+
+
+# ---------------------------------------------------------------------- values that are constant as a whole
+
+
+def _replace_known_values(program: Program) -> list[Note]:
+    """Dead branches: a computed value all of whose elements are known becomes a constant."""
+    notes = []
+    facts = known_facts(program)
+    for node in list(program.calls()):
+        fact = facts.get(node)
+        if fact is None or not fact.all() or not any(_needs(user, facts) for user in node.users):
+            continue
+        if node.target is aten.expand.default and program.constant(node.args[0]) is not None:
+            continue  # a constant already
+        value = fact.value
+        constant = program.add_constant(value, f"{node.name}_known", dtype_of(node), like=node)
+        for user in list(node.users):
+            replacement = constant
+            if not _broadcasts(user, node) and tuple(value.shape) != shape_of(node):
+                shape = list(shape_of(node))
+                if any(isinstance(d, torch.SymInt) for d in shape):
+                    continue
+                replacement = program.insert_call(user, aten.expand.default, (constant, shape), like=node)
+            user.replace_input_with(node, replacement)
+        notes.append(Note.at(node, "the value is constant: its computation is removed"))
+    for node in list(program.calls(aten.add.Tensor)):
+        notes += _drop_zero_addend(program, node)
+    program.clean()
+    if notes:
+        program.propagate()
+    return notes
+
+
+def _needs(user: fx.Node, facts: dict) -> bool:
+    """Whether ``user`` computes something that is not itself constant."""
+    return user not in facts or not facts[user].all()
+
+
+def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` gives the same result when ``node`` is narrow: another operand already has the full shape."""
+    if not isinstance(row(user), Elementwise):
+        return False
+    return any(is_tensor(n) and n is not node and shape_of(n) == shape_of(user) for n in user.all_input_nodes)
+
+
+def _drop_zero_addend(program: Program, node: fx.Node) -> list[Note]:
+    for zero, other in (node.args[:2], node.args[1::-1]):
+        constant = program.constant(zero)
+        if constant is None or bool(constant.any()) or not is_tensor(other) or argument(node, 2, "alpha", 1) != 1:
+            continue
+        if shape_of(other) == shape_of(node) and dtype_of(other) == dtype_of(node):  # type: ignore[arg-type]
+            node.replace_all_uses_with(other)  # type: ignore[arg-type]
+            return [Note.at(node, "adds a branch that is always zero: removed")]
+    return []
+
+
+# ---------------------------------------------------------------------- carrying out a cut
+
+
+class _Plan:
+    """What ``Row.shrink`` sees: the analysis, and the edits it may ask for."""
+
+    def __init__(self, program: Program, analysis: ChannelAnalysis):
+        self.program, self.analysis = program, analysis
+        self.facts, self.keep, self.full, self.count = analysis.facts, analysis.keep, analysis.full, analysis.count
+
+    def carry_out(self) -> None:
+        shapes = {n: sizes(n) for n in self.program.graph.nodes if is_tensor(n)}
+        for node in list(self.program.calls()):
+            if is_tensor(node) and any(not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))):
+                row(node).shrink(node, self)
+        for node in list(self.program.graph.nodes):
+            if node.op == "get_attr" and node in shapes:
+                self.program.constants[node.target] = self.narrowed(node)
+        self.program.clean().propagate()
+
+    def narrowed(self, node: fx.Node) -> Tensor:
+        """The kept part of a constant."""
+        tensor = self.program.constants[node.target]  # type: ignore[index]
+        for dim in range(tensor.dim()):
+            if not self.full(node, dim):
+                tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
+        return tensor
+
+    def add_to_bias(self, node: fx.Node, term: Tensor) -> None:
+        """``bias + term`` (already narrow) as the new bias of a linear or a convolution."""
+        old: fx.Node | None = argument(node, 2, "bias")
+        value = term if old is None else self.narrowed(old).double() + term
+        bias = self.program.add_constant(value, f"{node.name}_bias", dtype_of(node), like=node)
+        if len(node.args) > 2:
+            node.update_arg(2, bias)
+        else:
+            node.update_kwarg("bias", bias)
+            node.args, node.kwargs = (*node.args, bias), {k: v for k, v in node.kwargs.items() if k != "bias"}
+
+    def add_after(self, node: fx.Node, term: Tensor) -> None:
+        """A bias map: what padding lets through differs at the border."""
+        constant = self.program.add_constant(term, f"{node.name}_bias_map", dtype_of(node), like=node)
+        with self.program.graph.inserting_after(node):
+            total = self.program.graph.call_function(aten.add.Tensor, (node, constant))
+        total.meta = dict(node.meta)
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+# ---------------------------------------------------------------------- telling
+
+
+def _describe(analysis: ChannelAnalysis) -> list[Note]:
+    """One note per weighted operator whose outputs or inputs get fewer, one for each other narrowed value that stands alone."""
+    notes = []
+    for node in analysis.program.calls():
+        operator = row(node)
+        if not isinstance(operator, Weighted):
+            continue
+        channel = operator.channel(node)
+        parts = []
+        for label, key in (("inputs", (node.args[0], channel)), ("outputs", (node, channel))):
+            if not analysis.full(*key):  # type: ignore[arg-type]
+                parts.append(f"{label} {analysis.keep[key].numel()} -> {analysis.count(*key)}")  # type: ignore[index,arg-type]
+        if parts:
+            notes.append(Note.at(node, ", ".join(parts)))
+    if not notes and analysis.cuts:
+        notes = [Note.at(node, f"dimension {dim} narrowed") for node, dim in analysis.cuts[:1]]
+    return notes
+
+
+def _refusals(analysis: ChannelAnalysis) -> list[Note]:
+    """Dead outputs of weighted operators that a tie keeps."""
+    held: dict[tuple[fx.Node, fx.Node | None], int] = defaultdict(int)
+    for node in analysis.program.calls():
+        operator = row(node)
+        if isinstance(operator, Weighted):
+            key = (node, operator.channel(node))
+            count = int((analysis.cuttable[key] & analysis.keep[key]).sum())
+            if count:
+                held[node, analysis.blame.get(key)] += count
+    notes = []
+    for (node, holder), count in held.items():
+        total = sizes(node)[row(node).channel(node)]  # type: ignore[attr-defined]
+        by = f"held by {holder.name} ({holder.target})" if holder is not None else "held by another use of the value"
+        notes.append(Note.at(node, f"{count} of {total} dead outputs kept: {by}"))
+    return notes

@@ -1,0 +1,29 @@
+"""The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
+
+from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
+from thresher.passes.canonicalize.canonicalize_threshold import CanonicalizeThreshold
+from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
+from thresher.passes.canonicalize.simplify import Simplify
+from thresher.passes.fold.fold_batch_norm import FoldBatchNorm
+from thresher.passes.fold.fold_channels import FoldChannels
+
+#: One spelling for each thing.
+canonicalize = (
+    EvaluateConstants(),  # masks, parametrizations, position grids
+    Simplify(),  # no-ops, split -> slice, x @ W -> linear
+    CanonicalizeAttention(),  # matmul-softmax-matmul -> one site
+    CanonicalizeThreshold(),  # every threshold -> thresher::shrink
+)
+
+#: The same function, smaller. The default of compile().
+exact = (
+    *canonicalize,
+    FoldBatchNorm(),  # batch norm into its neighbours
+    FoldChannels(),  # what pruning left behind
+    Simplify(),  # what folding left behind
+)
+
+#: Nothing but the capture.
+none = ()
+
+NAMED = {"exact": exact, "canonicalize": canonicalize, "none": none}

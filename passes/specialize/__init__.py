@@ -1,0 +1,1 @@
+"""Last stage: the form that the backend runs best."""
