@@ -1,0 +1,1 @@
+"""What runs a program: TVM (CPU, CUDA) and eager torch (the reference)."""

@@ -6,6 +6,7 @@ from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
 from thresher.passes.canonicalize.simplify import Simplify
 from thresher.passes.fold.fold_batch_norm import FoldBatchNorm
 from thresher.passes.fold.fold_channels import FoldChannels
+from thresher.passes.specialize.channels_last import ChannelsLast
 
 #: One spelling for each thing.
 canonicalize = (
@@ -25,5 +26,8 @@ exact = (
 
 #: Nothing but the capture.
 none = ()
+
+#: The form that the CPU kernels run best; the driver appends it for that backend.
+specialize_cpu = (Simplify(), ChannelsLast())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "none": none}

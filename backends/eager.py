@@ -1,0 +1,32 @@
+"""The reference backend: torch runs the program node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from thresher.backends.base import Backend, Lowered
+from thresher.errors import BackendError
+from thresher.program import Program
+
+
+class EagerLowered(Lowered):
+    def __init__(self, program: Program):
+        self.program = program
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        return self.program.run(*inputs)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        raise BackendError("the eager backend has nothing to save: it runs the captured program in torch; use backend='tvm'")
+
+
+class EagerBackend(Backend):
+    name: ClassVar[str] = "eager"
+
+    def lower(self, program: Program, target: str, progress: Callable[[str], None] = lambda message: None) -> Lowered:
+        return EagerLowered(program)
+
+    def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+        raise BackendError("artifacts of the eager backend do not exist")

@@ -1,0 +1,44 @@
+"""What the schedules need to know about the CPU they are built for."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``lanes`` float32 elements per vector register, ``registers`` of them, ``threads`` workers, ``cache`` bytes of L2 per core."""
+
+    lanes: int = 8
+    registers: int = 16
+    threads: int = 2
+    cache: int = 1 << 20
+
+    @property
+    def accumulators(self) -> int:
+        """Registers a tile may use for its sums: two or more stay free for operands."""
+        return 12 if self.registers == 16 else 26
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The LLVM name of this machine's CPU."""
+    import tvm
+
+    return str(tvm.get_global_func("target.llvm_get_system_cpu")())
+
+
+def machine_of(cpu: str, threads: int | None = None) -> Machine:
+    """The vector width of an LLVM CPU name, from LLVM's own feature table."""
+    import tvm
+
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    has = tvm.get_global_func("target.target_has_feature")
+    threads = threads or int(os.environ.get("TVM_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    if has("avx512f", target):
+        return Machine(16, 32, threads)
+    if has("neon", target):
+        return Machine(4, 32, threads)
+    return Machine(8, 16, threads)

@@ -1,0 +1,102 @@
+"""Rows: softmax and the norms over the last dimension, each row in few passes while it is in the cache.
+
+Sums run in ``LANES`` independent partial sums (a vector register), because a float sum may not be reordered by the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import s_tir, te, tirx
+
+from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.kernels.machine import Machine
+
+LANES = 16
+PREFIX = "row_"  # blocks of these kernels
+
+
+def _reduced(x: te.Tensor, name: str, combine: Callable, start: Any, f: Callable[..., Any]) -> te.Tensor:
+    """``combine`` over the last dimension of f(*index): first into LANES partial results, then into one."""
+    *lead, size = x.shape
+    k = te.reduce_axis((0, (size + LANES - 1) // LANES), name="k")
+    full = int(size) % LANES == 0
+
+    def partial(*index: Any) -> Any:
+        place = k * LANES + index[-1]
+        value = f(*index[:-1], place if full else te.min(place, size - 1))
+        return combine(value if full else tirx.Select(place < size, value, start), axis=k)
+
+    parts = te.compute((*lead, LANES), partial, name=f"{PREFIX}{name}_parts")
+    j = te.reduce_axis((0, LANES), name="j")
+    return te.compute(tuple(lead), lambda *i: combine(parts[(*i, j)], axis=j), name=f"{PREFIX}{name}")
+
+
+def _zero() -> Any:
+    return tirx.const(0.0, "float32")
+
+
+def softmax(x: te.Tensor, log: bool = False) -> te.Tensor:
+    """softmax or log_softmax over the last dimension."""
+    top = _reduced(x, "max", te.max, te.min_value("float32"), lambda *i: x(*i))
+    powers = te.compute(x.shape, lambda *i: elementwise.exp(x(*i) - top(*i[:-1])), name=f"{PREFIX}exp")
+    total = _reduced(powers, "sum", te.sum, _zero(), lambda *i: powers(*i))
+    if log:
+        return te.compute(x.shape, lambda *i: x(*i) - top(*i[:-1]) - te.log(total(*i[:-1])), name=f"{PREFIX}out")
+    return te.compute(x.shape, lambda *i: powers(*i) * (1.0 / total(*i[:-1])), name=f"{PREFIX}out")
+
+
+def norm(x: te.Tensor, weight: te.Tensor | None, bias: te.Tensor | None, epsilon: float, centred: bool) -> te.Tensor:
+    """layer_norm (``centred``) or rms_norm over the last dimension."""
+    size = tirx.const(float(int(x.shape[-1])), "float32")
+    if centred:
+        total = _reduced(x, "total", te.sum, _zero(), lambda *i: x(*i))
+        mean = te.compute(total.shape, lambda *i: total(*i) / size, name=f"{PREFIX}mean")
+        shifted: Callable[..., Any] = lambda *i: x(*i) - mean(*i[:-1])
+    else:
+        shifted = lambda *i: x(*i)
+    square = _reduced(x, "square", te.sum, _zero(), lambda *i: shifted(*i) * shifted(*i))
+    scale = te.compute(square.shape, lambda *i: 1.0 / te.sqrt(square(*i) / size + tirx.const(epsilon, "float32")), name=f"{PREFIX}scale")
+
+    def element(*i: Any) -> Any:
+        value = shifted(*i) * scale(*i[:-1])
+        value = value * weight(i[-1]) if weight is not None else value
+        return value + bias(i[-1]) if bias is not None else value
+
+    return te.compute(x.shape, element, name=f"{PREFIX}out")
+
+
+def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+    """Rows over the threads; all stages of a row together."""
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
+    last = blocks[-1]
+    names = [sch.get(b).name_hint for b in blocks]
+    for block, name in zip(blocks[:-1], names[:-1]):
+        if not name.startswith(PREFIX):  # part of an epilogue
+            sch.compute_inline(block)
+    *lead, _ = sch.get_loops(last)
+    row = sch.fuse(*lead) if len(lead) > 1 else lead[0] if lead else sch.add_unit_loop(last)
+    sch.parallel(row)
+    stages = [b for b, name in zip(blocks[:-1], names[:-1]) if name.startswith(PREFIX)]
+    for block in reversed(stages):
+        sch.compute_at(block, row)
+        sch.set_scope(block, 0, "local")
+    for block, name in zip(blocks[:-1], names[:-1]):
+        if name.startswith(PREFIX) and name.endswith("_parts"):
+            *_, lane, k = sch.get_loops(block)
+            sch.reorder(k, lane)
+            sch.vectorize(lane)
+            start = sch.decompose_reduction(block, k)
+            sch.vectorize(sch.get_loops(start)[-1])
+    for block in [*(b for b, name in zip(blocks, names) if name == f"{PREFIX}exp" and b is not last), last]:
+        _vectorise_last(sch, block, machine.lanes)
+
+
+def _vectorise_last(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
+    loop = sch.get_loops(block)[-1]
+    extent = int(sch.get(loop).extent)
+    if extent % lanes == 0 and extent > lanes:
+        _, loop = sch.split(loop, [None, lanes])
+    if extent % lanes == 0:
+        sch.vectorize(loop)
