@@ -63,6 +63,15 @@ def pack(weight: np.ndarray, tile: Tile) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(padded.reshape(blocks, tile.columns, *weight.shape[1:]), 1, -1))
 
 
+def unravel(row: Any, shape: Sequence[int]) -> list[Any]:
+    """The index in ``shape`` of the row-major number ``row``."""
+    index: list[Any] = []
+    for size in reversed(shape[1:]):
+        index.insert(0, row % size)
+        row = row // size
+    return [row, *index]
+
+
 def product(
     read: Callable[..., Any],
     packed: te.Tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import s_tir
-from tvm.error import TVMError
+from tvm.s_tir.schedule import ScheduleError
 
 from thresher.backends.tvm.kernels.machine import Machine
 
@@ -22,7 +22,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         if _is_spatial(sch, block) and sch.get_consumers(block):
             try:
                 sch.compute_inline(block)
-            except TVMError:
+            except ScheduleError:
                 continue  # read in a way that cannot be inlined: it stays a loop of its own
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         _schedule_block(sch, block, machine)
@@ -68,9 +68,9 @@ def _schedule_reduction(sch: s_tir.Schedule, block: Any, spatial: list, reductio
     if len(spatial) > 1 and not _reduces_rows(sch, block):
         *outer, inner = spatial
         sch.reorder(*outer, *reduction, inner)
-        sch.decompose_reduction(block, reduction[0])
         if total >= SMALL:
             sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+        sch.decompose_reduction(block, reduction[0])
         return
     outer = sch.fuse(*spatial) if len(spatial) > 1 else spatial[0]
     if total >= SMALL:

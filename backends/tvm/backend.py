@@ -1,0 +1,82 @@
+"""``TVMBackend``: lower a program to compiled code, save it, load it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tvm
+
+from thresher.backends.base import Backend, Lowered
+from thresher.backends.tvm.importer import Importer
+from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of
+from thresher.backends.tvm.pipeline import build
+from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
+from thresher.errors import BackendError
+from thresher.program import Program
+
+
+class TVMLowered(Lowered):
+    """Compiled code and its weights."""
+
+    def __init__(self, executable: Any, weights: list[np.ndarray], device: str, cpu: str, library: Any = None):
+        self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
+        self._library, self._module = library, None  # type: tuple[Any, TVMModule | None]
+
+    @property
+    def module(self) -> TVMModule:
+        """The runnable module; made at the first call, because code for a GPU can be built where there is none."""
+        if self._module is None:
+            if self.device == "cuda" and not tvm.cuda(0).exist:
+                raise BackendError("this module was compiled for CUDA and no CUDA device is here; save it and run it where one is")
+            self._module = TVMModule(self._library or self.executable, self.weights, self.device)
+        return self._module
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        return self.module(inputs)
+
+    def device_code(self) -> str:
+        """The generated device source (CUDA C++) of a module compiled for a GPU."""
+        host = self.executable.mod.imports[0] if self.executable is not None else self._library.imports[0]
+        return "\n".join(m.inspect_source() for m in host.imports)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        self.executable.export_library(str(directory / LIBRARY))
+        return {"device": self.device, "cpu": self.cpu, "weight_dtypes": write_weights(directory / WEIGHTS, self.weights)}
+
+
+class TVMBackend(Backend):
+    name: ClassVar[str] = "tvm"
+
+    def lower(self, program: Program, target: str, progress: Callable[[str], None] = lambda message: None) -> Lowered:
+        """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
+        where, machine, cpu = resolve_target(target)
+        progress("importing into TVM")
+        module, weights = Importer(program, machine).run()
+        progress("generating code")
+        executable = build(module, where, machine)
+        return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu)
+
+    def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+        library = tvm.runtime.load_module(str(directory / LIBRARY))
+        weights = read_weights(directory / WEIGHTS, manifest["weight_dtypes"])
+        return TVMLowered(None, weights, manifest["device"], manifest["cpu"], library)
+
+
+def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]:
+    """The TVM target, the CPU's description (None for a GPU) and the LLVM name of the (host) CPU."""
+    kind, _, detail = target.partition(":")
+    if kind == "cpu":
+        cpu = detail or cpu_name()
+        machine = machine_of(cpu)
+        return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": machine.threads}), machine, cpu
+    if kind == "cuda" and re.fullmatch(r"sm_\d+a?", detail):
+        host = {"kind": "llvm", "mcpu": "x86-64-v3"}
+        device = {
+            "kind": "cuda", "arch": detail, "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32,
+        }  # fmt: skip
+        return tvm.target.Target(device, host=host), None, "x86-64-v3"
+    raise BackendError(f"unknown target {target!r}: 'cpu', 'cpu:<llvm cpu name>' or 'cuda:sm_NN' (for instance cuda:sm_90)")

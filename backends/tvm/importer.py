@@ -1,0 +1,142 @@
+"""Program -> Relax module.
+
+TVM's own ``ExportedProgramImporter`` converts the operators it gets right; ours (``converters.py``) replace those it gets silently wrong,
+add those it lacks and, on the CPU, put our kernels in. Constants become parameters of the function (``weights``), so that they live
+in one safetensors file beside the compiled code, already packed for their kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from torch import fx
+from tvm import relax, te, tirx
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from thresher.backends.tvm.kernels.machine import Machine
+from thresher.errors import BackendError
+from thresher.program import Program, is_tensor, module_path, source_line
+
+SMALL = 1  # constants of at most this many elements stay in the code
+
+
+class Importer:
+    """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules."""
+
+    def __init__(self, program: Program, machine: Machine | None):
+        self.program, self.machine = program, machine
+        self.stock = ExportedProgramImporter()
+        self.builder = relax.BlockBuilder()
+        self.stock.block_builder = self.builder
+        self.env: dict[fx.Node, Any] = self.stock.env
+        self.weights: list[tuple[relax.Var, np.ndarray]] = []
+        self.symbols: dict[str, tirx.Var] = {}
+        self._shared: dict[Any, relax.Var] = {}
+
+    def run(self) -> tuple[tvm.IRModule, list[np.ndarray]]:
+        """The module, whose ``main`` takes the tensor inputs and then the weights, and the weights."""
+        from thresher.backends.tvm.converters import converter_of
+
+        inputs = [self._input(n) for n in self.program.placeholders if is_tensor(n)]
+        self.builder.begin_scope(inputs)
+        with self.builder.function("main"):
+            with self.builder.dataflow():
+                for node in self.program.calls():
+                    self._convert(node, converter_of(node, self))
+                results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
+                output = self.builder.emit_output(relax.Tuple(results))
+            self.builder.emit_func_output(output, params=inputs + [var for var, _ in self.weights])
+        self.builder.end_scope()
+        return self.builder.get(), [array for _, array in self.weights]
+
+    def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
+        for source in node.all_input_nodes:  # stock converters look into env themselves
+            if source.op == "get_attr":
+                self.value(source)
+        try:
+            if convert is not None:
+                self.env[node] = convert(self, node)
+                return
+            stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
+            if stock is None:
+                raise BackendError(f"no TVM lowering for {node.target}")
+            self.env[node] = stock(node)
+        except Exception as error:
+            where = source_line(node)
+            place = f" at {where}" if where else ""
+            raise BackendError(
+                f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){place}: {type(error).__name__}: {error}"
+            ) from error
+
+    # ------------------------------------------------------------------ values
+
+    def value(self, node: Any) -> Any:
+        """The Relax expression of an argument: of a node, or of a literal as it is."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self.env:
+            if node.op != "get_attr":
+                raise BackendError(f"node {node.name} has not been converted")
+            self.env[node] = self.weight(self.array(node), node)
+        return self.env[node]
+
+    def array(self, node: fx.Node) -> np.ndarray:
+        """The constant behind a ``get_attr`` node."""
+        tensor = self.program.constants[node.target].detach().cpu()  # type: ignore[index]
+        if tensor.dtype is torch.bfloat16:
+            import ml_dtypes
+
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.contiguous().numpy()
+
+    def is_constant(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node.op == "get_attr"
+
+    def weight(self, array: np.ndarray, key: Any) -> Any:
+        """A constant array as an expression: a parameter of the function, the same one for the same ``key``."""
+        if array.size <= SMALL:
+            return relax.const(array)
+        if key not in self._shared:
+            var = relax.Var(f"w{len(self.weights)}", relax.TensorType(array.shape, str(array.dtype)))
+            self.weights.append((var, array))
+            self._shared[key] = var
+        return self._shared[key]
+
+    def emit(self, expression: Any) -> Any:
+        return self.builder.emit(expression)
+
+    def emit_te(self, name: str, compute: Callable[..., te.Tensor], *args: Any) -> Any:
+        """A kernel from its computation; ``None`` arguments are passed through."""
+        present = [a for a in args if a is not None]
+
+        def call(*tensors: te.Tensor) -> te.Tensor:
+            left = iter(tensors)
+            return compute(*[None if a is None else next(left) for a in args])
+
+        return self.builder.emit_te(call, *present, primfunc_name_hint=name)
+
+    # ------------------------------------------------------------------ inputs
+
+    def _input(self, node: fx.Node) -> relax.Var:
+        value = node.meta["val"]
+        shape = [self._dimension(d) for d in value.shape]
+        var = relax.Var(node.name, relax.TensorType(shape, dtype_name(value.dtype)))
+        self.env[node] = var
+        return var
+
+    def _dimension(self, dim: int | torch.SymInt) -> Any:
+        if not isinstance(dim, torch.SymInt):
+            return int(dim)
+        name = str(dim)
+        if not name.isidentifier():
+            raise BackendError(f"input dimension {name}: only plain dynamic dimensions are supported, not derived ones")
+        return self.symbols.setdefault(name, tirx.Var(name, "int64"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,63 @@
+"""Running a compiled module. Needs the TVM runtime only: not the compiler, not the model, and torch only if torch tensors are given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm.runtime.vm import VirtualMachine
+
+LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
+
+
+class TVMModule:
+    """A loaded library with its weights. Calls from several threads wait for each other: the virtual machine has one stack."""
+
+    def __init__(self, library: Any, weights: Sequence[np.ndarray], device: str):
+        self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
+        self.machine = VirtualMachine(library, self.device)
+        self.main = self.machine["main"]
+        self.weights = [tvm.runtime.tensor(np.ascontiguousarray(w), self.device) for w in weights]
+        self.lock = threading.Lock()
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat inputs, all torch tensors or all NumPy arrays; outputs of the same kind. No copies on the way in or out."""
+        if all(isinstance(x, np.ndarray) for x in inputs):
+            values = [tvm.runtime.tensor(np.ascontiguousarray(x), self.device) for x in inputs]
+            with self.lock:
+                return [y.numpy() for y in self.main(*values, *self.weights)]
+        import torch
+
+        values = [tvm_ffi.from_dlpack(x.detach().contiguous()) for x in inputs]
+        with self.lock:
+            return [torch.from_dlpack(y) for y in self.main(*values, *self.weights)]
+
+
+def read_weights(path: Path, dtypes: Sequence[str]) -> list[np.ndarray]:
+    """The weights in the order of the function's parameters. bfloat16 is stored as its bits."""
+    from safetensors.numpy import load_file
+
+    stored = load_file(path)
+    arrays = []
+    for i, dtype in enumerate(dtypes):
+        array = stored[f"w{i}"]
+        if dtype == "bfloat16":
+            import ml_dtypes
+
+            array = array.view(ml_dtypes.bfloat16)
+        arrays.append(array)
+    return arrays
+
+
+def write_weights(path: Path, weights: Sequence[np.ndarray]) -> list[str]:
+    """Write the weights; returns their dtypes."""
+    from safetensors.numpy import save_file
+
+    bits = [np.ascontiguousarray(w.view(np.uint16) if str(w.dtype) == "bfloat16" else w) for w in weights]
+    save_file({f"w{i}": w for i, w in enumerate(bits)}, path)
+    return [str(w.dtype) for w in weights]
