@@ -1,5 +1,12 @@
 """The TVM backend: CPU kernels of our own, CUDA through dlight."""
 
-from thresher.backends.tvm.backend import TVMBackend
+import os
+
+# TVM pins its workers to cores by default; beside torch's own threads that lets two of them share a core while another idles.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+# On x86 TVM takes half of the logical CPUs, supposing hyper-threads; what we may run on is what the schedules are made for.
+os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+from thresher.backends.tvm.backend import TVMBackend  # noqa: E402
 
 __all__ = ["TVMBackend"]

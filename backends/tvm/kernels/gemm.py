@@ -20,7 +20,8 @@ from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.kernels.machine import Machine
 
-BLOCK = "packed_gemm"  # the name by which the scheduler finds these kernels after fusion
+BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
+SLICE = 512  # depth of a slice of a long sum
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def choose_tile(m: int, n: int, k: int, machine: Machine) -> Tile:
     packed weights that a task streams (k x columns) stays in the L2 cache; one vector is bound by its loads.
     """
     best, best_cost = Tile(1, 1, machine.lanes), math.inf
-    for vectors, bound in ((1, 0.82), (2, 1.0), (4, 1.0 if k * 4 * machine.lanes * 4 <= machine.cache // 2 else 0.8)):
+    for vectors, bound in ((1, 0.82), (2, 1.0), (4, 1.0 if min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2 else 0.8)):
         for rows in range(1, min(m, 12) + 1):
             if rows * vectors > machine.accumulators:
                 continue
@@ -80,17 +81,31 @@ def product(
     n: int,
     tile: Tile,
 ) -> te.Tensor:
-    """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``."""
-    m = math.prod(rows)
-    axes = [te.reduce_axis((0, size), name=f"k{i}") for i, size in enumerate(taps)]
-    columns = tile.columns
+    """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``.
+
+    A deep sum is computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of a
+    task pass over it; the slices' results add up in a second block.
+    """
+    m, columns = math.prod(rows), tile.columns
     full_m, full_n = -(-m // tile.rows) * tile.rows, packed.shape[0] * columns
+    outer, factor = slices_of(taps) if m > 1 else ([], 1)  # a single row reads the weight once anyway
 
-    def element(i: Any, j: Any) -> Any:
+    def element(i: Any, j: Any, outside: Sequence[Any], inside: Sequence[Any]) -> Any:
         row = te.min(i, m - 1) if full_m != m else i
-        return te.sum(read(row, *axes) * packed[(j // columns, *axes, j % columns)], axis=axes)
+        k = [*outside, *inside] if factor == 1 else [outside[0] * (taps[0] // factor) + inside[0]]
+        return read(row, *k) * packed[(j // columns, *k, j % columns)]
 
-    sums = te.compute((full_m, full_n), element, name=BLOCK)
+    if not outer:
+        axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(taps)]
+        sums = te.compute((full_m, full_n), lambda i, j: te.sum(element(i, j, (), axes), axis=axes), name=BLOCK)
+    else:
+        inner = [taps[0] // factor] if factor > 1 else list(taps[len(outer) :])
+        axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(inner)]
+        parts = te.compute(
+            (*outer, full_m, full_n), lambda *i: te.sum(element(*i[-2:], i[:-2], axes), axis=axes), name=BLOCK
+        )
+        over = [te.reduce_axis((0, size), name=f"s{d}") for d, size in enumerate(outer)]
+        sums = te.compute((full_m, full_n), lambda i, j: te.sum(parts[(*over, i, j)], axis=over), name=ADDED)
 
     def crop(*index: Any) -> Any:
         row = index[0]
@@ -101,28 +116,85 @@ def product(
     return te.compute((*rows, n), crop, name="crop")
 
 
+def slices_of(taps: Sequence[int]) -> tuple[list[int], int]:
+    """The outer loops that cut a sum over ``taps`` into slices, and, for a single loop, into how many it is split; ([], 1): not cut."""
+    if math.prod(taps) <= 2 * SLICE:
+        return [], 1
+    if len(taps) == 1:
+        factor = next((f for f in range(-(-taps[0] // SLICE), 4 * taps[0] // SLICE + 1) if taps[0] % f == 0), 1)
+        return ([factor], factor) if factor > 1 else ([], 1)
+    count = next((c for c in range(1, len(taps)) if math.prod(taps[c:]) <= SLICE), len(taps) - 1)
+    return list(taps[:count]), 1
+
+
 def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     """Tile, keep the sums in registers, compute the epilogue on the tile, and spread the tiles over the threads."""
     gemm = sch.get_sblock(BLOCK)
-    full_m, full_n = (int(loop.extent) for loop in map(sch.get, sch.get_loops(gemm)[:2]))
-    columns = int(sch.get(gemm).reads[1].source.shape[-1])
-    epilogue = inline_epilogue(sch, gemm)
+    added = sch.get_sblock(ADDED) if any(sch.get(c).name_hint == ADDED for c in sch.get_consumers(gemm)) else None
+    epilogue = inline_epilogue(sch, gemm if added is None else added, keep={BLOCK, ADDED})
     flatten_rows(sch, epilogue)
-    m = int(sch.get(sch.get_loops(epilogue)[0]).extent)
-    n = int(sch.get(sch.get_loops(epilogue)[1]).extent)
-    tile = choose_tile(m, n, math.prod(int(sch.get(loop).extent) for loop in sch.get_loops(gemm)[2:]), machine)
-    assert tile.columns == columns, "the tile is chosen by the same rule when packing and when scheduling"
+    m, n = (_extent(sch, loop) for loop in sch.get_loops(epilogue))
+    depth = math.prod(_extent(sch, loop) for loop in sch.get_loops(gemm)) // math.prod(_shape(sch, gemm)[-2:])
+    tile = choose_tile(m, n, depth, machine)
+    assert tile.columns == _columns(sch, gemm), "the tile is chosen by the same rule when packing and when scheduling"
+    if added is None:
+        last = _schedule_whole(sch, gemm, epilogue, tile, machine)
+    else:
+        last = _schedule_slices(sch, gemm, added, epilogue, tile, machine)
+    if _extent(sch, last) > tile.lanes:
+        _, last = sch.split(last, [None, tile.lanes])
+    sch.vectorize(last)
+
+
+def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, machine: Machine) -> Any:
+    """The sum of a tile is complete in one go; returns the epilogue's column loop."""
+    full_m, full_n = _shape(sch, gemm)
     i, j, *k = sch.get_loops(gemm)
-    chunk = _chunk(full_m // tile.rows, full_n // columns, tile, math.prod(int(sch.get(x).extent) for x in k), machine)
+    chunk = _chunk(full_m // tile.rows, full_n // tile.columns, tile, math.prod(_extent(sch, x) for x in k), machine)
     outer, middle, rows = sch.split(i, [None, chunk, tile.rows])
     blocks, vectors, lanes = sch.split(j, [None, tile.vectors, tile.lanes])
-    depth = int(sch.get(k[-1]).extent)
-    unroll = next(u for u in (4, 3, 2, 1) if depth % u == 0) if depth > 4 else depth
-    deep, step = sch.split(k[-1], [None, unroll])
-    sch.reorder(outer, blocks, middle, *k[:-1], deep, step, rows, vectors, lanes)
+    sch.reorder(outer, blocks, middle, *k, rows, vectors, lanes)
     sch.set_scope(gemm, 0, "local")
     sch.parallel(sch.fuse(outer, blocks))
     sch.reverse_compute_at(epilogue, middle)
+    _registers(sch, gemm, k, (rows, vectors, lanes))
+    return sch.get_loops(epilogue)[-1]
+
+
+def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, tile: Tile, machine: Machine) -> Any:
+    """Slice by slice over all tiles of a task, whose sums stay in the cache; returns the epilogue's column loop."""
+    full_m, full_n = _shape(sch, added)
+    depth = math.prod(_extent(sch, loop) for loop in sch.get_loops(gemm)[len(_shape(sch, gemm)) :])
+    row_tiles, column_tiles = _task(full_m // tile.rows, full_n // tile.columns, tile, depth, machine)
+    i, j, *slices = sch.get_loops(added)
+    outer, middle, rows = sch.split(i, [None, row_tiles, tile.rows])
+    blocks, column, vectors, lanes = sch.split(j, [None, column_tiles, tile.vectors, tile.lanes])
+    sch.reorder(outer, blocks, *slices, column, middle, rows, vectors, lanes)
+    task = sch.fuse(outer, blocks)
+    sch.parallel(task)
+    sch.reverse_compute_at(epilogue, task)
+    sch.compute_at(gemm, middle, preserve_unit_loops=True)
+    sch.set_scope(gemm, 0, "local")
+    count = sum(int(v.iter_type) == 2 for v in sch.get(gemm).iter_vars)
+    *_, gi, gj = sch.get_loops(gemm)[:-count]
+    k = sch.get_loops(gemm)[-count:]
+    vector, lane = sch.split(gj, [None, tile.lanes])
+    sch.reorder(*k, gi, vector, lane)
+    _registers(sch, gemm, k, (gi, vector, lane))
+    for loop in (rows, vectors):
+        sch.unroll(loop)
+    sch.vectorize(lanes)
+    start = sch.decompose_reduction(added, slices[0])
+    sch.vectorize(sch.get_loops(start)[-1])
+    return sch.get_loops(epilogue)[-1]
+
+
+def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, Any]) -> None:
+    """Unroll the tile and a few steps of the innermost sum; start the sums from zero in registers."""
+    rows, vectors, lanes = tile
+    depth = _extent(sch, k[-1])
+    unroll = next(u for u in (4, 3, 2, 1) if depth % u == 0) if depth > 4 else depth
+    deep, step = sch.split(k[-1], [None, unroll])
     sch.vectorize(lanes)
     for loop in (rows, vectors, step):
         sch.unroll(loop)
@@ -131,17 +203,25 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.vectorize(lane)
     sch.unroll(row)
     sch.unroll(vector)
-    last = sch.get_loops(epilogue)[-1]
-    if int(sch.get(last).extent) > tile.lanes:
-        _, last = sch.split(last, [None, tile.lanes])
-    sch.vectorize(last)
+
+
+def _extent(sch: s_tir.Schedule, loop: Any) -> int:
+    return int(sch.get(loop).extent)
+
+
+def _shape(sch: s_tir.Schedule, block: Any) -> list[int]:
+    return [int(d) for d in sch.get(block).writes[0].source.shape]
+
+
+def _columns(sch: s_tir.Schedule, gemm: Any) -> int:
+    return int(sch.get(gemm).reads[1].source.shape[-1])
 
 
 def _chunk(row_tiles: int, column_blocks: int, tile: Tile, depth: int, machine: Machine) -> int:
     """Row tiles per task: their part of A fits half the cache, and the tasks divide evenly over the threads."""
     fit = max(1, machine.cache // 2 // max(1, tile.rows * depth * 4))
     best, best_cost = row_tiles, math.inf
-    for chunk in range(1, row_tiles + 1):
+    for chunk in shares(row_tiles):
         tasks = -(-row_tiles // chunk) * column_blocks
         share = -(-tasks // machine.threads) * chunk  # row tiles the busiest thread computes, the padded ones counted
         cost = share + (0.05 * share * (chunk / fit - 1) if chunk > fit else 0) + 0.3 * (-(-row_tiles // chunk))
@@ -152,15 +232,38 @@ def _chunk(row_tiles: int, column_blocks: int, tile: Tile, depth: int, machine: 
     return best
 
 
-def inline_epilogue(sch: s_tir.Schedule, anchor: Any) -> Any:
-    """Inline all that follows ``anchor`` into the last block, which is returned."""
+def shares(count: int) -> list[int]:
+    """The sizes of a part when ``count`` things are cut into 1, 2, 3, ... parts; few of the small ones."""
+    parts = [*range(1, 33), *(1 << p for p in range(6, 16))]
+    return sorted({-(-count // p) for p in parts if p <= count})
+
+
+def _task(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> tuple[int, int]:
+    """Row and column tiles of a task: its slice of A and its sums share the cache, and the tasks divide evenly over the threads."""
+    best, best_cost = (1, 1), math.inf
+    for rows in shares(row_tiles):
+        for columns in shares(column_tiles):
+            bytes_used = 4 * rows * tile.rows * (depth + columns * tile.columns)
+            tasks = -(-row_tiles // rows) * -(-column_tiles // columns)
+            share = -(-tasks // machine.threads) * rows * columns
+            spill = max(0.0, bytes_used / (machine.cache // 2) - 1)
+            # each task reads its rows of A once per slice and its columns of the weight once
+            traffic = share * (1 / columns + 1 / rows) * 0.3
+            cost = share * (1 + 0.1 * min(spill, 5)) + traffic
+            if cost < best_cost:
+                best, best_cost = (rows, columns), cost
+    return best
+
+
+def inline_epilogue(sch: s_tir.Schedule, anchor: Any, keep: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+    """Inline all that follows ``anchor`` into the last block, which is returned; blocks named in ``keep`` stay."""
     block = anchor
     while consumers := sch.get_consumers(block):
         block = consumers[0]
     last = sch.get(block).name_hint
     for other in sch.get_child_blocks(sch.get_sblock("root")):
         name = sch.get(other).name_hint
-        if name not in (last, sch.get(anchor).name_hint):
+        if name not in (last, sch.get(anchor).name_hint) and name not in keep:
             sch.compute_inline(other)
     return sch.get_sblock(last)
 
