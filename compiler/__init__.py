@@ -1,2 +1,51 @@
-"""Thresher: a compiler for pruned and sparse PyTorch models."""
-import thresher.ops  # noqa: F401
+"""Thresher: a compiler for pruned and sparse PyTorch models. It takes a model as it is and makes the saving real.
+
+>>> compiled = thresher.compile(model, (x,))
+>>> y = compiled(x)
+>>> compiled.save("model.thresher"); thresher.load("model.thresher")(x)
+"""
+
+import thresher.ops
+from thresher.artifact import load
+from thresher.capture import capture
+from thresher.compiled import Compiled
+from thresher.driver import compile, rewrite
+from thresher.errors import (
+    ArtifactError,
+    BackendError,
+    CaptureError,
+    InputError,
+    PassError,
+    ProgramError,
+    ThresherError,
+    ValidationError,
+)
+from thresher.pass_manager import Context, Note, Pass, PassManager, PassResult, register_pass
+from thresher.passes import pipelines
+from thresher.program import Program
+from thresher.report import Report
+
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "CaptureError",
+    "Compiled",
+    "Context",
+    "InputError",
+    "Note",
+    "Pass",
+    "PassError",
+    "PassManager",
+    "PassResult",
+    "Program",
+    "ProgramError",
+    "Report",
+    "ThresherError",
+    "ValidationError",
+    "capture",
+    "compile",
+    "load",
+    "pipelines",
+    "register_pass",
+    "rewrite",
+]

@@ -85,7 +85,7 @@ def _load_pt2(path: Path) -> ExportedProgram:
 
 def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any) -> ExportedProgram:
     args, kwargs = _distinct((args, kwargs))
-    with _eval_mode(model), _quiet():
+    with eval_mode(model), _quiet():
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
@@ -115,7 +115,8 @@ def _user_frame(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the time of the block; every module's own mode comes back after it."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

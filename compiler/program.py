@@ -23,7 +23,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from thresher.errors import InputError, ProgramError
+from thresher.errors import ProgramError
+from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
 
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
@@ -103,30 +104,22 @@ class Program:
         """Elements of all floating-point constants."""
         return sum(t.numel() for t in self.constants.values() if t.is_floating_point())
 
-    @property
-    def is_dynamic(self) -> bool:
-        return any(
-            is_tensor(n) and any(isinstance(d, torch.SymInt) for d in shape_of(n)) for n in self.placeholders
+    def signature(self, device: str) -> Signature:
+        """What the program takes and returns, for a module that runs on ``device``."""
+        inputs = tuple(
+            TensorSpec(n.name, str(dtype_of(n)).removeprefix("torch."), tuple(dimension(d) for d in shape_of(n)))
+            if is_tensor(n)
+            else LiteralSpec(n.name, n.meta.get("val"))
+            for n in self.placeholders
         )
+        outputs = tuple(None if is_tensor(o) else LiteralSpec("output", o) for o in self.output_nodes)
+        return Signature(inputs, outputs, self.in_spec, self.out_spec, device)
 
     # ------------------------------------------------------------------ running
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Any]:
         """The leaves of a call, checked against the structure that was captured."""
-        from torch.export._tree_utils import reorder_kwargs
-
-        kwargs = kwargs or {}
-        try:
-            kwargs = reorder_kwargs(kwargs, self.in_spec)
-            leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"the arguments do not match the captured signature: {error}") from error
-        if spec != self.in_spec:
-            raise InputError(
-                f"the arguments have the structure {spec}, but the model was captured with {self.in_spec}; "
-                "call it with the same nesting of tuples, lists and dicts"
-            )
-        return leaves
+        return flatten_call(self.in_spec, args, kwargs or {})
 
     def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
         return pytree.tree_unflatten(list(leaves), self.out_spec)

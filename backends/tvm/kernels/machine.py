@@ -30,15 +30,21 @@ def cpu_name() -> str:
     return str(tvm.get_global_func("target.llvm_get_system_cpu")())
 
 
-def machine_of(cpu: str, threads: int | None = None) -> Machine:
-    """The vector width of an LLVM CPU name, from LLVM's own feature table."""
+@functools.cache
+def features(cpu: str) -> frozenset[str]:
+    """The vector instruction sets an LLVM CPU name stands for, from LLVM's own table."""
     import tvm
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
     has = tvm.get_global_func("target.target_has_feature")
+    return frozenset(f for f in ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512vnni", "avx512bf16", "neon") if has(f, target))
+
+
+def machine_of(cpu: str, threads: int | None = None) -> Machine:
+    """The registers of an LLVM CPU name; ``threads`` defaults to what this process may use."""
     threads = threads or int(os.environ.get("TVM_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
-    if has("avx512f", target):
+    if "avx512f" in features(cpu):
         return Machine(16, 32, threads)
-    if has("neon", target):
+    if "neon" in features(cpu):
         return Machine(4, 32, threads)
     return Machine(8, 16, threads)

@@ -1,0 +1,190 @@
+"""compile(): the table of contents of the whole thing. Only this module knows both the passes and the backends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from thresher.analysis.cost import constant_bytes, count_flops
+from thresher.backends.base import Lowered, find_backend
+from thresher.capture import capture, eval_mode
+from thresher.compiled import Compiled, Proof, check_outputs
+from thresher.errors import ThresherError, ValidationError
+from thresher.pass_manager import Context, Pass, PassManager
+from thresher.passes import pipelines
+from thresher.program import Program
+from thresher.progress import Progress, show_progress
+from thresher.report import Check, Figures, Report
+from thresher.validation import probes
+
+Model = nn.Module | ExportedProgram | str | os.PathLike
+Passes = str | Sequence[str | Pass]
+Validate = Literal["error", "warn", "off"]
+
+
+def compile(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str | None = None,
+    passes: Passes = "exact",
+    backend: str = "tvm",
+    dynamic_shapes: Any = None,
+    validate: Validate = "error",
+    verify: Literal["each", "final", "off"] = "final",
+    progress: bool | None = None,
+) -> Compiled:
+    """Capture, fold, lower and validate ``model``; what comes back is called like it.
+
+    Args:
+        model: an ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2`` file.
+        args, kwargs: example inputs; their shapes are compiled for, except dimensions that ``dynamic_shapes`` frees.
+        target: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``; default: the GPU if there is one, else this CPU.
+        passes: a pipeline by name (``exact``, ``canonicalize``, ``none``) or a sequence of passes and ``name{option=value}`` strings.
+        backend: ``tvm``, or ``eager`` for the reference.
+        dynamic_shapes: as in ``torch.export.export``.
+        validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
+        verify: when exact passes are checked in float64; see :class:`PassManager`.
+        progress: a progress bar; default: on a terminal.
+
+    Raises:
+        CaptureError, PassError, BackendError, ValidationError: each naming the place and what to do.
+    """
+    _one_of("validate", validate, ("error", "warn", "off"))
+    target = target or default_target()
+    with show_progress("thresher", progress) as step:
+        build = _Build(model, tuple(args), kwargs or {}, target, backend, step)
+        build.capture(dynamic_shapes)
+        build.transform(passes, verify)
+        build.lower()
+        if validate != "off":
+            build.validate(validate)
+    return build.finish()
+
+
+def rewrite(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    passes: Passes = "exact",
+    dynamic_shapes: Any = None,
+    verify: Literal["each", "final", "off"] = "final",
+) -> nn.Module:
+    """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does."""
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = PassManager(resolve_passes(passes), verify).run(program)
+    return program.to_module()
+
+
+def default_target() -> str:
+    """``cuda:sm_NN`` of the first GPU, else ``cpu``."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"cuda:sm_{major}{minor}"
+    return "cpu"
+
+
+def resolve_passes(passes: Passes) -> list[str | Pass]:
+    """A pipeline by name, or the passes as given."""
+    if isinstance(passes, str):
+        return list(pipelines.NAMED[passes]) if passes in pipelines.NAMED else [passes]
+    return [p for item in passes for p in (pipelines.NAMED[item] if isinstance(item, str) and item in pipelines.NAMED else [item])]
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ThresherError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _figures(program: Program) -> Figures:
+    return Figures(program.parameter_count(), count_flops(program), constant_bytes(program))
+
+
+class _Build:
+    """One build: each stage leaves its result here and its time in the report."""
+
+    def __init__(self, model: Model, args: tuple, kwargs: dict, target: str, backend: str, step: Progress):
+        self.model, self.args, self.kwargs, self.target, self.step = model, args, kwargs, target, step
+        self.backend = find_backend(backend)
+        self.seconds: dict[str, float] = {}
+        self.checks: list[Check] = []
+
+    def _timed(self, stage: str, start: float) -> None:
+        self.seconds[stage] = time.perf_counter() - start
+
+    def capture(self, dynamic_shapes: Any) -> None:
+        start = time.perf_counter()
+        self.step("capturing")
+        self.captured = capture(self.model, self.args, self.kwargs, dynamic_shapes=dynamic_shapes)
+        self._timed("capture", start)
+
+    def transform(self, passes: Passes, verify: Any) -> None:
+        start = time.perf_counter()
+        manager = PassManager(resolve_passes(passes), verify)
+        self.rewritten = manager.run(self.captured, Context(self.target, self.step)).rounded()
+        self.records = manager.records
+        self._timed("passes", start)
+
+    def lower(self) -> None:
+        start = time.perf_counter()
+        program = self.rewritten
+        if self.backend.name == "tvm" and self.target.startswith("cpu"):
+            manager = PassManager(pipelines.specialize_cpu, "off")
+            program = manager.run(program, Context(self.target, self.step)).rounded()
+        self.lowered: Lowered = self.backend.lower(program, self.target, self.step)
+        self._timed("lower", start)
+
+    def validate(self, mode: Validate) -> None:
+        """The lowered code against the rewritten program, and against the eager model, on the user's inputs and on random ones."""
+        start = time.perf_counter()
+        self.step("validating")
+        runnable = self.target.startswith("cpu") or torch.cuda.is_available()
+        signature = self.rewritten.signature(self.target.partition(":")[0])
+        for label, flat in zip(("example", "random"), probes(self.rewritten)):
+            reference = self.eager(flat)
+            rewritten = self.rewritten.run(*flat)
+            self.checks.append(check_outputs(f"rewritten = eager, {label} input", reference, rewritten))
+            if runnable:
+                outputs = signature.with_literals(self.lowered.run(signature.check(flat)))
+                self.checks.append(check_outputs(f"compiled = rewritten, {label} input", rewritten, outputs))
+                self.checks.append(check_outputs(f"compiled = eager, {label} input", reference, outputs))
+        self._timed("validate", start)
+        failed = [c for c in self.checks if not c.passed]
+        if failed and mode == "error":
+            raise ValidationError("\n".join([f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed] + [self._suspect()]))
+        if failed:
+            import warnings
+
+            warnings.warn(f"validation failed: {failed[0].name}, error {failed[0].error:.2e}", stacklevel=3)
+
+    def eager(self, flat: Sequence[Any]) -> list[Any]:
+        """The model itself on flat inputs; the captured program where there is no module to call."""
+        if not isinstance(self.model, nn.Module):
+            return self.captured.run(*flat)
+        args, kwargs = torch.utils._pytree.tree_unflatten([v.clone() if isinstance(v, Tensor) else v for v in flat], self.captured.in_spec)
+        with eval_mode(self.model), torch.no_grad():
+            return torch.utils._pytree.tree_leaves(self.model(*args, **kwargs))
+
+    def _suspect(self) -> str:
+        """The first operator whose lowering diverges, found by lowering ever longer prefixes of the program."""
+        from thresher.bisect import first_wrong_operator
+
+        found = first_wrong_operator(self.rewritten, self.backend, self.target)
+        return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
+
+    def finish(self) -> Compiled:
+        report = Report(
+            self.captured.name, self.target, self.backend.name, _figures(self.captured), _figures(self.rewritten),
+            self.records, self.checks, self.seconds,
+        )  # fmt: skip
+        signature = self.rewritten.signature(self.target.partition(":")[0])
+        flat = self.rewritten.probe
+        return Compiled(signature, self.lowered, report, self.rewritten.text(), Proof(list(flat), self.eager(flat)))

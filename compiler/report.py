@@ -1,0 +1,175 @@
+"""What was done and what it gained: one record, shown on a terminal, as JSON, or as a self-contained HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thresher.pass_manager import Note, PassRecord
+
+
+@dataclass
+class Figures:
+    """Size and work of a program."""
+
+    parameters: int
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Check:
+    """One comparison that was made: ``error`` is relative to the scale of the reference output."""
+
+    name: str
+    error: float
+    tolerance: float
+    passed: bool
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """Everything a build can say about itself."""
+
+    model: str
+    target: str
+    backend: str
+    before: Figures
+    after: Figures
+    passes: list[PassRecord] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # build time per stage
+    latency: dict[str, float] = field(default_factory=dict)  # milliseconds, where a benchmark was run
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        raw = json.loads(text)
+        passes = [
+            PassRecord(**{**p, "rewrites": [Note(**n) for n in p["rewrites"]], "refusals": [Note(**n) for n in p["refusals"]]})
+            for p in raw.pop("passes")
+        ]
+        before, after = Figures(**raw.pop("before")), Figures(**raw.pop("after"))
+        checks = [Check(**c) for c in raw.pop("checks")]
+        return Report(before=before, after=after, passes=passes, checks=checks, **raw)
+
+    # ------------------------------------------------------------------ terminal
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, record=True, file=open_null(), color_system=None)
+        self.print(console)
+        return console.export_text(clear=True).rstrip()
+
+    def print(self, console: Any = None) -> None:
+        """Tables on a rich console."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = console or Console()
+        size = Table(title=f"{self.model} for {self.target} ({self.backend})", title_justify="left")
+        for column in ("", "before", "after", "saved"):
+            size.add_column(column, justify="left" if not column else "right")
+        for label, name, unit in (("parameters", "parameters", 1e6), ("GFLOP", "flops", 1e9), ("constants, MB", "bytes", 1e6)):
+            a, b = getattr(self.before, name), getattr(self.after, name)
+            size.add_row(label + (", M" if unit == 1e6 and name == "parameters" else ""), f"{a / unit:.3f}", f"{b / unit:.3f}", _saved(a, b))
+        console.print(size)
+        ledger = Table(title="passes", title_justify="left")
+        for column, justify in (("pass", "left"), ("result", "left"), ("rewrites", "right"), ("refused", "right"), ("float64 error", "right"), ("s", "right")):
+            ledger.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for record in self.passes:
+            if record.status == "skipped":
+                continue
+            error = "" if record.error is None else f"{record.error:.1e}"
+            ledger.add_row(record.name, record.status, str(len(record.rewrites)), str(len(record.refusals)), error, f"{record.seconds:.2f}")
+        console.print(ledger)
+        checks = Table(title="validation", title_justify="left")
+        for column in ("check", "error", "allowed", ""):
+            checks.add_column(column)
+        for check in self.checks:
+            checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.0e}", "ok" if check.passed else f"FAILED {check.detail}")
+        console.print(checks)
+        if self.latency:
+            console.print("  ".join(f"{name}: {ms:.2f} ms" for name, ms in self.latency.items()))
+
+    # ------------------------------------------------------------------ HTML
+
+    def to_html(self) -> str:
+        """A page that needs nothing from the network."""
+        sections = [
+            f"<h1>Thresher: {html.escape(self.model)}</h1><p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
+            _html_sizes(self),
+            _html_latency(self),
+            _html_table("Validation", ("check", "error", "allowed", "result"),
+                        [(c.name, f"{c.error:.2e}", f"{c.tolerance:.0e}", "ok" if c.passed else f"failed: {c.detail}") for c in self.checks]),
+            _html_table("Passes", ("pass", "result", "kind", "rewrites", "refused", "float64 error", "seconds"),
+                        [(p.name, p.status + (f": {p.failure}" if p.failure else ""), p.preserves, len(p.rewrites), len(p.refusals),
+                          "" if p.error is None else f"{p.error:.1e}", f"{p.seconds:.2f}") for p in self.passes]),
+        ]  # fmt: skip
+        for record in self.passes:
+            for title, notes in (("what it changed", record.rewrites), ("what it refused, and why", record.refusals)):
+                if notes:
+                    rows = [(n.module, n.message, n.source) for n in notes]
+                    table = _html_table("", ("module", "note", "source"), rows)
+                    sections.append(f"<details><summary>{record.name}: {title} ({len(notes)})</summary>{table}</details>")
+        return f"<!doctype html><html lang=en><meta charset=utf-8><title>Thresher: {html.escape(self.model)}</title>{STYLE}{''.join(sections)}</html>"
+
+    def save_html(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_html())
+
+
+STYLE = """<style>
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#1b1f24;background:#fff}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{border-bottom:1px solid #d8dee4;padding:.25rem .8rem;text-align:left}
+th{background:#f6f8fa}.bar{display:grid;grid-template-columns:9rem 1fr 7rem;gap:.6rem;align-items:center;margin:.2rem 0}
+.bar i{display:block;height:1.1rem;background:#b6c2cf}.bar i.after{background:#1f7a4d}details{margin:.4rem 0}summary{cursor:pointer}
+</style>"""
+
+
+def _saved(before: float, after: float) -> str:
+    return f"{100 * (1 - after / before):.1f} %" if before else ""
+
+
+def _bar(label: str, value: float, largest: float, text: str, after: bool) -> str:
+    width = 100 * value / largest if largest else 0
+    return f'<div class=bar><span>{html.escape(label)}</span><i class="{"after" if after else ""}" style="width:{width:.1f}%"></i><span>{text}</span></div>'
+
+
+def _html_sizes(report: Report) -> str:
+    parts = ["<h2>Size and work</h2>"]
+    for label, name, unit, suffix in (("parameters", "parameters", 1e6, "M"), ("operations", "flops", 1e9, "GFLOP"), ("constants", "bytes", 1e6, "MB")):
+        a, b = getattr(report.before, name), getattr(report.after, name)
+        parts.append(_bar(f"{label} before", a, a, f"{a / unit:.2f} {suffix}", False))
+        parts.append(_bar("after", b, a, f"{b / unit:.2f} {suffix}", True))
+    return "".join(parts)
+
+
+def _html_latency(report: Report) -> str:
+    if not report.latency:
+        return ""
+    largest = max(report.latency.values())
+    bars = (_bar(name, ms, largest, f"{ms:.2f} ms", "thresher" in name.lower()) for name, ms in report.latency.items())
+    return "<h2>Latency (medians, interleaved)</h2>" + "".join(bars)
+
+
+def _html_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return (f"<h2>{html.escape(title)}</h2>" if title else "") + f"<table><tr>{head}</tr>{body}</table>"
+
+
+def open_null() -> Any:
+    """A file that swallows what a recording console prints."""
+    import io
+
+    return io.StringIO()
