@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -181,8 +182,9 @@ class _Build:
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
     def finish(self) -> Compiled:
+        before = dataclasses.replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
         report = Report(
-            self.captured.name, self.target, self.backend.name, _figures(self.captured), _figures(self.rewritten),
+            self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.records, self.checks, self.seconds,
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ R = relax.op
 Converter = Callable[[Importer, fx.Node], Any]
 SEMANTICS: dict[Any, Converter] = {}
 CPU_KERNELS: dict[Any, Converter] = {}
+PADDED = "padded"  # the block of a padding
 
 
 def converter_of(node: fx.Node, importer: Importer) -> Converter | None:
@@ -98,7 +99,19 @@ def _padded(importer: Importer, x: Any, padding: list[int]) -> Any:
     """[B, H, W, C] with zeros around the image."""
     if not any(padding):
         return x
-    return importer.emit_te("pad", lambda t: topi.nn.pad(t, (0, padding[0], padding[1], 0), (0, padding[0], padding[1], 0)), x)
+    return importer.emit_te("pad", lambda t: _pad(t, (0, padding[0], padding[1], 0), (0, padding[0], padding[1], 0), 0), x)
+
+
+def _pad(x: te.Tensor, before: Sequence[int], after: Sequence[int], fill: float) -> te.Tensor:
+    """``fill`` around ``x``."""
+    padded = [d for d in range(len(x.shape)) if before[d] or after[d]]
+
+    def element(*i: Any) -> Any:
+        place = [p - before[d] for d, p in enumerate(i)]
+        inside = [place[d] >= 0 for d in padded if before[d]] + [place[d] < x.shape[d] for d in padded if after[d]]
+        return tirx.if_then_else(te.all(*inside), x[tuple(place)], tirx.const(fill, x.dtype))
+
+    return te.compute([s + b + a for s, b, a in zip(x.shape, before, after)], element, name=PADDED)
 
 
 @cpu_kernel(ops.conv2d_nhwc.default)
@@ -152,7 +165,7 @@ def conv_transpose2d(importer: Importer, node: fx.Node) -> Any:
     def spread(t: te.Tensor) -> te.Tensor:
         wide = topi.nn.dilate(t, (1, stride[0], stride[1], 1))  # type: ignore[index]
         low, high = [max(b, 0) for b in before], [max(a, 0) for a in after]
-        wide = topi.nn.pad(wide, (0, *low, 0), (0, *high, 0))
+        wide = _pad(wide, (0, *low, 0), (0, *high, 0), 0)
         if min(before + after) >= 0:
             return wide
         h, w = (int(wide.shape[d + 1]) for d in (0, 1))
@@ -631,12 +644,12 @@ def full_like(importer: Importer, node: fx.Node) -> Any:
 def constant_pad(importer: Importer, node: fx.Node) -> Any:
     """Negative amounts crop."""
     x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0  # type: ignore[arg-type]
-    rank, dtype = len(shape_of(node)), _result_dtype(node)
+    rank = len(shape_of(node))
     pairs = [(0, 0)] * (rank - len(amounts) // 2) + [(amounts[i], amounts[i + 1]) for i in range(len(amounts) - 2, -1, -2)]
 
     def compute(t: te.Tensor) -> te.Tensor:
         if any(min(p) < 0 for p in pairs):
             t = topi.strided_slice(t, [max(-a, 0) for a, _ in pairs], [int(s) - max(-b, 0) for s, (_, b) in zip(t.shape, pairs)])
-        return topi.nn.pad(t, [max(a, 0) for a, _ in pairs], [max(b, 0) for _, b in pairs], tirx.const(fill, dtype))
+        return _pad(t, [max(a, 0) for a, _ in pairs], [max(b, 0) for _, b in pairs], fill)
 
     return importer.emit_te("pad", compute, importer.value(x))

@@ -54,13 +54,13 @@ class Importer:
         return self.builder.get(), [array for _, array in self.weights]
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
-        for source in node.all_input_nodes:  # stock converters look into env themselves
-            if source.op == "get_attr":
-                self.value(source)
         try:
             if convert is not None:
                 self.env[node] = convert(self, node)
                 return
+            for source in node.all_input_nodes:  # stock converters look into env themselves
+                if source.op == "get_attr":
+                    self.value(source)
             stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
             if stock is None:
                 raise BackendError(f"no TVM lowering for {node.target}")

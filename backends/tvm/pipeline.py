@@ -11,12 +11,13 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
+from thresher.backends.tvm.converters import PADDED
 from thresher.backends.tvm.kernels import attention, depthwise, gemm, generic, rows
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
 FUSABLE = {gemm.BLOCK, depthwise.BLOCK, f"{attention.PREFIX}mixed"}  # elementwise operators behind these become part of them
-OUT_ELEMENTWISE_FUSABLE = 4  # TVM's OpPatternKind
+INJECTIVE, OUT_ELEMENTWISE_FUSABLE = 2, 4  # TVM's OpPatternKind
 
 
 def block_names(function: tirx.PrimFunc) -> set[str]:
@@ -34,8 +35,11 @@ class MarkKernels:
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
         for name, function in list(mod.functions_items()):
-            if isinstance(function, tirx.PrimFunc) and block_names(function) & FUSABLE:
+            blocks = block_names(function) if isinstance(function, tirx.PrimFunc) else set()
+            if blocks & FUSABLE:
                 mod.update_func(name, function.with_attr("op_pattern", OUT_ELEMENTWISE_FUSABLE))
+            elif blocks == {PADDED}:  # one that pads at the end only looks elementwise, but has another shape
+                mod.update_func(name, function.with_attr("op_pattern", INJECTIVE))
         return mod
 
 

@@ -30,10 +30,15 @@ class EvaluateConstants(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         values: dict[fx.Node, object] = {}
+        same: dict[tuple, fx.Node] = {}  # one constant for equal calls: a mask is multiplied anew at each use of its layer
         for node in list(work.graph.nodes):
             if node.op == "get_attr":
                 values[node] = work.constants[node.target]
             elif node.op == "call_function" and self.evaluable(node, values):
+                first = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    continue
                 args, kwargs = fx.node.map_aggregate(
                     (node.args, node.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else a
                 )

@@ -1,0 +1,30 @@
+# Everything a fresh machine needs: `make demo` and `make test` make their own environment first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4
+	$(BIN)/python -m pip install --quiet -e '.[models,test]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/thresher demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/zoo.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

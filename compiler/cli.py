@@ -1,0 +1,161 @@
+"""``thresher build | inspect | validate | passes | demo``: the ahead-of-time face."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import thresher
+from thresher.errors import ThresherError
+from thresher.pass_manager import registered_passes
+from thresher.passes import pipelines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; errors of ours are one line on standard error and exit code 1."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except ThresherError as error:
+        print(f"thresher: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="thresher", description=thresher.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    build = commands.add_parser("build", help="compile a model into an artifact that loads without its code")
+    build.add_argument("model", help="package.module:function (returns a module, or a module and its example inputs), or a .pt2 file")
+    build.add_argument("--input", action="append", default=[], metavar="SHAPE", help="example input: 1x3x224x224, or 1x128:int64 for zeros of a dtype; repeat for more")
+    build.add_argument("--target", help="cpu, cpu:<llvm name>, cuda:sm_NN; default: the GPU if there is one, else this CPU")
+    build.add_argument("--passes", default="exact", help=f"a pipeline ({', '.join(pipelines.NAMED)}) or passes separated by ';', options in braces")
+    build.add_argument("--validate", default="error", choices=("error", "warn", "off"))
+    build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    build.add_argument("-o", "--output", default="model.thresher")
+    build.set_defaults(run=_build)
+
+    inspect = commands.add_parser("inspect", help="show what an artifact holds, or what the passes would do to a model")
+    inspect.add_argument("what", help="an artifact, or a model as for build")
+    inspect.add_argument("--input", action="append", default=[], metavar="SHAPE")
+    inspect.add_argument("--passes", default="exact")
+    inspect.add_argument("--graph", action="store_true", help="print the rewritten graph")
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+    inspect.set_defaults(run=_inspect)
+
+    validate = commands.add_parser("validate", help="let an artifact prove itself on this machine")
+    validate.add_argument("artifact")
+    validate.set_defaults(run=_validate)
+
+    passes = commands.add_parser("passes", help="list all passes with their options")
+    passes.set_defaults(run=_passes)
+
+    demo = commands.add_parser("demo", help="prune, fold, compile and check a real pretrained model")
+    demo.add_argument("--amount", type=float, default=0.3, help="fraction of the hidden channels to prune")
+    demo.add_argument("--directory", default=".", help="where model.thresher and report.html go")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def load_model(spec: str, shapes: list[str]) -> tuple[Any, tuple]:
+    """The model behind a command-line spec, and its example inputs."""
+    inputs = tuple(example(s) for s in shapes)
+    if spec.endswith(".pt2"):
+        return spec, inputs
+    module_name, colon, attribute = spec.partition(":")
+    if not colon:
+        raise ThresherError(f"cannot read {spec!r}: give package.module:function or a .pt2 file")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ThresherError(f"cannot import {spec!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    made = made() if not isinstance(made, torch.nn.Module) else made
+    if isinstance(made, tuple):
+        model, example_inputs = made
+        return model, inputs or tuple(example_inputs)
+    if not inputs:
+        raise ThresherError(f"{spec} returned a module without example inputs; describe them with --input")
+    return made, inputs
+
+
+def example(text: str) -> torch.Tensor:
+    """``1x3x8x8`` -> a random float tensor; ``1x16:int64`` -> zeros."""
+    shape, _, dtype_name = text.partition(":")
+    dtype = getattr(torch, dtype_name or "float32", None)
+    try:
+        size = [int(d) for d in shape.split("x")]
+    except ValueError as error:
+        raise ThresherError(f"cannot read the input {text!r}: write sizes like 1x3x224x224, and a dtype after a colon") from error
+    if not isinstance(dtype, torch.dtype):
+        raise ThresherError(f"unknown dtype {dtype_name!r} in the input {text!r}")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+
+
+def split_passes(text: str) -> str | list[str]:
+    return [p for p in text.split(";") if p] if ";" in text or text not in pipelines.NAMED else text
+
+
+def _build(options: argparse.Namespace) -> int:
+    model, inputs = load_model(options.model, options.input)
+    compiled = thresher.compile(model, inputs, target=options.target, passes=split_passes(options.passes), validate=options.validate)
+    compiled.save(options.output)
+    if options.html:
+        compiled.report.save_html(options.html)
+    compiled.report.print()
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if Path(options.what).suffix == ".thresher" or (Path(options.what).is_file() and not options.what.endswith(".pt2")):
+        compiled = thresher.load(options.what)
+        print(compiled.report.to_json() if options.json else compiled.text if options.graph else json.dumps(compiled.signature.to_json(), indent=1))
+        if not options.json and not options.graph:
+            compiled.report.print()
+        return 0
+    model, inputs = load_model(options.what, options.input)
+    compiled = thresher.compile(model, inputs, target="cpu", backend="eager", passes=split_passes(options.passes))
+    if options.json or options.graph:
+        print(compiled.report.to_json() if options.json else compiled.text)
+        return 0
+    compiled.report.print()
+    for record in compiled.report.passes:
+        for kind, notes in (("rewrote", record.rewrites), ("refused", record.refusals)):
+            for note in notes:
+                print(f"{record.name} {kind} {note.module}: {note.message}")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    for check in thresher.load(options.artifact).validate():
+        print(f"{check.name}: relative error {check.error:.2e}, allowed {check.tolerance:.0e}: ok")
+    return 0
+
+
+def _passes(options: argparse.Namespace) -> int:
+    for name, cls in registered_passes().items():
+        fields = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+        print(f"{name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]\n    {(cls.__doc__ or '').strip().splitlines()[0]}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from thresher.models.demo import run
+
+    return run(options.amount, Path(options.directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
