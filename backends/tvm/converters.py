@@ -25,7 +25,6 @@ R = relax.op
 Converter = Callable[[Importer, fx.Node], Any]
 SEMANTICS: dict[Any, Converter] = {}
 CPU_KERNELS: dict[Any, Converter] = {}
-PADDED = "padded"  # the block of a padding
 
 
 def converter_of(node: fx.Node, importer: Importer) -> Converter | None:
@@ -105,13 +104,15 @@ def _padded(importer: Importer, x: Any, padding: list[int]) -> Any:
 def _pad(x: te.Tensor, before: Sequence[int], after: Sequence[int], fill: float) -> te.Tensor:
     """``fill`` around ``x``."""
     padded = [d for d in range(len(x.shape)) if before[d] or after[d]]
+    if not padded:
+        return x
 
     def element(*i: Any) -> Any:
         place = [p - before[d] for d, p in enumerate(i)]
         inside = [place[d] >= 0 for d in padded if before[d]] + [place[d] < x.shape[d] for d in padded if after[d]]
         return tirx.if_then_else(te.all(*inside), x[tuple(place)], tirx.const(fill, x.dtype))
 
-    return te.compute([s + b + a for s, b, a in zip(x.shape, before, after)], element, name=PADDED)
+    return te.compute([s + b + a for s, b, a in zip(x.shape, before, after)], element, name="padded")
 
 
 @cpu_kernel(ops.conv2d_nhwc.default)
@@ -513,7 +514,12 @@ def celu(importer: Importer, node: fx.Node) -> Any:
 @semantics(aten.softplus.default)
 def softplus(importer: Importer, node: fx.Node) -> Any:
     beta, threshold = float(argument(node, 1, "beta", 1)), float(argument(node, 2, "threshold", 20))
-    return _smooth(importer, node, lambda x, exp: tirx.Select(x * _c(beta, x) > _c(threshold, x), x, te.log1p(exp(x * _c(beta, x))) * _c(1 / beta, x)))
+    return _smooth(importer, node, lambda x, exp: tirx.Select(x * _c(beta, x) > _c(threshold, x), x, _log1p(exp(x * _c(beta, x))) * _c(1 / beta, x)))
+
+
+def _log1p(e: Any) -> Any:
+    """log(1 + e) for e >= 0."""
+    return tirx.Select(e < _c(1e-4, e), e - e * e * _c(0.5, e), te.log(_c(1.0, e) + e))
 
 
 @semantics(aten.mish.default)
@@ -653,3 +659,82 @@ def constant_pad(importer: Importer, node: fx.Node) -> Any:
         return _pad(t, [max(a, 0) for a, _ in pairs], [max(b, 0) for _, b in pairs], fill)
 
     return importer.emit_te("pad", compute, importer.value(x))
+
+
+@semantics(aten.min.dim, aten.max.dim)
+def extremum_with_place(importer: Importer, node: fx.Node) -> Any:
+    """(values, indices); the index is that of the first extremum."""
+    x, dim, keepdim = importer.value(node.args[0]), node.args[1], bool(argument(node, 2, "keepdim", False))
+    value, place = (R.min, R.argmin) if node.target is aten.min.dim else (R.max, R.argmax)
+    return importer.emit(value(x, [dim], keepdim)), importer.emit(place(x, dim, keepdim))
+
+
+@semantics(aten.prod.dim_int)
+def product_over(importer: Importer, node: fx.Node) -> Any:
+    value = _cast(importer, importer.value(node.args[0]), _result_dtype(node))
+    return importer.emit(R.prod(value, [node.args[1]], bool(argument(node, 2, "keepdim", False))))
+
+
+@semantics(aten.group_norm.default)
+def group_norm(importer: Importer, node: fx.Node) -> Any:
+    x, groups, channels = node.args[0], node.args[1], _sizes(node)[1]
+    weight, bias, epsilon = argument(node, 2, "weight"), argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
+    dtype = np.dtype(_result_dtype(node))
+    w = importer.weight(np.ones(channels, dtype), ("ones", channels, dtype)) if weight is None else importer.value(weight)
+    b = importer.weight(np.zeros(channels, dtype), ("zeros", channels, dtype)) if bias is None else importer.value(bias)
+    return importer.emit(R.nn.group_norm(importer.value(x), w, b, groups, 1, list(range(2, len(_sizes(node)))), epsilon))
+
+
+@semantics(aten.pixel_shuffle.default)
+def pixel_shuffle(importer: Importer, node: fx.Node) -> Any:
+    """[.., C r r, H, W] -> [.., C, H r, W r]."""
+    r, (*lead, channels, height, width) = int(node.args[1]), _sizes(node.args[0])  # type: ignore[arg-type,call-overload]
+    n = len(lead)
+    value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels // (r * r), r, r, height, width)))
+    return importer.emit(R.reshape(importer.emit(R.permute_dims(value, [*range(n), n, n + 3, n + 1, n + 4, n + 2])), _sizes(node)))
+
+
+@semantics(aten.pixel_unshuffle.default)
+def pixel_unshuffle(importer: Importer, node: fx.Node) -> Any:
+    """[.., C, H r, W r] -> [.., C r r, H, W]."""
+    r, (*lead, channels, height, width) = int(node.args[1]), _sizes(node.args[0])  # type: ignore[arg-type,call-overload]
+    n = len(lead)
+    value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels, height // r, r, width // r, r)))
+    return importer.emit(R.reshape(importer.emit(R.permute_dims(value, [*range(n), n, n + 2, n + 4, n + 1, n + 3])), _sizes(node)))
+
+
+@semantics(aten.upsample_nearest2d.vec)
+def resize_nearest(importer: Importer, node: fx.Node) -> Any:
+    """Pixel floor(place * in / out), in float32 as torch computes it."""
+    ratios = _ratios(node, argument(node, 2, "scale_factors"))
+    picks = [np.minimum((np.arange(out, dtype=np.float32) * ratio).astype(np.int64), size - 1) for out, size, ratio in ratios]
+    rows_, columns = (importer.weight(p, ("nearest", node, d)) for d, p in enumerate(picks))
+    return importer.emit(R.take(importer.emit(R.take(importer.value(node.args[0]), rows_, axis=2)), columns, axis=3))
+
+
+@semantics(aten.upsample_bilinear2d.vec)
+def resize_bilinear(importer: Importer, node: fx.Node) -> Any:
+    """Two neighbours per axis, weighted by distance; the tables are made here, in float32 as torch computes them."""
+    corners = bool(node.args[2])
+    value, dtype = importer.value(node.args[0]), _result_dtype(node)
+    for axis, (out, size, ratio) in enumerate(_ratios(node, argument(node, 3, "scale_factors"))):
+        place = np.arange(out, dtype=np.float32)
+        if corners:
+            place = place * np.float32((size - 1) / (out - 1) if out > 1 else 0)
+        else:
+            place = np.maximum((place + np.float32(0.5)) * ratio - np.float32(0.5), 0)
+        low = np.minimum(place.astype(np.int64), size - 1)
+        part = (place - low).astype(np.float32).reshape([-1 if d == axis + 2 else 1 for d in range(4)])
+        low_index = importer.weight(low, ("low", node, axis))
+        high_index = importer.weight(np.minimum(low + 1, size - 1), ("high", node, axis))
+        weight = _cast(importer, importer.weight(part, ("part", node, axis)), dtype)
+        near, far = (importer.emit(R.take(value, i, axis=axis + 2)) for i in (low_index, high_index))
+        value = importer.emit(R.add(near, importer.emit(R.multiply(importer.emit(R.subtract(far, near)), weight))))
+    return value
+
+
+def _ratios(node: fx.Node, factors: Any) -> list[tuple[int, int, np.float32]]:
+    """Per spatial axis: result size, argument size, argument pixels per result pixel."""
+    before, after = _sizes(node.args[0])[2:], _sizes(node)[2:]
+    given = factors or (None, None)
+    return [(o, s, np.float32(1.0 / f) if f else np.float32(s) / np.float32(o)) for o, s, f in zip(after, before, given)]

@@ -11,13 +11,12 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from thresher.backends.tvm.converters import PADDED
 from thresher.backends.tvm.kernels import attention, depthwise, gemm, generic, rows
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
 FUSABLE = {gemm.BLOCK, depthwise.BLOCK, f"{attention.PREFIX}mixed"}  # elementwise operators behind these become part of them
-INJECTIVE, OUT_ELEMENTWISE_FUSABLE = 2, 4  # TVM's OpPatternKind
+INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
 
 
 def block_names(function: tirx.PrimFunc) -> set[str]:
@@ -31,41 +30,47 @@ def block_names(function: tirx.PrimFunc) -> set[str]:
 
 @tvm.transform.module_pass(opt_level=0, name="MarkKernels")
 class MarkKernels:
-    """Our kernels take elementwise epilogues; TVM's analysis, which sees several stages, would call them opaque."""
+    """Correct what TVM's analysis says of a kernel before operators are fused.
+
+    Ours take elementwise epilogues, but have several stages and would pass for opaque. A padding or a slice at the end reads and writes
+    the same indices and would pass for elementwise, but changes the shape.
+    """
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
         for name, function in list(mod.functions_items()):
-            blocks = block_names(function) if isinstance(function, tirx.PrimFunc) else set()
-            if blocks & FUSABLE:
+            if not isinstance(function, tirx.PrimFunc):
+                continue
+            if block_names(function) & FUSABLE:
                 mod.update_func(name, function.with_attr("op_pattern", OUT_ELEMENTWISE_FUSABLE))
-            elif blocks == {PADDED}:  # one that pads at the end only looks elementwise, but has another shape
+            elif int(function.attrs.get("op_pattern", OPAQUE)) < INJECTIVE and not _keeps_shape(function):
                 mod.update_func(name, function.with_attr("op_pattern", INJECTIVE))
         return mod
 
 
-@tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
-class ScheduleKernels:
-    """Give every kernel its schedule, by the blocks it holds."""
+def _keeps_shape(function: tirx.PrimFunc) -> bool:
+    """Whether every argument broadcasts to the result, which is the last parameter."""
+    *inputs, output = [[str(d) for d in p.ty.shape] for p in function.params if hasattr(p.ty, "shape")]
+    return all(have in ("1", want) for shape in inputs for have, want in zip(reversed(shape), reversed(output)))
 
-    def __init__(self, machine: Machine):
-        self.machine = machine
 
-    def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
-        for name, function in list(mod.functions_items()):
-            if isinstance(function, tirx.PrimFunc) and not function.attrs.get("tirx.is_scheduled", False):
-                mod.update_func(name, self.scheduled(str(name.name_hint), function))
-        return mod
-
-    def scheduled(self, name: str, function: tirx.PrimFunc) -> tirx.PrimFunc:
-        blocks = block_names(function)
-        if not blocks:
-            return function
+def schedule_kernels(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
+    """Give every kernel its schedule, by the blocks it holds. Not a TVM pass: an error must reach the caller as ours."""
+    scheduled = {}
+    for name, function in mod.functions_items():
+        blocks = block_names(function) if isinstance(function, tirx.PrimFunc) else set()
+        if not blocks or function.attrs.get("tirx.is_scheduled", False):
+            continue
         schedule = s_tir.Schedule(function)
         try:
-            family(blocks)(schedule, self.machine)
+            family(blocks)(schedule, machine)
         except Exception as error:
-            raise BackendError(f"cannot schedule kernel {name}: {error}") from error
-        return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BackendError(f"cannot schedule kernel {name.name_hint}: {reason[0]} ... {reason[-1]}") from error
+        scheduled[name] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    mod = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    for name, function in scheduled.items():
+        mod.update_func(name, function)
+    return mod
 
 
 def family(blocks: set[str]) -> Any:
@@ -86,18 +91,17 @@ def build(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None)
     if machine is None:
         with target, tvm.transform.PassContext(opt_level=3):
             return tvm.compile(mod, target)
-    backend = relax.backend.cpu_generic.pipeline
-    phases = [
-        *backend.library_dispatch_passes(target),
+    stock = relax.backend.cpu_generic.pipeline
+    fuse = [
+        *stock.library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         MarkKernels(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
-        ScheduleKernels(machine),
-        *backend.dataflow_lower_passes(target),
-        *backend.finalize_passes(target),
     ]
+    finish = tvm.transform.Sequential([*stock.dataflow_lower_passes(target), *stock.finalize_passes(target)])
     with target, tvm.transform.PassContext(opt_level=3):
-        return tvm.compile(mod, target, relax_pipeline=tvm.transform.Sequential(phases))
+        mod = schedule_kernels(tvm.transform.Sequential(fuse)(mod), machine)
+        return tvm.compile(mod, target, relax_pipeline=finish)

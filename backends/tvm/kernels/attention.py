@@ -107,10 +107,10 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.reorder(b, h, i, fo, row, fi)
     tile = sch.fuse(b, h, i)
     sch.parallel(tile)
-    sch.compute_at(own["mixed"], fo)
+    sch.compute_at(own["mixed"], fo, preserve_unit_loops=True)
     _register_product(sch, own["mixed"], machine)
     for name in ("inverse", "sum", "sum_parts", "weights", "top", "top_parts", "scores"):
-        sch.compute_at(own[name], tile)
+        sch.compute_at(own[name], tile, preserve_unit_loops=True)
     sch.set_scope(own["inverse"], 0, "local")
     for name in ("sum_parts", "top_parts"):
         *_, lane, part = sch.get_loops(own[name])
@@ -122,7 +122,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     *_, row, s = sch.get_loops(own["scores"])
     so, si = sch.split(s, [None, int(sch.get(own["keys"]).writes[0].source.shape[-1])])
     sch.reorder(so, row, si)
-    sch.compute_at(own["products"], so)
+    sch.compute_at(own["products"], so, preserve_unit_loops=True)
     _register_product(sch, own["products"], machine)
     _, lane = sch.split(si, [None, machine.lanes])
     sch.vectorize(lane)

@@ -41,7 +41,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     c, lane = sch.split(c, [None, machine.lanes])
     sch.reorder(b, y, x, c, pixel, lane)
     sch.parallel(sch.fuse(b, y))
-    sch.compute_at(conv, c)
+    sch.compute_at(conv, c, preserve_unit_loops=True)
     if not alone:
         sch.set_scope(conv, 0, "local")
     *spatial, i, j = sch.get_loops(conv)

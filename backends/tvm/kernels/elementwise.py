@@ -51,7 +51,8 @@ def exp(x: Any) -> Any:
 def erf(x: Any) -> Any:
     y = _clamp(x, -4.0, 4.0)
     s = y * y
-    return y * _horner(s, ERF_P) / _horner(s, ERF_Q)
+    inner = y * _horner(s, ERF_P) / _horner(s, ERF_Q)
+    return tirx.Select(x <= _f(-4.0), _f(-1.0), tirx.Select(x >= _f(4.0), _f(1.0), inner))
 
 
 def tanh(x: Any) -> Any:

@@ -80,7 +80,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.parallel(row)
     stages = [b for b, name in zip(blocks[:-1], names[:-1]) if name.startswith(PREFIX)]
     for block in reversed(stages):
-        sch.compute_at(block, row)
+        sch.compute_at(block, row, preserve_unit_loops=True)
         sch.set_scope(block, 0, "local")
     for block, name in zip(blocks[:-1], names[:-1]):
         if name.startswith(PREFIX) and name.endswith("_parts"):
