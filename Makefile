@@ -21,7 +21,11 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/ruff format --check .
+	# mypy follows no package-dir mapping: show it the package as it is installed
+	mkdir -p build/types/thresher
+	ln -sfn $(CURDIR)/compiler/* $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/models build/types/thresher/
+	MYPYPATH=build/types $(BIN)/mypy -p thresher
 
 bench: $(READY)
 	$(BIN)/python benchmarks/zoo.py

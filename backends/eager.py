@@ -19,7 +19,9 @@ class EagerLowered(Lowered):
         return self.program.run(*inputs)
 
     def save(self, directory: Path) -> dict[str, Any]:
-        raise BackendError("the eager backend has nothing to save: it runs the captured program in torch; use backend='tvm'")
+        raise BackendError(
+            "the eager backend has nothing to save: it runs the captured program in torch; use backend='tvm'"
+        )
 
 
 class EagerBackend(Backend):

@@ -5,7 +5,7 @@
 >>> compiled.save("model.thresher"); thresher.load("model.thresher")(x)
 """
 
-import thresher.ops
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.artifact import load
 from thresher.capture import capture
 from thresher.compiled import Compiled

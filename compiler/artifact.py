@@ -92,7 +92,12 @@ def load(path: str | Path) -> Compiled:
     report = Report.from_json(members["report.json"].decode())
     signature = Signature.from_json(manifest["signature"])
     tensors = load_tensors(members["proof.safetensors"])
-    proof = Proof(*([tensors[v["tensor"]] if "tensor" in v else v["value"] for v in manifest["proof"][side]] for side in ("inputs", "outputs")))
+    proof = Proof(
+        *(
+            [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in manifest["proof"][side]]
+            for side in ("inputs", "outputs")
+        )
+    )
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
         for name in ("model.so", "weights.safetensors"):
             (Path(folder) / name).write_bytes(members[name])
@@ -116,7 +121,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             if len(names) != len(set(names)) or set(names) != MEMBERS | {"manifest.json"}:
                 raise ArtifactError(f"{path} is damaged: its members are {sorted(names)}")
             members = {name: package.read(name) for name in MEMBERS}
-    except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, json.JSONDecodeError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise ArtifactError(f"{path} is damaged or not a Thresher artifact: {error}") from error
     for name, data in members.items():
         if _hash(data) != manifest["hashes"].get(name):
@@ -128,7 +141,9 @@ def _check_manifest(path: Path, manifest: Any) -> None:
     if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
         raise ArtifactError(f"{path} is not a Thresher artifact")
     if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
-        raise ArtifactError(f"{path} has format {manifest.get('format')}; this library reads up to {FORMAT}: update thresher, or build it again")
+        raise ArtifactError(
+            f"{path} has format {manifest.get('format')}; this library reads up to {FORMAT}: update thresher, or build it again"
+        )
     needed = {"versions", "backend", "target", "signature", "lowered", "proof", "hashes"}
     if missing := needed - manifest.keys():
         raise ArtifactError(f"{path} is damaged: its manifest lacks {sorted(missing)}")
@@ -138,12 +153,17 @@ def _check_fit(path: Path, manifest: dict[str, Any]) -> None:
     """The code must fit the runtime and the CPU that are here."""
     built, here = manifest["versions"], _versions()
     if built["tvm"] != here["tvm"]:
-        raise ArtifactError(f"{path} was built with TVM {built['tvm']}, here is {here['tvm']}; install that version or build it again")
+        raise ArtifactError(
+            f"{path} was built with TVM {built['tvm']}, here is {here['tvm']}; install that version or build it again"
+        )
     if built["machine"] != here["machine"]:
         raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
     cpu = manifest["lowered"].get("cpu", "")
     if missing := _missing_features(cpu):
-        raise ArtifactError(f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: build it for target 'cpu:x86-64-v3' or on this machine")
+        raise ArtifactError(
+            f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
+            "build it for target 'cpu:x86-64-v3' or on this machine"
+        )
 
 
 def _missing_features(cpu: str) -> list[str]:
@@ -157,7 +177,12 @@ def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    return {"thresher": version("thresher"), "tvm": version("apache-tvm"), "torch": torch.__version__, "machine": platform.machine()}
+    return {
+        "thresher": version("thresher"),
+        "tvm": version("apache-tvm"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
 
 
 def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:

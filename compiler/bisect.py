@@ -33,12 +33,12 @@ def first_wrong_operator(program: Program, backend: Backend, target: str) -> str
 
 def isolate(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Program, list[Any]]:
     """A program that computes ``node`` only, with what it reads as inputs, and those inputs."""
-    graph, mapping, inputs = fx.Graph(), {}, []  # type: tuple[fx.Graph, dict[fx.Node, fx.Node], list[Any]]
+    graph, mapping, inputs = fx.Graph(), {}, []
     constants: dict[str, Tensor] = {}
     for source in node.all_input_nodes:
         if source.op == "get_attr":
             mapping[source] = graph.node_copy(source)
-            constants[source.target] = program.constants[source.target]  # type: ignore[index]
+            constants[source.target] = program.constants[source.target]
         else:
             mapping[source] = graph.placeholder(source.name)
             mapping[source].meta.update(source.meta)

@@ -23,12 +23,56 @@ from thresher.errors import CaptureError
 from thresher.program import Program, copy_origin
 
 KEPT_WHOLE = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding
-    scaled_dot_product_attention layer_norm group_norm instance_norm rms_norm batch_norm
-    silu hardswish hardsigmoid relu6 softmax log_softmax gelu elu selu celu mish leaky_relu softplus prelu threshold
-    matmul max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d im2col col2im pixel_shuffle
-    pixel_unshuffle channel_shuffle""".split()
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "linear",
+        "bilinear",
+        "embedding",
+        "scaled_dot_product_attention",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "rms_norm",
+        "batch_norm",
+        "silu",
+        "hardswish",
+        "hardsigmoid",
+        "relu6",
+        "softmax",
+        "log_softmax",
+        "gelu",
+        "elu",
+        "selu",
+        "celu",
+        "mish",
+        "leaky_relu",
+        "softplus",
+        "prelu",
+        "threshold",
+        "matmul",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "im2col",
+        "col2im",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+    ]
 )
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -68,7 +112,9 @@ def capture(
         if args or kwargs:
             exported._example_inputs = (tuple(args), dict(kwargs or {}))
     else:
-        raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram or a .pt2 path")
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram or a .pt2 path"
+        )
     with _quiet():
         exported = exported.run_decompositions(_decompositions())
     return _from_exported(exported, name)

@@ -34,10 +34,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     build = commands.add_parser("build", help="compile a model into an artifact that loads without its code")
-    build.add_argument("model", help="package.module:function (returns a module, or a module and its example inputs), or a .pt2 file")
-    build.add_argument("--input", action="append", default=[], metavar="SHAPE", help="example input: 1x3x224x224, or 1x128:int64 for zeros of a dtype; repeat for more")
-    build.add_argument("--target", help="cpu, cpu:<llvm name>, cuda:sm_NN; default: the GPU if there is one, else this CPU")
-    build.add_argument("--passes", default="exact", help=f"a pipeline ({', '.join(pipelines.NAMED)}) or passes separated by ';', options in braces")
+    build.add_argument(
+        "model", help="package.module:function (returns a module, or a module and its example inputs), or a .pt2 file"
+    )
+    build.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="example input: 1x3x224x224, or 1x128:int64 for zeros of a dtype; repeat for more",
+    )
+    build.add_argument(
+        "--target", help="cpu, cpu:<llvm name>, cuda:sm_NN; default: the GPU if there is one, else this CPU"
+    )
+    build.add_argument(
+        "--passes",
+        default="exact",
+        help=f"a pipeline ({', '.join(pipelines.NAMED)}) or passes separated by ';', options in braces",
+    )
     build.add_argument("--validate", default="error", choices=("error", "warn", "off"))
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("-o", "--output", default="model.thresher")
@@ -96,11 +110,15 @@ def example(text: str) -> torch.Tensor:
     try:
         size = [int(d) for d in shape.split("x")]
     except ValueError as error:
-        raise ThresherError(f"cannot read the input {text!r}: write sizes like 1x3x224x224, and a dtype after a colon") from error
+        raise ThresherError(
+            f"cannot read the input {text!r}: write sizes like 1x3x224x224, and a dtype after a colon"
+        ) from error
     if not isinstance(dtype, torch.dtype):
         raise ThresherError(f"unknown dtype {dtype_name!r} in the input {text!r}")
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+    return (
+        torch.randn(size, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+    )
 
 
 def split_passes(text: str) -> str | list[str]:
@@ -109,7 +127,9 @@ def split_passes(text: str) -> str | list[str]:
 
 def _build(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input)
-    compiled = thresher.compile(model, inputs, target=options.target, passes=split_passes(options.passes), validate=options.validate)
+    compiled = thresher.compile(
+        model, inputs, target=options.target, passes=split_passes(options.passes), validate=options.validate
+    )
     compiled.save(options.output)
     if options.html:
         compiled.report.save_html(options.html)
@@ -121,7 +141,13 @@ def _build(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     if Path(options.what).suffix == ".thresher" or (Path(options.what).is_file() and not options.what.endswith(".pt2")):
         compiled = thresher.load(options.what)
-        print(compiled.report.to_json() if options.json else compiled.text if options.graph else json.dumps(compiled.signature.to_json(), indent=1))
+        print(
+            compiled.report.to_json()
+            if options.json
+            else compiled.text
+            if options.graph
+            else json.dumps(compiled.signature.to_json(), indent=1)
+        )
         if not options.json and not options.graph:
             compiled.report.print()
         return 0
@@ -147,7 +173,9 @@ def _validate(options: argparse.Namespace) -> int:
 def _passes(options: argparse.Namespace) -> int:
     for name, cls in registered_passes().items():
         fields = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
-        print(f"{name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]\n    {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print(
+            f"{name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]\n    {(cls.__doc__ or '').strip().splitlines()[0]}"
+        )
     return 0
 
 

@@ -45,7 +45,9 @@ class Compiled:
         outputs = self.signature.with_literals(self.lowered.run(self.signature.check(self.proof.inputs)))
         checks = [check_outputs("compiled = eager, stored probe", self.proof.outputs, outputs)]
         if failed := [c for c in checks if not c.passed]:
-            raise ValidationError("; ".join(f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed))
+            raise ValidationError(
+                "; ".join(f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed)
+            )
         return checks
 
     def save(self, path: str | Path) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from thresher.progress import Progress, show_progress
 from thresher.report import Check, Figures, Report
 from thresher.validation import probes
 
-Model = nn.Module | ExportedProgram | str | os.PathLike
+Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike
 Passes = str | Sequence[str | Pass]
 Validate = Literal["error", "warn", "off"]
 
@@ -97,7 +97,11 @@ def resolve_passes(passes: Passes) -> list[str | Pass]:
     """A pipeline by name, or the passes as given."""
     if isinstance(passes, str):
         return list(pipelines.NAMED[passes]) if passes in pipelines.NAMED else [passes]
-    return [p for item in passes for p in (pipelines.NAMED[item] if isinstance(item, str) and item in pipelines.NAMED else [item])]
+    return [
+        p
+        for item in passes
+        for p in (pipelines.NAMED[item] if isinstance(item, str) and item in pipelines.NAMED else [item])
+    ]
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -160,7 +164,12 @@ class _Build:
         self._timed("validate", start)
         failed = [c for c in self.checks if not c.passed]
         if failed and mode == "error":
-            raise ValidationError("\n".join([f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed] + [self._suspect()]))
+            raise ValidationError(
+                "\n".join(
+                    [f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed]
+                    + [self._suspect()]
+                )
+            )
         if failed:
             import warnings
 
@@ -170,7 +179,9 @@ class _Build:
         """The model itself on flat inputs; the captured program where there is no module to call."""
         if not isinstance(self.model, nn.Module):
             return self.captured.run(*flat)
-        args, kwargs = torch.utils._pytree.tree_unflatten([v.clone() if isinstance(v, Tensor) else v for v in flat], self.captured.in_spec)
+        args, kwargs = torch.utils._pytree.tree_unflatten(
+            [v.clone() if isinstance(v, Tensor) else v for v in flat], self.captured.in_spec
+        )
         with eval_mode(self.model), torch.no_grad():
             return torch.utils._pytree.tree_leaves(self.model(*args, **kwargs))
 

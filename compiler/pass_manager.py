@@ -84,7 +84,7 @@ def register_pass(cls: type[Pass]) -> type[Pass]:
     """Class decorator: make a pass available by its name."""
     if not cls.name:
         raise PassError(f"{cls.__name__} has no name; give it a class-level `name: ClassVar[str]`")
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009
         raise PassError(f"pass {cls.name!r} must be a frozen dataclass: its fields are its options")
     known = _REGISTRY.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
@@ -201,14 +201,18 @@ class PassManager:
             program = after
         return program
 
-    def _apply(self, item: Pass, program: Program, context: Context, before: Observed | None) -> tuple[PassRecord, Program]:
+    def _apply(
+        self, item: Pass, program: Program, context: Context, before: Observed | None
+    ) -> tuple[PassRecord, Program]:
         fingerprint = _fingerprint(program)
         record = PassRecord(item.name, 0.0, "unchanged", preserves=item.preserves)
         try:
             result = item.apply(program, context)
             record.rewrites, record.refusals = result.rewrites, result.refusals
             if _fingerprint(program) != fingerprint:
-                raise ProgramError(f"pass {item.name!r} changed the program it was given; it must work on program.clone()")
+                raise ProgramError(
+                    f"pass {item.name!r} changed the program it was given; it must work on program.clone()"
+                )
             if not result.rewrites:
                 return record, program
             result.program.verify()

@@ -90,7 +90,7 @@ class Program:
     @property
     def output_nodes(self) -> list[Any]:
         """The flat outputs: nodes, or literals where the model returns them."""
-        return list(self.output.args[0])  # type: ignore[arg-type]
+        return list(self.output.args[0])
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
         """Every ``call_function`` node, or only those of the given operators."""
@@ -124,7 +124,9 @@ class Program:
     def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
         return pytree.tree_unflatten(list(leaves), self.out_spec)
 
-    def run(self, *flat: Any, dtype: torch.dtype | None = None, watch: Callable[[fx.Node, Any], None] | None = None) -> list[Any]:
+    def run(
+        self, *flat: Any, dtype: torch.dtype | None = None, watch: Callable[[fx.Node, Any], None] | None = None
+    ) -> list[Any]:
         """Run on flat inputs and return the flat outputs.
 
         ``dtype`` evaluates the whole program in that floating dtype (float64 for proofs): floating inputs, constants and
@@ -140,14 +142,17 @@ class Program:
 
     def clone(self) -> Program:
         """A copy whose graph can be edited freely; constant tensors are shared and must never be written in place."""
-        graph, mapping = fx.Graph(), {}  # type: tuple[fx.Graph, dict[fx.Node, fx.Node]]
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         return Program(
             graph, dict(self.constants), self.in_spec, self.out_spec, self.probe, self.name, dict(self.notes)
         )
 
-    def add_constant(self, value: Tensor, name: str, dtype: torch.dtype | None = None, like: fx.Node | None = None) -> fx.Node:
+    def add_constant(
+        self, value: Tensor, name: str, dtype: torch.dtype | None = None, like: fx.Node | None = None
+    ) -> fx.Node:
         """A ``get_attr`` node, placed before all calls, for a new constant declared as ``dtype`` (default: its own)."""
         name = self.fresh_name(name)
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
@@ -171,9 +176,11 @@ class Program:
     def set_fake(self, node: fx.Node, dtype: torch.dtype) -> None:
         """Write the metadata of a ``get_attr`` node from its constant."""
         with self.fake_mode:
-            node.meta["val"] = torch.empty(self.constants[node.target].shape, dtype=dtype)  # type: ignore[index]
+            node.meta["val"] = torch.empty(self.constants[node.target].shape, dtype=dtype)
 
-    def insert_call(self, before: fx.Node, target: Any, args: tuple, kwargs: dict | None = None, like: fx.Node | None = None) -> fx.Node:
+    def insert_call(
+        self, before: fx.Node, target: Any, args: tuple, kwargs: dict | None = None, like: fx.Node | None = None
+    ) -> fx.Node:
         """A new call before ``before``, with metadata: the shapes by a fake run, the origin of ``like``."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs or {})
@@ -185,7 +192,7 @@ class Program:
         """Recompute ``meta["val"]`` of one call from the metadata of its arguments."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["val"] = node.target(*args, **kwargs)
 
     def propagate(self) -> Program:
         """Recompute all metadata from the inputs and constants on; returns self."""
@@ -237,7 +244,9 @@ class Program:
         if missing := [t for t in targets if t not in self.constants]:
             raise ProgramError(f"get_attr nodes without a constant: {missing}")
         if len(set(targets)) != len(targets):
-            raise ProgramError(f"a constant has two get_attr nodes: {sorted(t for t in targets if targets.count(t) > 1)}")
+            raise ProgramError(
+                f"a constant has two get_attr nodes: {sorted(t for t in targets if targets.count(t) > 1)}"
+            )
         if dangling := sorted(set(self.constants) - set(targets)):
             raise ProgramError(f"constants that no node reads: {dangling[:5]}; call clean() at the end of the pass")
         self._verify_metadata()
@@ -299,7 +308,7 @@ class Program:
                 holder._buffers.pop(leaf, None)
                 holder.register_parameter(leaf, value)
         graph.set_codegen(_PytreeCodeGen(self.in_spec, self.out_spec, [n.name for n in program.placeholders]))
-        output.args = (list(output.args[0]),)  # type: ignore[arg-type]
+        output.args = (list(output.args[0]),)
         module.recompile()
         return module
 
@@ -364,14 +373,14 @@ class _Interpreter:
         if node.op == "placeholder":
             return self.convert(next(inputs))
         if node.op == "get_attr":
-            constant = self.program.constants[node.target]  # type: ignore[index]
+            constant = self.program.constants[node.target]
             return constant.to(dtype_of(node)) if self.dtype is None else self.convert(constant)
         args, kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: environment[a] if isinstance(a, fx.Node) else self.convert(a)
         )
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
 
 def getitem_users(node: fx.Node) -> dict[int, fx.Node]:
     """The ``getitem`` nodes of a call with several results, by index."""
-    return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}

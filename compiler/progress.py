@@ -27,4 +27,6 @@ def show_progress(title: str, enabled: bool | None = None) -> Iterator[Progress]
             yield lambda message: bar.update(task, description=message, advance=1)
     else:
         start = time.perf_counter()
-        yield lambda message: print(f"{title}: {message} ({time.perf_counter() - start:.1f} s)", file=sys.stderr, flush=True)
+        yield lambda message: print(
+            f"{title}: {message} ({time.perf_counter() - start:.1f} s)", file=sys.stderr, flush=True
+        )

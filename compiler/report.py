@@ -55,7 +55,9 @@ class Report:
     def from_json(text: str) -> Report:
         raw = json.loads(text)
         passes = [
-            PassRecord(**{**p, "rewrites": [Note(**n) for n in p["rewrites"]], "refusals": [Note(**n) for n in p["refusals"]]})
+            PassRecord(
+                **{**p, "rewrites": [Note(**n) for n in p["rewrites"]], "refusals": [Note(**n) for n in p["refusals"]]}
+            )
             for p in raw.pop("passes")
         ]
         before, after = Figures(**raw.pop("before")), Figures(**raw.pop("after"))
@@ -80,24 +82,45 @@ class Report:
         size = Table(title=f"{self.model} for {self.target} ({self.backend})", title_justify="left")
         for column in ("", "before", "after", "saved"):
             size.add_column(column, justify="left" if not column else "right")
-        for label, name, unit in (("parameters", "parameters", 1e6), ("GFLOP", "flops", 1e9), ("constants, MB", "bytes", 1e6)):
+        for label, name, unit in (
+            ("parameters", "parameters", 1e6),
+            ("GFLOP", "flops", 1e9),
+            ("constants, MB", "bytes", 1e6),
+        ):
             a, b = getattr(self.before, name), getattr(self.after, name)
-            size.add_row(label + (", M" if unit == 1e6 and name == "parameters" else ""), f"{a / unit:.3f}", f"{b / unit:.3f}", _saved(a, b))
+            size.add_row(
+                label + (", M" if unit == 1e6 and name == "parameters" else ""),
+                f"{a / unit:.3f}",
+                f"{b / unit:.3f}",
+                _saved(a, b),
+            )
         console.print(size)
         ledger = Table(title="passes", title_justify="left")
-        for column, justify in (("pass", "left"), ("result", "left"), ("rewrites", "right"), ("refused", "right"), ("float64 error", "right"), ("s", "right")):
-            ledger.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for column in ("pass", "result", "rewrites", "refused", "float64 error", "s"):
+            ledger.add_column(column, justify="left" if column in ("pass", "result") else "right")
         for record in self.passes:
             if record.status == "skipped":
                 continue
             error = "" if record.error is None else f"{record.error:.1e}"
-            ledger.add_row(record.name, record.status, str(len(record.rewrites)), str(len(record.refusals)), error, f"{record.seconds:.2f}")
+            ledger.add_row(
+                record.name,
+                record.status,
+                str(len(record.rewrites)),
+                str(len(record.refusals)),
+                error,
+                f"{record.seconds:.2f}",
+            )
         console.print(ledger)
         checks = Table(title="validation", title_justify="left")
         for column in ("check", "error", "allowed", ""):
             checks.add_column(column)
         for check in self.checks:
-            checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.0e}", "ok" if check.passed else f"FAILED {check.detail}")
+            checks.add_row(
+                check.name,
+                f"{check.error:.1e}",
+                f"{check.tolerance:.0e}",
+                "ok" if check.passed else f"FAILED {check.detail}",
+            )
         console.print(checks)
         if self.latency:
             console.print("  ".join(f"{name}: {ms:.2f} ms" for name, ms in self.latency.items()))
@@ -107,22 +130,23 @@ class Report:
     def to_html(self) -> str:
         """A page that needs nothing from the network."""
         sections = [
-            f"<h1>Thresher: {html.escape(self.model)}</h1><p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
+            f"<h1>Thresher: {html.escape(self.model)}</h1>",
+            f"<p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
             _html_sizes(self),
             _html_latency(self),
-            _html_table("Validation", ("check", "error", "allowed", "result"),
-                        [(c.name, f"{c.error:.2e}", f"{c.tolerance:.0e}", "ok" if c.passed else f"failed: {c.detail}") for c in self.checks]),
-            _html_table("Passes", ("pass", "result", "kind", "rewrites", "refused", "float64 error", "seconds"),
-                        [(p.name, p.status + (f": {p.failure}" if p.failure else ""), p.preserves, len(p.rewrites), len(p.refusals),
-                          "" if p.error is None else f"{p.error:.1e}", f"{p.seconds:.2f}") for p in self.passes]),
-        ]  # fmt: skip
+            _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
+            _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
+        ]
         for record in self.passes:
             for title, notes in (("what it changed", record.rewrites), ("what it refused, and why", record.refusals)):
                 if notes:
                     rows = [(n.module, n.message, n.source) for n in notes]
                     table = _html_table("", ("module", "note", "source"), rows)
-                    sections.append(f"<details><summary>{record.name}: {title} ({len(notes)})</summary>{table}</details>")
-        return f"<!doctype html><html lang=en><meta charset=utf-8><title>Thresher: {html.escape(self.model)}</title>{STYLE}{''.join(sections)}</html>"
+                    sections.append(
+                        f"<details><summary>{record.name}: {title} ({len(notes)})</summary>{table}</details>"
+                    )
+        title = f"<title>Thresher: {html.escape(self.model)}</title>"
+        return f"<!doctype html><html lang=en><meta charset=utf-8>{title}{STYLE}{''.join(sections)}</html>"
 
     def save_html(self, path: str | Path) -> None:
         Path(path).write_text(self.to_html())
@@ -136,18 +160,42 @@ th{background:#f6f8fa}.bar{display:grid;grid-template-columns:9rem 1fr 7rem;gap:
 </style>"""
 
 
+PASS_COLUMNS = ("pass", "result", "kind", "rewrites", "refused", "float64 error", "seconds")
+
+
+def _check_row(check: Check) -> tuple:
+    return (
+        check.name,
+        f"{check.error:.2e}",
+        f"{check.tolerance:.0e}",
+        "ok" if check.passed else f"failed: {check.detail}",
+    )
+
+
+def _pass_row(record: PassRecord) -> tuple:
+    result = record.status + (f": {record.failure}" if record.failure else "")
+    error = "" if record.error is None else f"{record.error:.1e}"
+    counts = len(record.rewrites), len(record.refusals)
+    return record.name, result, record.preserves, *counts, error, f"{record.seconds:.2f}"
+
+
 def _saved(before: float, after: float) -> str:
     return f"{100 * (1 - after / before):.1f} %" if before else ""
 
 
 def _bar(label: str, value: float, largest: float, text: str, after: bool) -> str:
     width = 100 * value / largest if largest else 0
-    return f'<div class=bar><span>{html.escape(label)}</span><i class="{"after" if after else ""}" style="width:{width:.1f}%"></i><span>{text}</span></div>'
+    kind = "after" if after else "before"
+    return f'<div class=bar><span>{html.escape(label)}</span><i class="{kind}" style="width:{width:.1f}%"></i><span>{text}</span></div>'
 
 
 def _html_sizes(report: Report) -> str:
     parts = ["<h2>Size and work</h2>"]
-    for label, name, unit, suffix in (("parameters", "parameters", 1e6, "M"), ("operations", "flops", 1e9, "GFLOP"), ("constants", "bytes", 1e6, "MB")):
+    for label, name, unit, suffix in (
+        ("parameters", "parameters", 1e6, "M"),
+        ("operations", "flops", 1e9, "GFLOP"),
+        ("constants", "bytes", 1e6, "MB"),
+    ):
         a, b = getattr(report.before, name), getattr(report.after, name)
         parts.append(_bar(f"{label} before", a, a, f"{a / unit:.2f} {suffix}", False))
         parts.append(_bar("after", b, a, f"{b / unit:.2f} {suffix}", True))

@@ -42,7 +42,7 @@ def _trace(pattern: Callable) -> fx.Graph:
 
 def matches(program: Program, pattern: Callable) -> Iterator[Match]:
     """Every place of ``program`` where ``pattern`` fits, in graph order. Do not edit the graph while iterating."""
-    root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]  # type: ignore[assignment]
+    root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]
     for node in program.calls(root.target):
         found = match_at(node, pattern)
         if found is not None:
@@ -51,7 +51,7 @@ def matches(program: Program, pattern: Callable) -> Iterator[Match]:
 
 def match_at(node: fx.Node, pattern: Callable) -> Match | None:
     """The match of ``pattern`` whose result is ``node``, or None."""
-    root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]  # type: ignore[assignment]
+    root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]
     bound = _match(root, node, {})
     if bound is None:
         return None

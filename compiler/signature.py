@@ -63,7 +63,9 @@ class Signature:
         for spec, value in zip(self.inputs, leaves):
             if isinstance(spec, LiteralSpec):
                 if value != spec.value:
-                    raise InputError(f"argument {spec.name!r} was {spec.value!r} when the model was captured and cannot change to {value!r}")
+                    raise InputError(
+                        f"argument {spec.name!r} was {spec.value!r} when the model was captured and cannot change to {value!r}"
+                    )
             else:
                 self._check_type(spec, value)
                 _check_shape(spec, value, symbols)
@@ -77,16 +79,23 @@ class Signature:
             raise InputError(f"argument {spec.name!r} must be a tensor, not {type(value).__name__}")
         found = str(value.dtype).removeprefix("torch.")
         if found != spec.dtype:
-            raise InputError(f"argument {spec.name!r} has dtype {found}, but the model was compiled for {spec.dtype}; convert it first")
+            raise InputError(
+                f"argument {spec.name!r} has dtype {found}, but the model was compiled for {spec.dtype}; convert it first"
+            )
         if isinstance(value, Tensor) and value.device.type != self.device:
-            raise InputError(f"argument {spec.name!r} is on {value.device}, but the model was compiled for {self.device}; move it with .to({self.device!r})")
+            raise InputError(
+                f"argument {spec.name!r} is on {value.device}, but the model was compiled for {self.device}; "
+                f"move it with .to({self.device!r})"
+            )
 
     # ------------------------------------------------------------------ JSON
 
     def to_json(self) -> dict[str, Any]:
         return {
             "inputs": [
-                {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} if isinstance(s, TensorSpec) else {"name": s.name, "value": s.value}
+                {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)}
+                if isinstance(s, TensorSpec)
+                else {"name": s.name, "value": s.value}
                 for s in self.inputs
             ],
             "outputs": [None if s is None else {"name": s.name, "value": s.value} for s in self.outputs],
@@ -98,10 +107,17 @@ class Signature:
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Signature:
         inputs = tuple(
-            TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"]) for s in raw["inputs"]
+            TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
+            for s in raw["inputs"]
         )
         outputs = tuple(None if s is None else LiteralSpec(s["name"], s["value"]) for s in raw["outputs"])
-        return Signature(inputs, outputs, pytree.treespec_loads(raw["in_spec"]), pytree.treespec_loads(raw["out_spec"]), raw["device"])
+        return Signature(
+            inputs,
+            outputs,
+            pytree.treespec_loads(raw["in_spec"]),
+            pytree.treespec_loads(raw["out_spec"]),
+            raw["device"],
+        )
 
 
 def flatten_call(in_spec: pytree.TreeSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -127,11 +143,17 @@ def _check_shape(spec: TensorSpec, value: Any, symbols: dict[str, tuple[int, str
     shown = "(" + ", ".join(map(str, spec.shape)) + ")"
     advice = "compile again with such an example, or free the dimension with dynamic_shapes"
     if len(value.shape) != len(spec.shape):
-        raise InputError(f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}")
+        raise InputError(
+            f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}"
+        )
     for place, (have, want) in enumerate(zip(value.shape, spec.shape)):
         if isinstance(want, str):
             first, where = symbols.setdefault(want, (int(have), f"{spec.name}[{place}]"))
             if have != first:
-                raise InputError(f"dimension {place} of argument {spec.name!r} is {have}, but {where}, which must be the same, is {first}")
+                raise InputError(
+                    f"dimension {place} of argument {spec.name!r} is {have}, but {where}, which must be the same, is {first}"
+                )
         elif have != want:
-            raise InputError(f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}; {advice}")
+            raise InputError(
+                f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}; {advice}"
+            )

@@ -31,7 +31,13 @@ SHORT = {
     torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip
 LONG = {short: dtype for dtype, short in SHORT.items()}
-BUILTINS = {"getitem": operator.getitem, "mul": operator.mul, "add": operator.add, "sub": operator.sub, "floordiv": operator.floordiv}
+BUILTINS = {
+    "getitem": operator.getitem,
+    "mul": operator.mul,
+    "add": operator.add,
+    "sub": operator.sub,
+    "floordiv": operator.floordiv,
+}
 CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
 
 
@@ -105,7 +111,9 @@ def parse(text: str) -> Program:
 
     Raises :class:`ProgramError` naming the line that cannot be read.
     """
-    graph, nodes, constants, name = fx.Graph(), {}, {}, "model"  # type: tuple[fx.Graph, dict, dict, str]
+    graph, name = fx.Graph(), "model"
+    nodes: dict[str, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
     program: Program | None = None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     outputs: list[Any] = []

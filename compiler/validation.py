@@ -50,7 +50,11 @@ def _compare_one(reference: Any, candidate: Any, index: int) -> Divergence:
     infinite = float("inf")
     if not isinstance(reference, Tensor) or not isinstance(candidate, Tensor):
         equal = type(reference) is type(candidate) and reference == candidate
-        return Divergence(0.0, 0.0, index) if equal else Divergence(infinite, infinite, index, f"{reference!r} != {candidate!r}")
+        return (
+            Divergence(0.0, 0.0, index)
+            if equal
+            else Divergence(infinite, infinite, index, f"{reference!r} != {candidate!r}")
+        )
     if reference.shape != candidate.shape:
         return Divergence(infinite, infinite, index, f"shape {tuple(reference.shape)} != {tuple(candidate.shape)}")
     wide = torch.complex128 if reference.is_complex() else torch.float64
@@ -98,7 +102,9 @@ def _random_like(value: Any, generator: torch.Generator) -> Any:
         return (noise * (scale if scale > 0 else 1.0)).to(value.dtype)
     if value.dtype is torch.bool or value.numel() == 0:
         return value.clone()
-    order = torch.randperm(value.numel(), generator=generator)  # integers may be indices: only values already seen are safe
+    order = torch.randperm(
+        value.numel(), generator=generator
+    )  # integers may be indices: only values already seen are safe
     return value.flatten()[order].reshape(value.shape)
 
 
@@ -111,7 +117,8 @@ def observe(program: Program) -> Observed:
 def compare_programs(before: Observed, after: Program) -> Divergence:
     """The worst float64 divergence of ``after`` over the probes of ``before``."""
     found = [
-        compare(expected, after.run(*flat, dtype=torch.float64)) for flat, expected in zip(before.probes, before.outputs)
+        compare(expected, after.run(*flat, dtype=torch.float64))
+        for flat, expected in zip(before.probes, before.outputs)
     ]
     return max(found, key=lambda d: (bool(d.reason), d.relative))
 
@@ -128,7 +135,12 @@ def first_divergence(before: Program, after: Program, tolerance: float) -> fx.No
 
     def check(node: fx.Node, value: Any) -> None:
         known = values.get(node.name)
-        if known is not None and is_tensor(node) and known.shape == value.shape and compare([known], [value]).exceeds(tolerance):
+        if (
+            known is not None
+            and is_tensor(node)
+            and known.shape == value.shape
+            and compare([known], [value]).exceeds(tolerance)
+        ):
             suspects.append(node)
 
     before.run(*before.probe, dtype=torch.float64, watch=keep)

@@ -31,7 +31,15 @@ class Layer(nn.Module):
 class BertEncoder(nn.Module):
     """Token ids [N, L] (and a mask [N, L] of ones and zeros) -> hidden states [N, L, dim] and a pooled vector [N, dim]."""
 
-    def __init__(self, vocabulary: int = 30522, dim: int = 768, depth: int = 12, heads: int = 12, hidden: int = 3072, positions: int = 512):
+    def __init__(
+        self,
+        vocabulary: int = 30522,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        hidden: int = 3072,
+        positions: int = 512,
+    ):
         super().__init__()
         self.words, self.places = nn.Embedding(vocabulary, dim), nn.Embedding(positions, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)

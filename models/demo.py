@@ -26,7 +26,7 @@ def prune_hidden(model: nn.Module, amount: float, images: Tensor) -> nn.Module:
     gets fresh batch-norm statistics. Both come from ``images``, whose labels are not used; nothing is trained.
     """
     pruned = copy.deepcopy(model)
-    blocks = [b for b in pruned._blocks if hasattr(b, "_expand_conv")]  # type: ignore[union-attr]
+    blocks = [b for b in pruned._blocks if hasattr(b, "_expand_conv")]
     activations: dict[nn.Module, Tensor] = {}
     hooks = [b._project_conv.register_forward_pre_hook(lambda m, x: activations.__setitem__(m, x[0])) for b in blocks]
     with torch.no_grad():
@@ -36,7 +36,9 @@ def prune_hidden(model: nn.Module, amount: float, images: Tensor) -> nn.Module:
     for block in blocks:
         conv, norm, reader = block._expand_conv, block._bn0, block._project_conv
         effect = activations[reader].square().mean((0, 2, 3)).sqrt() * reader.weight.detach().flatten(1).norm(dim=0)
-        prune.ln_structured(conv, "weight", amount, n=2, dim=0, importance_scores=effect.reshape(-1, 1, 1, 1).expand_as(conv.weight))
+        prune.ln_structured(
+            conv, "weight", amount, n=2, dim=0, importance_scores=effect.reshape(-1, 1, 1, 1).expand_as(conv.weight)
+        )
         for name in ("weight", "bias"):
             prune.custom_from_mask(norm, name, conv.weight_mask[:, 0, 0, 0])
     return _recalibrated(pruned, images)
@@ -61,7 +63,9 @@ def run(amount: float, directory: Path) -> int:
     dense = efficientnet_lite0()
     masked = prune_hidden(dense, amount, images)
     example = images[:1]
-    console.print(f"EfficientNet-Lite0, ImageNet weights; {100 * amount:.0f} % of the hidden channels masked by torch.nn.utils.prune")
+    console.print(
+        f"EfficientNet-Lite0, ImageNet weights; {100 * amount:.0f} % of the hidden channels masked by torch.nn.utils.prune"
+    )
     start = time.perf_counter()
     compiled = thresher.compile(masked, (example,), target="cpu", progress=True)
     built = time.perf_counter() - start
@@ -70,8 +74,13 @@ def run(amount: float, directory: Path) -> int:
         inductor = torch.compile(masked)
         inductor(example)
         inductor_built = time.perf_counter() - start
-        contenders = {"eager, dense": dense, "eager, masked": masked, "torch.compile, masked": inductor, "Thresher": compiled}
-        timings = interleaved({name: lambda f=f: f(example) for name, f in contenders.items()})  # type: ignore[misc]
+        contenders = {
+            "eager, dense": dense,
+            "eager, masked": masked,
+            "torch.compile, masked": inductor,
+            "Thresher": compiled,
+        }
+        timings = interleaved({name: lambda f=f: f(example) for name, f in contenders.items()})
         answers = {name: torch.cat([f(image[None]) for image in images]) for name, f in contenders.items()}
     compiled.report.latency = {name: t.median for name, t in timings.items()}
     _show(console, compiled, timings, answers, labels, {"torch.compile, masked": inductor_built, "Thresher": built})
@@ -83,10 +92,27 @@ def run(amount: float, directory: Path) -> int:
     return _prove_elsewhere(console, artifact)
 
 
-def _show(console: Console, compiled: thresher.Compiled, timings: dict[str, Timing], answers: dict[str, Tensor], labels: list[int], built: dict[str, float]) -> None:
+def _show(
+    console: Console,
+    compiled: thresher.Compiled,
+    timings: dict[str, Timing],
+    answers: dict[str, Tensor],
+    labels: list[int],
+    built: dict[str, float],
+) -> None:
     report, truth = compiled.report, torch.tensor(labels)
     table = Table(title="one image, this CPU, interleaved medians", title_justify="left")
-    for column in ("", "parameters", "GFLOP", "ms", "speed-up", "build, s", "error to masked", f"right of {len(labels)}", f"image 1 (truth: {labels[0]})"):
+    for column in (
+        "",
+        "parameters",
+        "GFLOP",
+        "ms",
+        "speed-up",
+        "build, s",
+        "error to masked",
+        f"right of {len(labels)}",
+        f"image 1 (truth: {labels[0]})",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     reference, base = answers["eager, masked"], timings["eager, masked"].median
     for name, timing in timings.items():

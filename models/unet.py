@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,11 @@ from torch import Tensor, nn
 def _double(inputs: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(channels, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -20,7 +26,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width << level for level in range(depth + 1)]
         self.stem, self.pool = _double(3, width), nn.MaxPool2d(2)
-        self.down = nn.ModuleList(_double(a, b) for a, b in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(_double(a, b) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths[-2::-1], widths[:0:-1]))
         self.merge = nn.ModuleList(_double(2 * a, a) for a in widths[-2::-1])
         self.head = nn.Conv2d(width, classes, 1)

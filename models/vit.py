@@ -36,7 +36,16 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images [N, 3, S, S] -> logits [N, classes]. The defaults are ViT-Ti/16."""
 
-    def __init__(self, size: int = 224, patch: int = 16, dim: int = 192, depth: int = 12, heads: int = 3, ratio: int = 4, classes: int = 1000):
+    def __init__(
+        self,
+        size: int = 224,
+        patch: int = 16,
+        dim: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        ratio: int = 4,
+        classes: int = 1000,
+    ):
         super().__init__()
         self.embed = nn.Conv2d(3, dim, patch, patch)
         self.token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)

@@ -28,7 +28,9 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def mask_channels(model: nn.Module, amount: float, skip: tuple[str, ...] = ("fc", "head", "classifier", "pooler")) -> nn.Module:
+def mask_channels(
+    model: nn.Module, amount: float, skip: tuple[str, ...] = ("fc", "head", "classifier", "pooler")
+) -> nn.Module:
     """Mask random output channels of every convolution and linear layer with torch.nn.utils.prune."""
     torch.manual_seed(int(1000 * amount))
     for name, module in model.named_modules():

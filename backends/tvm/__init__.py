@@ -7,6 +7,6 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 # On x86 TVM takes half of the logical CPUs, supposing hyper-threads; what we may run on is what the schedules are made for.
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-from thresher.backends.tvm.backend import TVMBackend  # noqa: E402
+from thresher.backends.tvm.backend import TVMBackend
 
 __all__ = ["TVMBackend"]

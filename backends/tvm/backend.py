@@ -24,14 +24,17 @@ class TVMLowered(Lowered):
 
     def __init__(self, executable: Any, weights: list[np.ndarray], device: str, cpu: str, library: Any = None):
         self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
-        self._library, self._module = library, None  # type: tuple[Any, TVMModule | None]
+        self._library = library
+        self._module: TVMModule | None = None
 
     @property
     def module(self) -> TVMModule:
         """The runnable module; made at the first call, because code for a GPU can be built where there is none."""
         if self._module is None:
             if self.device == "cuda" and not tvm.cuda(0).exist:
-                raise BackendError("this module was compiled for CUDA and no CUDA device is here; save it and run it where one is")
+                raise BackendError(
+                    "this module was compiled for CUDA and no CUDA device is here; save it and run it where one is"
+                )
             self._module = TVMModule(self._library or self.executable, self.weights, self.device)
         return self._module
 
@@ -45,7 +48,11 @@ class TVMLowered(Lowered):
 
     def save(self, directory: Path) -> dict[str, Any]:
         self.executable.export_library(str(directory / LIBRARY))
-        return {"device": self.device, "cpu": self.cpu, "weight_dtypes": write_weights(directory / WEIGHTS, self.weights)}
+        return {
+            "device": self.device,
+            "cpu": self.cpu,
+            "weight_dtypes": write_weights(directory / WEIGHTS, self.weights),
+        }
 
 
 class TVMBackend(Backend):
@@ -79,4 +86,6 @@ def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]
             "kind": "cuda", "arch": detail, "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32,
         }  # fmt: skip
         return tvm.target.Target(device, host=host), None, "x86-64-v3"
-    raise BackendError(f"unknown target {target!r}: 'cpu', 'cpu:<llvm cpu name>' or 'cuda:sm_NN' (for instance cuda:sm_90)")
+    raise BackendError(
+        f"unknown target {target!r}: 'cpu', 'cpu:<llvm cpu name>' or 'cuda:sm_NN' (for instance cuda:sm_90)"
+    )

@@ -37,6 +37,12 @@ class Importer:
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
 
+    @property
+    def cpu(self) -> Machine:
+        """The CPU that kernels of ours are made for."""
+        assert self.machine is not None, "CPU kernels are chosen for CPU targets only"
+        return self.machine
+
     def run(self) -> tuple[tvm.IRModule, list[np.ndarray]]:
         """The module, whose ``main`` takes the tensor inputs and then the weights, and the weights."""
         from thresher.backends.tvm.converters import converter_of
@@ -86,7 +92,7 @@ class Importer:
 
     def array(self, node: fx.Node) -> np.ndarray:
         """The constant behind a ``get_attr`` node."""
-        tensor = self.program.constants[node.target].detach().cpu()  # type: ignore[index]
+        tensor = self.program.constants[node.target].detach().cpu()
         if tensor.dtype is torch.bfloat16:
             import ml_dtypes
 

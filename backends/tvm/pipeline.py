@@ -15,7 +15,11 @@ from thresher.backends.tvm.kernels import attention, depthwise, gemm, generic, r
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
-FUSABLE = {gemm.BLOCK, depthwise.BLOCK, f"{attention.PREFIX}mixed"}  # elementwise operators behind these become part of them
+FUSABLE = {
+    gemm.BLOCK,
+    depthwise.BLOCK,
+    f"{attention.PREFIX}mixed",
+}  # elementwise operators behind these become part of them
 INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import reduce_to, sizes, slices
-from thresher.analysis.operators import Facts, facts_of_constants, row
+from thresher.analysis.operators import facts_of_constants, row
+from thresher.analysis.rows.base import Facts
 from thresher.analysis.ties import Key, Tie, close_all, coupling_graph
 from thresher.program import Program, is_tensor, shape_of
 
@@ -78,7 +79,7 @@ class ChannelAnalysis:
 
     def full(self, node: object, dim: int | str) -> bool:
         """Nothing is cut from this dimension."""
-        vector = self.keep.get((node, dim))  # type: ignore[arg-type]
+        vector = self.keep.get((node, dim))
         return vector is None or bool(vector.all())
 
     def count(self, node: fx.Node, dim: int | str) -> int:
@@ -132,7 +133,9 @@ class ChannelAnalysis:
 
     def _pin_rigid(self, node: fx.Node, mentioned: set[Key]) -> None:
         """Dimensions that the operator does not tie stay whole, in its arguments and in its result."""
-        values = [n for n in node.all_input_nodes if is_tensor(n)] + ([node] if is_tensor(node) and node.op != "output" else [])
+        values = [n for n in node.all_input_nodes if is_tensor(n)] + (
+            [node] if is_tensor(node) and node.op != "output" else []
+        )
         for value in values:
             for dim, size in enumerate(sizes(value)):
                 key = (value, dim)

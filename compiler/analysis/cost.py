@@ -1,4 +1,4 @@
-"""What a program costs: floating-point operations (a multiply-add counts two, as in ``torch.utils.flop_counter``) and bytes of constants."""
+"""What a program costs: operations (a multiply-add counts two, as in ``torch.utils.flop_counter``) and bytes of constants."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ aten, ops = torch.ops.aten, torch.ops.thresher
 
 
 def _linear(node: fx.Node) -> int:
-    return 2 * math.prod(sizes(node)) * sizes(node.args[1])[1]  # type: ignore[arg-type]
+    return 2 * math.prod(sizes(node)) * sizes(node.args[1])[1]
 
 
 def _matmul(node: fx.Node) -> int:
-    a, b = (n for n in node.args if is_tensor(n) and len(sizes(n)) >= 1)  # type: ignore[arg-type]
-    return 2 * math.prod(sizes(node)) * sizes(a)[-1]  # type: ignore[arg-type]
+    return 2 * math.prod(sizes(node)) * sizes(node.args[0])[-1]
 
 
 def _addmm(node: fx.Node) -> int:
-    return 2 * math.prod(sizes(node)) * sizes(node.args[1])[-1]  # type: ignore[arg-type]
+    return 2 * math.prod(sizes(node)) * sizes(node.args[1])[-1]
 
 
 def _convolution(node: fx.Node) -> int:
-    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])  # type: ignore[arg-type]
+    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])
 
 
 def _transposed(node: fx.Node) -> int:
-    return 2 * math.prod(sizes(node.args[0])) * math.prod(sizes(node.args[1])[1:])  # type: ignore[arg-type]
+    return 2 * math.prod(sizes(node.args[0])) * math.prod(sizes(node.args[1])[1:])
 
 
 def _attention(node: fx.Node) -> int:
-    q, k = (sizes(n) for n in node.args[:2])  # type: ignore[arg-type]
+    q, k = (sizes(n) for n in node.args[:2])
     return 2 * math.prod(q) * k[-2] + 2 * math.prod(sizes(node)) * k[-2]
 
 
@@ -75,4 +74,6 @@ def count_flops(program: Program) -> int:
 
 def constant_bytes(program: Program) -> int:
     """Bytes of all constants at their declared dtypes."""
-    return sum(program.constants[n.target].numel() * dtype_of(n).itemsize for n in program.graph.nodes if n.op == "get_attr")
+    return sum(
+        program.constants[n.target].numel() * dtype_of(n).itemsize for n in program.graph.nodes if n.op == "get_attr"
+    )

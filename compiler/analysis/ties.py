@@ -55,7 +55,9 @@ def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
 def split(node: fx.Node, whole: Key, parts: Sequence[Key], part_sizes: Sequence[int]) -> Tie:
     """``whole`` is the row-major product of ``parts``."""
     total = math.prod(part_sizes)
-    return Tie(node, (whole,), tuple(parts), (total,), tuple(part_sizes), torch.arange(total).reshape(tuple(part_sizes)))
+    return Tie(
+        node, (whole,), tuple(parts), (total,), tuple(part_sizes), torch.arange(total).reshape(tuple(part_sizes))
+    )
 
 
 def _outer(vectors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -69,7 +71,7 @@ def _grow(keep: dict[Key, Tensor], keys: tuple[Key, ...], wanted: Tensor) -> lis
     grown = []
     for dim, key in enumerate(keys):
         others = [d for d in range(wanted.dim()) if d != dim]
-        need = wanted.any(others) if others else wanted  # type: ignore[call-overload]
+        need = wanted.any(others) if others else wanted
         if bool((need & ~keep[key]).any()):
             keep[key] = keep[key] | need
             grown.append(key)

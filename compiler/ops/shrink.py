@@ -41,12 +41,12 @@ def _fake(x: Tensor, t: Tensor, kind: str) -> Tensor:
     return x.new_empty(torch.broadcast_shapes(x.shape, t.shape))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):
     x, t, ctx.kind = inputs
     ctx.save_for_backward(x, t)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     x, t = ctx.saved_tensors
     with torch.enable_grad():
         x, t = x.detach().requires_grad_(), t.detach().requires_grad_(t.is_floating_point())

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.operators import argument
+from thresher.analysis.rows.base import argument
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 
@@ -64,7 +64,12 @@ def _find(program: Program, softmax: fx.Node) -> _Site | str:
     if argument(softmax, 1, "dim") % len(shape_of(softmax)) != len(shape_of(softmax)) - 1:
         return "the softmax is not over the keys"
     scores, mask, scale = softmax.args[0], None, 1.0
-    if isinstance(scores, fx.Node) and scores.target is aten.add.Tensor and len(scores.users) == 1 and "alpha" not in scores.kwargs:
+    if (
+        isinstance(scores, fx.Node)
+        and scores.target is aten.add.Tensor
+        and len(scores.users) == 1
+        and "alpha" not in scores.kwargs
+    ):
         left, right = scores.args[:2]
         first = _peel(left)
         scores, mask = (left, right) if first is not None else (right, left)
@@ -76,11 +81,11 @@ def _find(program: Program, softmax: fx.Node) -> _Site | str:
     if key is None:
         return "the keys are not transposed in their last two dimensions"
     q, v = product.args[0], products[0].args[1]
-    if not all(is_tensor(n) for n in (q, v)) or not len(shape_of(q)) == len(shape_of(key)) == len(shape_of(v)):  # type: ignore[arg-type]
+    if not all(is_tensor(n) for n in (q, v)) or not len(shape_of(q)) == len(shape_of(key)) == len(shape_of(v)):
         return "queries, keys and values differ in rank"
-    if mask is not None and (not is_tensor(mask) or dtype_of(mask) != dtype_of(q)):  # type: ignore[arg-type]
+    if mask is not None and (not is_tensor(mask) or dtype_of(mask) != dtype_of(q)):
         return "the mask is not a tensor of the queries' dtype"
-    return _Site(products[0], q, key, v, mask, scale)  # type: ignore[arg-type]
+    return _Site(products[0], q, key, v, mask, scale)
 
 
 def _peel(node: Any) -> tuple[fx.Node, float] | None:
@@ -91,7 +96,11 @@ def _peel(node: Any) -> tuple[fx.Node, float] | None:
             return node, scale
         if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
             scale *= node.args[1]
-        elif node.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(node.args[1], (int, float)) and "rounding_mode" not in node.kwargs:
+        elif (
+            node.target in (aten.div.Tensor, aten.div.Scalar)
+            and isinstance(node.args[1], (int, float))
+            and "rounding_mode" not in node.kwargs
+        ):
             scale /= node.args[1]
         else:
             return None
@@ -100,7 +109,7 @@ def _peel(node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _transposed(program: Program, node: Any) -> fx.Node | None:
-    """What ``node`` is the transpose of, in the last two dimensions; a transposing node is inserted where it is part of a longer permute."""
+    """What ``node`` is the transpose of, in the last two dimensions; made by a new permute where it is part of a longer one."""
     if not is_tensor(node) or program.constant(node) is not None:
         return None
     rank = len(shape_of(node))

@@ -26,64 +26,66 @@ aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default
 
 
-def _soft_two_relu(x, t):  # type: ignore[no-untyped-def]
-    return aten.sub.Tensor(aten.relu.default(aten.sub.Tensor(x, t)), aten.relu.default(aten.sub.Tensor(aten.neg.default(x), t)))
+def _soft_two_relu(x, t):
+    return aten.sub.Tensor(
+        aten.relu.default(aten.sub.Tensor(x, t)), aten.relu.default(aten.sub.Tensor(aten.neg.default(x), t))
+    )
 
 
-def _soft_sign(x, t):  # type: ignore[no-untyped-def]
+def _soft_sign(x, t):
     return aten.mul.Tensor(aten.sign.default(x), aten.relu.default(aten.sub.Tensor(aten.abs.default(x), t)))
 
 
-def _soft_clamp(x, low, t):  # type: ignore[no-untyped-def]
+def _soft_clamp(x, low, t):
     return aten.sub.Tensor(x, aten.clamp.default(x, low, t))
 
 
-def _soft_decomposed(x, t):  # type: ignore[no-untyped-def]
+def _soft_decomposed(x, t):
     inside = aten.sub.Tensor(x, aten.mul.Tensor(aten.sign.default(x), t))
     return aten.where.self(aten.gt.Scalar(aten.abs.default(x), t), inside, aten.mul.Tensor(x, 0))
 
 
-def _hard_where(x, t, zero):  # type: ignore[no-untyped-def]
+def _hard_where(x, t, zero):
     return aten.where.self(aten.gt.Scalar(aten.abs.default(x), t), x, zero)
 
 
-def _hard_where_tensor(x, t, zero):  # type: ignore[no-untyped-def]
+def _hard_where_tensor(x, t, zero):
     return aten.where.self(aten.gt.Tensor(aten.abs.default(x), t), x, zero)
 
 
-def _hard_where_inverse(x, t, zero):  # type: ignore[no-untyped-def]
+def _hard_where_inverse(x, t, zero):
     return aten.where.self(aten.le.Scalar(aten.abs.default(x), t), zero, x)
 
 
-def _hard_product(x, t):  # type: ignore[no-untyped-def]
+def _hard_product(x, t):
     return aten.mul.Tensor(x, aten.gt.Scalar(aten.abs.default(x), t))
 
 
-def _positive(x, t):  # type: ignore[no-untyped-def]
+def _positive(x, t):
     return aten.relu.default(aten.sub.Tensor(x, t))
 
 
-def _above_where(x, t, zero):  # type: ignore[no-untyped-def]
+def _above_where(x, t, zero):
     return aten.where.self(aten.gt.Scalar(x, t), x, zero)
 
 
-def _above_inverse(x, t, zero):  # type: ignore[no-untyped-def]
+def _above_inverse(x, t, zero):
     return aten.where.self(aten.le.Scalar(x, t), zero, x)
 
 
-def _above_product(x, t):  # type: ignore[no-untyped-def]
+def _above_product(x, t):
     return aten.mul.Tensor(x, aten.gt.Scalar(x, t))
 
 
-def _threshold(x, t, zero):  # type: ignore[no-untyped-def]
+def _threshold(x, t, zero):
     return aten.threshold.default(x, t, zero)
 
 
-def _softshrink(x, t):  # type: ignore[no-untyped-def]
+def _softshrink(x, t):
     return aten.softshrink.default(x, t)
 
 
-def _hardshrink(x, t):  # type: ignore[no-untyped-def]
+def _hardshrink(x, t):
     return aten.hardshrink.default(x, t)
 
 
@@ -120,7 +122,7 @@ class CanonicalizeThreshold(Pass):
 def _check(program: Program, match: Match, kind: str) -> str:
     """Why the match cannot be rewritten, or an empty string."""
     x, t, zero, low = (match.bound.get(k) for k in ("x", "t", "zero", "low"))
-    if not is_tensor(x) or not dtype_of(x).is_floating_point:  # type: ignore[arg-type]
+    if not is_tensor(x) or not dtype_of(x).is_floating_point:
         return "the thresholded value is not a floating-point tensor"
     value = t if isinstance(t, (int, float)) else program.constant(t)
     if value is None:
@@ -133,7 +135,7 @@ def _check(program: Program, match: Match, kind: str) -> str:
             return "what is put below the threshold is not 0"
     if kind == "soft" and bool((torch.as_tensor(value) < 0).any()):
         return "a negative soft threshold has no single meaning"
-    if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape_of(x)) != torch.Size(shape_of(x)):  # type: ignore[arg-type]
+    if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape_of(x)) != torch.Size(shape_of(x)):
         return "the threshold is larger than the value"
     return ""
 
@@ -141,9 +143,10 @@ def _check(program: Program, match: Match, kind: str) -> str:
 def _rewrite(program: Program, match: Match, kind: str) -> None:
     x, t = match.bound["x"], match.bound["t"]
     if not isinstance(t, fx.Node):
-        t = program.add_constant(torch.tensor(float(t), dtype=torch.float64), f"{match.anchor.name}_t", dtype_of(x), like=match.anchor)
+        t = program.add_constant(
+            torch.tensor(float(t), dtype=torch.float64), f"{match.anchor.name}_t", dtype_of(x), like=match.anchor
+        )
     new = program.insert_call(match.anchor, SHRINK, (x, t, kind), like=match.anchor)
     match.anchor.replace_all_uses_with(new)
     for node in sorted(match.inner, reverse=True):
         program.graph.erase_node(node)
-

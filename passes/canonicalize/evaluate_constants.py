@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -29,8 +29,10 @@ class EvaluateConstants(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
-        values: dict[fx.Node, object] = {}
-        same: dict[tuple, fx.Node] = {}  # one constant for equal calls: a mask is multiplied anew at each use of its layer
+        values: dict[fx.Node, Any] = {}
+        same: dict[
+            tuple, fx.Node
+        ] = {}  # one constant for equal calls: a mask is multiplied anew at each use of its layer
         for node in list(work.graph.nodes):
             if node.op == "get_attr":
                 values[node] = work.constants[node.target]
@@ -48,13 +50,13 @@ class EvaluateConstants(Pass):
             outside = [user for user in node.users if user not in values]
             if node.op != "call_function" or not outside or not isinstance(values[node], Tensor):
                 continue
-            constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node)  # type: ignore[attr-defined]
+            constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node)
             for user in outside:
                 user.replace_input_with(node, constant)
             notes.append(Note.at(node, f"{node.target} of constants evaluated"))
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
-    def evaluable(self, node: fx.Node, values: dict[fx.Node, object]) -> bool:
+    def evaluable(self, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         if any(source not in values for source in node.all_input_nodes):
             return False
         if isinstance(node.target, torch._ops.OpOverload) and RANDOM in node.target.tags:
@@ -70,5 +72,8 @@ class EvaluateConstants(Pass):
     def _widened(args: tuple) -> tuple:
         """Floating constants in float64: the rounding to the declared dtype comes at the end, once."""
         return fx.node.map_aggregate(
-            args, lambda a: a.double() if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.float16, torch.bfloat16) else a
+            args,
+            lambda a: (
+                a.double() if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.float16, torch.bfloat16) else a
+            ),
         )

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.operators import argument, concrete
+from thresher.analysis.rows.base import argument, concrete
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, getitem_users, is_tensor, shape_of
 
@@ -48,28 +48,33 @@ class Simplify(Pass):
 def drop_no_op(program: Program, node: fx.Node) -> str:
     """``node`` returns its first argument unchanged."""
     source = node.args[0] if node.args else None
-    if not is_tensor(source) or not is_tensor(node) or shape_of(source) != shape_of(node) or dtype_of(source) != dtype_of(node):  # type: ignore[arg-type]
+    if (
+        not is_tensor(source)
+        or not is_tensor(node)
+        or shape_of(source) != shape_of(node)
+        or dtype_of(source) != dtype_of(node)
+    ):
         return ""
     same = (
-        node.target in NO_OPS and not (node.target is aten.dropout.default and node.args[2])
+        (node.target in NO_OPS and not (node.target is aten.dropout.default and node.args[2]))
         or node.target in CONVERSIONS
-        or node.target in RESHAPES and _keeps_order(node)
+        or (node.target in RESHAPES and _keeps_order(node))
         or _neutral(program, node)
     )
     if not same:
         return ""
-    node.replace_all_uses_with(source)  # type: ignore[arg-type]
+    node.replace_all_uses_with(source)
     return "does nothing: removed"
 
 
 def _keeps_order(node: fx.Node) -> bool:
     if node.target is aten.permute.default:
-        return list(node.args[1]) == sorted(node.args[1])  # type: ignore[arg-type,type-var]
+        return list(node.args[1]) == sorted(node.args[1])
     return argument(node, 4, "step", 1) == 1 if node.target is aten.slice.Tensor else True
 
 
 def _neutral(program: Program, node: fx.Node) -> bool:
-    neutral = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}.get(node.target)  # type: ignore[arg-type]
+    neutral = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}.get(node.target)
     if neutral is None:
         return False
     other = program.constant(node.args[1])
@@ -81,8 +86,8 @@ def name_each_part(program: Program, node: fx.Node) -> str:
     if node.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
         return ""
     source = node.args[0]
-    dim = (argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0)) % len(shape_of(source))  # type: ignore[arg-type]
-    if isinstance(shape_of(source)[dim], torch.SymInt):  # type: ignore[arg-type]
+    dim = (argument(node, 1 if node.target is aten.unbind.int else 2, "dim", 0)) % len(shape_of(source))
+    if isinstance(shape_of(source)[dim], torch.SymInt):
         return ""
     parts = [v.shape[dim] if node.target is not aten.unbind.int else 1 for v in node.meta["val"]]
     for index, item in getitem_users(node).items():
@@ -106,14 +111,24 @@ def name_linear(program: Program, node: fx.Node) -> str:
     else:
         return ""
     matrix = program.constant(weight)
-    if matrix is not None and matrix.dim() == 3 and matrix.shape[0] == 1 and shape_of(x)[0] == 1:  # type: ignore[arg-type]
+    if matrix is not None and matrix.dim() == 3 and matrix.shape[0] == 1 and shape_of(x)[0] == 1:
         matrix = matrix[0]  # what einsum leaves
-    if matrix is None or matrix.dim() != 2 or not is_tensor(x) or program.constant(x) is not None or len(shape_of(x)) < 2:  # type: ignore[arg-type]
+    if (
+        matrix is None
+        or matrix.dim() != 2
+        or not is_tensor(x)
+        or program.constant(x) is not None
+        or len(shape_of(x)) < 2
+    ):
         return ""
-    if bias is not None and (program.constant(bias) is None or len(shape_of(bias)) != 1 or shape_of(bias)[0] != matrix.shape[1]):  # type: ignore[arg-type]
+    if bias is not None and (
+        program.constant(bias) is None or len(shape_of(bias)) != 1 or shape_of(bias)[0] != matrix.shape[1]
+    ):
         return ""
-    transposed = program.add_constant(matrix.t().contiguous(), f"{weight.target}_t", dtype_of(weight), like=node)  # type: ignore[union-attr,arg-type]
-    new = program.insert_call(node, aten.linear.default, (x, transposed) if bias is None else (x, transposed, bias), like=node)
+    transposed = program.add_constant(matrix.t().contiguous(), f"{weight.target}_t", dtype_of(weight), like=node)
+    new = program.insert_call(
+        node, aten.linear.default, (x, transposed) if bias is None else (x, transposed, bias), like=node
+    )
     node.replace_all_uses_with(new)
     return "a product with a constant matrix: written as linear"
 

@@ -15,7 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.operators import TABLE, Convolution, Linear, argument
+from thresher.analysis.operators import TABLE
+from thresher.analysis.rows.base import argument
+from thresher.analysis.rows.weighted import Convolution, Linear
+from thresher.errors import ProgramError
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, getitem_users, shape_of
 
@@ -45,27 +48,29 @@ class FoldBatchNorm(Pass):
 def _fold(program: Program, node: fx.Node) -> str:
     source, result = node.args[0], getitem_users(node)[0]
     scale, shift = _affine(program, node)
-    if _into_producer(program, source, scale, shift):  # type: ignore[arg-type]
-        result.replace_all_uses_with(source)  # type: ignore[arg-type]
+    if _into_producer(program, source, scale, shift):
+        result.replace_all_uses_with(source)
         return f"folded into {source}"
     if consumers := _into_consumers(program, result, scale, shift):
-        result.replace_all_uses_with(source)  # type: ignore[arg-type]
+        result.replace_all_uses_with(source)
         return f"folded forward into {', '.join(consumers)}"
-    shape = [-1] + [1] * (len(shape_of(source)) - 2)  # type: ignore[arg-type]
-    value: fx.Node = source  # type: ignore[assignment]
+    shape = [-1] + [1] * (len(shape_of(source)) - 2)
+    value: fx.Node = source
     for op, vector, label in ((aten.mul.Tensor, scale, "scale"), (aten.add.Tensor, shift, "shift")):
-        constant = program.add_constant(vector.reshape(shape), f"{node.name}_{label}", dtype_of(source), like=node)  # type: ignore[arg-type]
+        constant = program.add_constant(vector.reshape(shape), f"{node.name}_{label}", dtype_of(source), like=node)
         value = program.insert_call(node, op, (value, constant), like=node)
     result.replace_all_uses_with(value)
     return "written as one multiplication and one addition"
 
 
 def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
-    gamma, beta, mean, var = (program.constant(n) for n in node.args[1:5])
-    scale = torch.rsqrt(var.double() + node.args[6])  # type: ignore[union-attr,operator]
-    scale = scale * gamma.double() if gamma is not None else scale
-    shift = -scale * mean.double()  # type: ignore[union-attr]
-    return scale, shift + beta.double() if beta is not None else shift
+    gamma, beta, mean, var = (None if n is None else program.constants[n.target].double() for n in node.args[1:5])
+    if mean is None or var is None:
+        raise ProgramError(f"batch norm {node.name} has no running statistics")
+    scale = torch.rsqrt(var + node.args[6])
+    scale = scale * gamma if gamma is not None else scale
+    shift = -scale * mean
+    return scale, shift + beta if beta is not None else shift
 
 
 def _into_producer(program: Program, source: fx.Node, scale: Tensor, shift: Tensor) -> bool:
@@ -93,7 +98,7 @@ def _into_consumers(program: Program, result: fx.Node, scale: Tensor, shift: Ten
     if not users or not all(_takes(program, user, result, shift) for user in users):
         return []
     for user in users:
-        weight = program.constant(user.args[1]).double()  # type: ignore[union-attr]
+        weight = program.constants[user.args[1].target].double()
         bias = program.constant(argument(user, 2, "bias"))
         scaled = weight * scale.reshape(1, -1, *[1] * (weight.dim() - 2))
         offset = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
@@ -109,22 +114,24 @@ def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bo
         fits = len(shape_of(value)) == 2
     else:
         padding = argument(user, 4, "padding", 0)
-        unpadded = padding != "same" and (padding == "valid" or not any([padding] if isinstance(padding, int) else padding))
+        unpadded = padding != "same" and (
+            padding == "valid" or not any([padding] if isinstance(padding, int) else padding)
+        )
         fits = not kind.transposed and kind.groups(user) == 1 and (unpadded or not bool(shift.any()))
-    return fits and program.constant(user.args[1]) is not None and all(
-        program.constant(n) is not None for n in [argument(user, 2, "bias")] if n is not None
+    return (
+        fits
+        and program.constant(user.args[1]) is not None
+        and all(program.constant(n) is not None for n in [argument(user, 2, "bias")] if n is not None)
     )
 
 
 def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
     """Give a linear or a convolution its own new weight and bias (float64; declared in the node's dtype)."""
     dtype = dtype_of(node)
-    old: fx.Node = node.args[1]  # type: ignore[assignment]
+    old: fx.Node = node.args[1]
     new_weight = program.add_constant(weight, str(old.target), dtype, like=node)
     stem = str(old.target).removesuffix("weight") if str(old.target).endswith("weight") else f"{node.name}_"
     new_bias = program.add_constant(bias, f"{stem}bias", dtype, like=node)
     rest = tuple(node.args[3:]) if len(node.args) > 3 else ()
     node.args = (node.args[0], new_weight, new_bias, *rest)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
-
-

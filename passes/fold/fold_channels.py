@@ -14,7 +14,6 @@ fold for models with floating inputs, because any of them could be infinite.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +22,10 @@ from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.facts import sizes
-from thresher.analysis.operators import Elementwise, Weighted, argument, row
+from thresher.analysis.operators import row
+from thresher.analysis.rows.base import argument
+from thresher.analysis.rows.elementwise import Elementwise
+from thresher.analysis.rows.weighted import Weighted
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 
@@ -107,8 +109,8 @@ def _drop_zero_addend(program: Program, node: fx.Node) -> list[Note]:
         constant = program.constant(zero)
         if constant is None or bool(constant.any()) or not is_tensor(other) or argument(node, 2, "alpha", 1) != 1:
             continue
-        if shape_of(other) == shape_of(node) and dtype_of(other) == dtype_of(node):  # type: ignore[arg-type]
-            node.replace_all_uses_with(other)  # type: ignore[arg-type]
+        if shape_of(other) == shape_of(node) and dtype_of(other) == dtype_of(node):
+            node.replace_all_uses_with(other)
             return [Note.at(node, "adds a branch that is always zero: removed")]
     return []
 
@@ -126,7 +128,9 @@ class _Plan:
     def carry_out(self) -> None:
         shapes = {n: sizes(n) for n in self.program.graph.nodes if is_tensor(n)}
         for node in list(self.program.calls()):
-            if is_tensor(node) and any(not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))):
+            if is_tensor(node) and any(
+                not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))
+            ):
                 row(node).shrink(node, self)
         for node in list(self.program.graph.nodes):
             if node.op == "get_attr" and node in shapes:
@@ -135,7 +139,7 @@ class _Plan:
 
     def narrowed(self, node: fx.Node) -> Tensor:
         """The kept part of a constant."""
-        tensor = self.program.constants[node.target]  # type: ignore[index]
+        tensor = self.program.constants[node.target]
         for dim in range(tensor.dim()):
             if not self.full(node, dim):
                 tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
@@ -174,8 +178,8 @@ def _describe(analysis: ChannelAnalysis) -> list[Note]:
         channel = operator.channel(node)
         parts = []
         for label, key in (("inputs", (node.args[0], channel)), ("outputs", (node, channel))):
-            if not analysis.full(*key):  # type: ignore[arg-type]
-                parts.append(f"{label} {analysis.keep[key].numel()} -> {analysis.count(*key)}")  # type: ignore[index,arg-type]
+            if not analysis.full(*key):
+                parts.append(f"{label} {analysis.keep[key].numel()} -> {analysis.count(*key)}")
         if parts:
             notes.append(Note.at(node, ", ".join(parts)))
     if not notes and analysis.cuts:
@@ -185,17 +189,16 @@ def _describe(analysis: ChannelAnalysis) -> list[Note]:
 
 def _refusals(analysis: ChannelAnalysis) -> list[Note]:
     """Dead outputs of weighted operators that a tie keeps."""
-    held: dict[tuple[fx.Node, fx.Node | None], int] = defaultdict(int)
+    held: dict[tuple[fx.Node, fx.Node | None], tuple[int, int]] = {}
     for node in analysis.program.calls():
         operator = row(node)
         if isinstance(operator, Weighted):
             key = (node, operator.channel(node))
             count = int((analysis.cuttable[key] & analysis.keep[key]).sum())
             if count:
-                held[node, analysis.blame.get(key)] += count
+                held[node, analysis.blame.get(key)] = count, analysis.keep[key].numel()
     notes = []
-    for (node, holder), count in held.items():
-        total = sizes(node)[row(node).channel(node)]  # type: ignore[attr-defined]
+    for (node, holder), (count, total) in held.items():
         by = f"held by {holder.name} ({holder.target})" if holder is not None else "held by another use of the value"
         notes.append(Note.at(node, f"{count} of {total} dead outputs kept: {by}"))
     return notes

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 import thresher.ops.channels_last  # noqa: F401  (registers the operators)
-from thresher.analysis.operators import TABLE, Elementwise, argument
+from thresher.analysis.operators import TABLE
+from thresher.analysis.rows.base import argument
+from thresher.analysis.rows.elementwise import Elementwise
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 
@@ -64,12 +66,16 @@ class _Layout:
             constant = self.program.constant(value)
             if constant is not None:
                 name = f"{value.target}_nhwc"
-                self.last[value] = self.program.add_constant(constant.permute(TO_LAST).contiguous(), name, dtype_of(value), like=value)
+                self.last[value] = self.program.add_constant(
+                    constant.permute(TO_LAST).contiguous(), name, dtype_of(value), like=value
+                )
             else:
                 following = value.next if value.op == "call_function" else before
                 if value.op == "placeholder":
                     following = next(n for n in self.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-                self.last[value] = self.program.insert_call(following, aten.permute.default, (value, TO_LAST), like=value)
+                self.last[value] = self.program.insert_call(
+                    following, aten.permute.default, (value, TO_LAST), like=value
+                )
         return self.last[value]
 
     def operand(self, value: Any, rank: int, before: fx.Node) -> Any:
@@ -93,7 +99,7 @@ class _Layout:
             if value.op != "call_function":
                 continue
             readers = [u for u in value.users if u is not twin and u not in self.last]
-            if not readers or twin.target is aten.permute.default and twin.args[0] is value:
+            if not readers or (twin.target is aten.permute.default and twin.args[0] is value):
                 continue
             back = self.program.insert_call(value, aten.permute.default, (twin, TO_FIRST), like=value)
             value.replace_all_uses_with(back, delete_user_cb=lambda user, made=back: user is not made)
@@ -115,8 +121,12 @@ def _conv(layout: _Layout, node: fx.Node) -> bool:
     constant = layout.program.constant(weight)
     if not _rank4(x) or constant is None or (bias is not None and layout.program.constant(bias) is None):
         return False
-    stride, dilation, groups = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 5, "dilation", 1)), argument(node, 6, "groups", 1)
-    padding, value = argument(node, 4, "padding", 0), layout.twin(x, node)  # type: ignore[arg-type]
+    stride, dilation, groups = (
+        _pair(argument(node, 3, "stride", 1)),
+        _pair(argument(node, 5, "dilation", 1)),
+        argument(node, 6, "groups", 1),
+    )
+    padding, value = argument(node, 4, "padding", 0), layout.twin(x, node)
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, constant.shape[2:])]
         padding = [0, 0]
@@ -131,22 +141,39 @@ def _conv_transpose(layout: _Layout, node: fx.Node) -> bool:
     constant = layout.program.constant(weight)
     if not _rank4(x) or constant is None or (bias is not None and layout.program.constant(bias) is None):
         return False
-    stride, padding, extra = (_pair(argument(node, i, k, d)) for i, k, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0)))
+    stride, padding, extra = (
+        _pair(argument(node, i, k, d)) for i, k, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+    )
     groups, dilation = argument(node, 6, "groups", 1), _pair(argument(node, 7, "dilation", 1))
-    value = layout.twin(x, node)  # type: ignore[arg-type]
-    if stride == list(constant.shape[2:]) and padding == extra == [0, 0] and dilation == [1, 1] and groups == 1:
+    value = layout.twin(x, node)
+    static = all(isinstance(d, int) for d in shape_of(node))
+    if (
+        static
+        and stride == list(constant.shape[2:])
+        and padding == extra == [0, 0]
+        and dilation == [1, 1]
+        and groups == 1
+    ):
         return _spread(layout, node, value, constant, bias)
-    return layout.emit(node, ops.conv_transpose2d_nhwc.default, (value, weight, bias, stride, padding, extra, groups, dilation))
+    return layout.emit(
+        node, ops.conv_transpose2d_nhwc.default, (value, weight, bias, stride, padding, extra, groups, dilation)
+    )
 
 
 def _spread(layout: _Layout, node: fx.Node, value: fx.Node, weight: torch.Tensor, bias: fx.Node | None) -> bool:
     """Stride = kernel: every output pixel has one tap, so it is a linear layer per input pixel whose results are laid out as a square."""
     program, (inputs, outputs, kh, kw) = layout.program, weight.shape
     batch, height, width, _ = shape_of(value)
-    matrix = program.add_constant(weight.permute(2, 3, 1, 0).reshape(-1, inputs), f"{node.name}_spread", dtype_of(node), like=node)
+    matrix = program.add_constant(
+        weight.permute(2, 3, 1, 0).reshape(-1, inputs), f"{node.name}_spread", dtype_of(node), like=node
+    )
     args: tuple = (value, matrix)
     if bias is not None:
-        args += (program.add_constant(program.constants[bias.target].repeat(kh * kw), f"{node.name}_spread_bias", dtype_of(node), like=node),)  # type: ignore[index]
+        args += (
+            program.add_constant(
+                program.constants[bias.target].repeat(kh * kw), f"{node.name}_spread_bias", dtype_of(node), like=node
+            ),
+        )
     y = program.insert_call(node, aten.linear.default, args, like=node)
     y = program.insert_call(node, aten.reshape.default, (y, [batch, height, width, kh, kw, outputs]), like=node)
     y = program.insert_call(node, aten.permute.default, (y, [0, 1, 3, 2, 4, 5]), like=node)
@@ -158,8 +185,12 @@ def _max_pool(layout: _Layout, node: fx.Node) -> bool:
         return False
     kernel = _pair(node.args[1])
     stride = _pair(argument(node, 2, "stride") or kernel)
-    rest = (_pair(argument(node, 3, "padding", 0)), _pair(argument(node, 4, "dilation", 1)), bool(argument(node, 5, "ceil_mode", False)))
-    return layout.emit(node, ops.max_pool2d_nhwc.default, (layout.twin(node.args[0], node), kernel, stride, *rest))  # type: ignore[arg-type]
+    rest = (
+        _pair(argument(node, 3, "padding", 0)),
+        _pair(argument(node, 4, "dilation", 1)),
+        bool(argument(node, 5, "ceil_mode", False)),
+    )
+    return layout.emit(node, ops.max_pool2d_nhwc.default, (layout.twin(node.args[0], node), kernel, stride, *rest))
 
 
 def _avg_pool(layout: _Layout, node: fx.Node) -> bool:
@@ -167,13 +198,21 @@ def _avg_pool(layout: _Layout, node: fx.Node) -> bool:
         return False
     kernel = _pair(node.args[1])
     stride = _pair(argument(node, 2, "stride") or kernel)
-    flags = (bool(argument(node, 4, "ceil_mode", False)), bool(argument(node, 5, "count_include_pad", True)), argument(node, 6, "divisor_override"))
-    return layout.emit(node, ops.avg_pool2d_nhwc.default, (layout.twin(node.args[0], node), kernel, stride, _pair(argument(node, 3, "padding", 0)), *flags))  # type: ignore[arg-type]
+    flags = (
+        bool(argument(node, 4, "ceil_mode", False)),
+        bool(argument(node, 5, "count_include_pad", True)),
+        argument(node, 6, "divisor_override"),
+    )
+    return layout.emit(
+        node,
+        ops.avg_pool2d_nhwc.default,
+        (layout.twin(node.args[0], node), kernel, stride, _pair(argument(node, 3, "padding", 0)), *flags),
+    )
 
 
 def _adaptive_pool(layout: _Layout, node: fx.Node) -> bool:
     """To one pixel: a mean. To a divisor of the size: a plain pool. Anything else stays."""
-    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    x: fx.Node = node.args[0]
     out = _pair(node.args[1])
     if not _rank4(x) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
         return False
@@ -183,7 +222,9 @@ def _adaptive_pool(layout: _Layout, node: fx.Node) -> bool:
     if any(o is None or s % o for s, o in zip(size, out)):
         return False
     kernel = [s // o for s, o in zip(size, out)]
-    return layout.emit(node, ops.avg_pool2d_nhwc.default, (layout.twin(x, node), kernel, kernel, [0, 0], False, True, None))
+    return layout.emit(
+        node, ops.avg_pool2d_nhwc.default, (layout.twin(x, node), kernel, kernel, [0, 0], False, True, None)
+    )
 
 
 def _elementwise(layout: _Layout, node: fx.Node) -> bool:
@@ -191,16 +232,18 @@ def _elementwise(layout: _Layout, node: fx.Node) -> bool:
         return False
     if node.target in (aten.prelu.default,) or any(is_tensor(n) and len(shape_of(n)) > 4 for n in node.all_input_nodes):
         return False
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: layout.operand(a, 4, node) if isinstance(a, fx.Node) else a)
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda a: layout.operand(a, 4, node) if isinstance(a, fx.Node) else a
+    )
     return layout.emit(node, node.target, args, {k: v for k, v in kwargs.items() if k != "memory_format"})
 
 
 def _cat(layout: _Layout, node: fx.Node) -> bool:
     values = node.args[0]
-    if not all(_rank4(v) for v in values) or not any(v in layout.last for v in values):  # type: ignore[union-attr]
+    if not all(_rank4(v) for v in values) or not any(v in layout.last for v in values):
         return False
     dim = argument(node, 1, "dim", 0) % 4
-    return layout.emit(node, node.target, ([layout.twin(v, node) for v in values], PLACE[dim]))  # type: ignore[union-attr]
+    return layout.emit(node, node.target, ([layout.twin(v, node) for v in values], PLACE[dim]))
 
 
 def _reduce(layout: _Layout, node: fx.Node) -> bool:
@@ -209,29 +252,31 @@ def _reduce(layout: _Layout, node: fx.Node) -> bool:
         return False
     places = sorted(PLACE[d % 4] for d in ([dims] if isinstance(dims, int) else dims))
     if keepdim:
-        return layout.emit(node, node.target, (layout.last[x], places, True), dict(node.kwargs))  # type: ignore[index]
+        return layout.emit(node, node.target, (layout.last[x], places, True), dict(node.kwargs))
     if places != [1, 2]:
         return False
-    new = layout.program.insert_call(node, node.target, (layout.last[x], places, False), dict(node.kwargs), like=node)  # type: ignore[index]
+    new = layout.program.insert_call(node, node.target, (layout.last[x], places, False), dict(node.kwargs), like=node)
     node.replace_all_uses_with(new)
     return True
 
 
 def _pad(layout: _Layout, node: fx.Node) -> bool:
-    x, amounts = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    x, amounts = node.args[0], list(node.args[1])
     if x not in layout.last:
         return False
     amounts += [0] * (8 - len(amounts))
     per_axis = {3 - i: amounts[2 * i : 2 * i + 2] for i in range(4)}
     moved = [a for place in (1, 3, 2, 0) for a in per_axis[place]]  # last axis first: C, W, H, N
-    return layout.emit(node, node.target, (layout.last[x], moved, *node.args[2:]))  # type: ignore[index]
+    return layout.emit(node, node.target, (layout.last[x], moved, *node.args[2:]))
 
 
 def _slice(layout: _Layout, node: fx.Node) -> bool:
     x = node.args[0]
     if x not in layout.last or not _rank4(x):
         return False
-    return layout.emit(node, node.target, (layout.last[x], PLACE[argument(node, 1, "dim", 0) % 4], *node.args[2:]), dict(node.kwargs))  # type: ignore[index]
+    return layout.emit(
+        node, node.target, (layout.last[x], PLACE[argument(node, 1, "dim", 0) % 4], *node.args[2:]), dict(node.kwargs)
+    )
 
 
 def _reshape(layout: _Layout, node: fx.Node) -> bool:
@@ -239,14 +284,14 @@ def _reshape(layout: _Layout, node: fx.Node) -> bool:
     x = node.args[0]
     if x not in layout.last or not _rank4(x):
         return False
-    program, shape, twin = layout.program, shape_of(x), layout.last[x]  # type: ignore[arg-type,index]
+    program, shape, twin = layout.program, shape_of(x), layout.last[x]
     if shape[2] == shape[3] == 1 and len(shape_of(node)) == 2:
         node.replace_all_uses_with(program.insert_call(node, aten.reshape.default, (twin, node.args[1]), like=node))
         return True
     tokens = [u for u in node.users if _swaps_tokens(u)]
     if len(shape_of(node)) != 3 or len(tokens) != len(node.users) or shape_of(node)[1] != shape[1]:
         return False
-    size = [node.args[1][0], shape_of(node)[2], shape_of(node)[1]]  # type: ignore[index]
+    size = [node.args[1][0], shape_of(node)[2], shape_of(node)[1]]
     if any(isinstance(d, torch.SymInt) for d in size):
         return False
     new = program.insert_call(node, aten.reshape.default, (twin, size), like=node)
@@ -257,8 +302,8 @@ def _reshape(layout: _Layout, node: fx.Node) -> bool:
 
 def _swaps_tokens(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
-        return {d % 3 for d in node.args[1:3]} == {1, 2}  # type: ignore[operator]
-    return node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]  # type: ignore[union-attr,operator]
+        return {d % 3 for d in node.args[1:3]} == {1, 2}
+    return node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]
 
 
 RULES: dict[Any, Rule] = {

@@ -43,7 +43,9 @@ def attention(
     values = v
     if full_out != out:
         values = te.compute(
-            (batch, int(k.shape[1]), length, full_out), lambda b, h, s, f: v[b, h, s, te.min(f, out - 1)], name=f"{PREFIX}values"
+            (batch, int(k.shape[1]), length, full_out),
+            lambda b, h, s, f: v[b, h, s, te.min(f, out - 1)],
+            name=f"{PREFIX}values",
         )
     e = te.reduce_axis((0, width), name="e")
     products = te.compute(
@@ -55,7 +57,10 @@ def attention(
     def score(b: Any, h: Any, i: Any, s: Any) -> Any:
         value = products[b, h, i, s] * tirx.const(scale, "float32")
         if mask is not None:
-            place = [tirx.const(0, "int64") if int(d) == 1 else x for d, x in zip(mask.shape, (b, h, te.min(i, rows - 1), te.min(s, length - 1)))]
+            place = [
+                tirx.const(0, "int64") if int(d) == 1 else x
+                for d, x in zip(mask.shape, (b, h, te.min(i, rows - 1), te.min(s, length - 1)))
+            ]
             at = mask[tuple(place)]
             value = tirx.Select(at, value, low) if mask.dtype == "bool" else te.max(value + at, low)
         if causal:
@@ -65,24 +70,44 @@ def attention(
     scores = te.compute((batch, heads, full_rows, full_length), score, name=f"{PREFIX}scores")
     lanes = machine.lanes
     part, lane = te.reduce_axis((0, full_length // lanes), name="p"), te.reduce_axis((0, lanes), name="j")
-    tops = te.compute((batch, heads, full_rows, lanes), lambda b, h, i, j: te.max(scores[b, h, i, part * lanes + j], axis=part), name=f"{PREFIX}top_parts")
-    top = te.compute((batch, heads, full_rows), lambda b, h, i: te.max(tops[b, h, i, lane], axis=lane), name=f"{PREFIX}top")
+    tops = te.compute(
+        (batch, heads, full_rows, lanes),
+        lambda b, h, i, j: te.max(scores[b, h, i, part * lanes + j], axis=part),
+        name=f"{PREFIX}top_parts",
+    )
+    top = te.compute(
+        (batch, heads, full_rows), lambda b, h, i: te.max(tops[b, h, i, lane], axis=lane), name=f"{PREFIX}top"
+    )
     weights = te.compute(
         (batch, heads, full_rows, full_length),
-        lambda b, h, i, s: tirx.Select(scores[b, h, i, s] > low, elementwise.exp(scores[b, h, i, s] - top[b, h, i]), tirx.const(0.0, "float32")),
+        lambda b, h, i, s: tirx.Select(
+            scores[b, h, i, s] > low, elementwise.exp(scores[b, h, i, s] - top[b, h, i]), tirx.const(0.0, "float32")
+        ),
         name=f"{PREFIX}weights",
     )
     part2, lane2 = te.reduce_axis((0, full_length // lanes), name="p"), te.reduce_axis((0, lanes), name="j")
-    sums = te.compute((batch, heads, full_rows, lanes), lambda b, h, i, j: te.sum(weights[b, h, i, part2 * lanes + j], axis=part2), name=f"{PREFIX}sum_parts")
-    total = te.compute((batch, heads, full_rows), lambda b, h, i: te.sum(sums[b, h, i, lane2], axis=lane2), name=f"{PREFIX}sum")
+    sums = te.compute(
+        (batch, heads, full_rows, lanes),
+        lambda b, h, i, j: te.sum(weights[b, h, i, part2 * lanes + j], axis=part2),
+        name=f"{PREFIX}sum_parts",
+    )
+    total = te.compute(
+        (batch, heads, full_rows), lambda b, h, i: te.sum(sums[b, h, i, lane2], axis=lane2), name=f"{PREFIX}sum"
+    )
     s2 = te.reduce_axis((0, length), name="s")
     mixed = te.compute(
         (batch, heads, full_rows, full_out),
         lambda b, h, i, f: te.sum(weights[b, h, i, s2] * values[b, h // group, s2, f], axis=s2),
         name=f"{PREFIX}mixed",
     )
-    inverse = te.compute((batch, heads, full_rows), lambda b, h, i: tirx.Select(total[b, h, i] > 0, 1.0 / total[b, h, i], tirx.const(0.0, "float32")), name=f"{PREFIX}inverse")
-    return te.compute((batch, heads, rows, out), lambda b, h, i, f: mixed[b, h, i, f] * inverse[b, h, i], name=f"{PREFIX}out")
+    inverse = te.compute(
+        (batch, heads, full_rows),
+        lambda b, h, i: tirx.Select(total[b, h, i] > 0, 1.0 / total[b, h, i], tirx.const(0.0, "float32")),
+        name=f"{PREFIX}inverse",
+    )
+    return te.compute(
+        (batch, heads, rows, out), lambda b, h, i, f: mixed[b, h, i, f] * inverse[b, h, i], name=f"{PREFIX}out"
+    )
 
 
 def schedule(sch: s_tir.Schedule, machine: Machine) -> None:

@@ -18,12 +18,16 @@ from thresher.backends.tvm.kernels.machine import Machine
 BLOCK = "depthwise"
 
 
-def convolution(x: te.Tensor, weight: te.Tensor, out: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> te.Tensor:
+def convolution(
+    x: te.Tensor, weight: te.Tensor, out: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> te.Tensor:
     """``x`` [B, H, W, C] already padded, ``weight`` [KH, KW, C] -> [B, *out, C]."""
     i, j = (te.reduce_axis((0, weight.shape[d]), name=f"k{d}") for d in (0, 1))
 
     def element(b: Any, y: Any, z: Any, c: Any) -> Any:
-        return te.sum(x[b, y * stride[0] + i * dilation[0], z * stride[1] + j * dilation[1], c] * weight[i, j, c], axis=[i, j])
+        return te.sum(
+            x[b, y * stride[0] + i * dilation[0], z * stride[1] + j * dilation[1], c] * weight[i, j, c], axis=[i, j]
+        )
 
     return te.compute((x.shape[0], *out, x.shape[3]), element, name=BLOCK)
 

@@ -44,7 +44,11 @@ def choose_tile(m: int, n: int, k: int, machine: Machine) -> Tile:
     packed weights that a task streams (k x columns) stays in the L2 cache; one vector is bound by its loads.
     """
     best, best_cost = Tile(1, 1, machine.lanes), math.inf
-    for vectors, bound in ((1, 0.82), (2, 1.0), (4, 1.0 if min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2 else 0.8)):
+    for vectors, bound in (
+        (1, 0.82),
+        (2, 1.0),
+        (4, 1.0 if min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2 else 0.8),
+    ):
         for rows in range(1, min(m, 12) + 1):
             if rows * vectors > machine.accumulators:
                 continue
@@ -102,7 +106,7 @@ def product(
         inner = [taps[0] // factor] if factor > 1 else list(taps[len(outer) :])
         axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(inner)]
         parts = te.compute(
-            (*outer, full_m, full_n), lambda *i: te.sum(element(*i[-2:], i[:-2], axes), axis=axes), name=BLOCK
+            (*outer, full_m, full_n), lambda *i: te.sum(element(i[-2], i[-1], i[:-2], axes), axis=axes), name=BLOCK
         )
         over = [te.reduce_axis((0, size), name=f"s{d}") for d, size in enumerate(outer)]
         sums = te.compute((full_m, full_n), lambda i, j: te.sum(parts[(*over, i, j)], axis=over), name=ADDED)
@@ -131,7 +135,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     """Tile, keep the sums in registers, compute the epilogue on the tile, and spread the tiles over the threads."""
     gemm = sch.get_sblock(BLOCK)
     added = sch.get_sblock(ADDED) if any(sch.get(c).name_hint == ADDED for c in sch.get_consumers(gemm)) else None
-    epilogue = inline_epilogue(sch, gemm if added is None else added, keep={BLOCK, ADDED})
+    epilogue = inline_epilogue(sch, gemm if added is None else added, keep=frozenset((BLOCK, ADDED)))
     flatten_rows(sch, epilogue)
     m, n = (_extent(sch, loop) for loop in sch.get_loops(epilogue))
     depth = math.prod(_extent(sch, loop) for loop in sch.get_loops(gemm)) // math.prod(_shape(sch, gemm)[-2:])
@@ -255,7 +259,7 @@ def _task(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Ma
     return best
 
 
-def inline_epilogue(sch: s_tir.Schedule, anchor: Any, keep: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+def inline_epilogue(sch: s_tir.Schedule, anchor: Any, keep: frozenset[str] = frozenset()) -> Any:
     """Inline all that follows ``anchor`` into the last block, which is returned; blocks named in ``keep`` stay."""
     block = anchor
     while consumers := sch.get_consumers(block):

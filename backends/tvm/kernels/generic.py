@@ -61,7 +61,9 @@ def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: Machine) -> None:
         sch.parallel(outer)
 
 
-def _schedule_reduction(sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: Machine) -> None:
+def _schedule_reduction(
+    sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: Machine
+) -> None:
     if not spatial:
         sch.decompose_reduction(block, reduction[0])
         return

@@ -37,7 +37,11 @@ def features(cpu: str) -> frozenset[str]:
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
     has = tvm.get_global_func("target.target_has_feature")
-    return frozenset(f for f in ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512vnni", "avx512bf16", "neon") if has(f, target))
+    return frozenset(
+        f
+        for f in ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512vnni", "avx512bf16", "neon")
+        if has(f, target)
+    )
 
 
 def machine_of(cpu: str, threads: int | None = None) -> Machine:

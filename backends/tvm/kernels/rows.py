@@ -50,14 +50,20 @@ def softmax(x: te.Tensor, log: bool = False) -> te.Tensor:
 def norm(x: te.Tensor, weight: te.Tensor | None, bias: te.Tensor | None, epsilon: float, centred: bool) -> te.Tensor:
     """layer_norm (``centred``) or rms_norm over the last dimension."""
     size = tirx.const(float(int(x.shape[-1])), "float32")
+    mean = None
     if centred:
         total = _reduced(x, "total", te.sum, _zero(), lambda *i: x(*i))
         mean = te.compute(total.shape, lambda *i: total(*i) / size, name=f"{PREFIX}mean")
-        shifted: Callable[..., Any] = lambda *i: x(*i) - mean(*i[:-1])
-    else:
-        shifted = lambda *i: x(*i)
+
+    def shifted(*i: Any) -> Any:
+        return x(*i) if mean is None else x(*i) - mean(*i[:-1])
+
     square = _reduced(x, "square", te.sum, _zero(), lambda *i: shifted(*i) * shifted(*i))
-    scale = te.compute(square.shape, lambda *i: 1.0 / te.sqrt(square(*i) / size + tirx.const(epsilon, "float32")), name=f"{PREFIX}scale")
+    scale = te.compute(
+        square.shape,
+        lambda *i: 1.0 / te.sqrt(square(*i) / size + tirx.const(epsilon, "float32")),
+        name=f"{PREFIX}scale",
+    )
 
     def element(*i: Any) -> Any:
         value = shifted(*i) * scale(*i[:-1])

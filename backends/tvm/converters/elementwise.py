@@ -1,0 +1,252 @@
+"""Elementwise operators, where NaN, parameters or mixed dtypes need care."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import relax, te, tirx
+
+from thresher.analysis.rows.base import argument
+from thresher.backends.tvm.converters.registry import (
+    CPU_KERNELS,
+    SEMANTICS,
+    Converter,
+    R,
+    aten,
+    cast,
+    cpu_kernel,
+    ops,
+    result_dtype,
+    semantics,
+)
+from thresher.backends.tvm.importer import Importer, dtype_name
+from thresher.backends.tvm.kernels import elementwise
+from thresher.program import dtype_of, is_tensor
+
+
+def _elementary(function: Callable[[Any], Any]) -> Converter:
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        value = cast(importer, importer.value(node.args[0]), "float32")
+        return importer.emit_te(
+            str(node.target).split(".")[1],
+            lambda t: te.compute(t.shape, lambda *i: function(t(*i)), name="T_elementary"),
+            value,
+        )
+
+    return convert
+
+
+for _name, _function in elementwise.VECTORISED.items():
+    CPU_KERNELS[getattr(aten, _name).default] = _elementary(_function)
+
+
+@cpu_kernel(aten.gelu.default)
+def gelu_kernel(importer: Importer, node: fx.Node) -> Any:
+    tanh = argument(node, 1, "approximate", "none") == "tanh"
+    return _elementary(elementwise.gelu_tanh if tanh else elementwise.gelu)(importer, node)
+
+
+def _arithmetic(operation: Callable) -> Converter:
+    """add and sub with their ``alpha``; mixed dtypes are promoted as torch promotes them."""
+
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        dtype = result_dtype(node)
+        a, b = (cast(importer, importer.value(x), dtype) for x in node.args[:2])
+        alpha = argument(node, 2, "alpha", 1)
+        if alpha != 1:
+            b = importer.emit(R.multiply(b, relax.const(alpha, dtype)))
+        return importer.emit(operation(a, b))
+
+    return convert
+
+
+SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add)
+
+
+SEMANTICS[aten.sub.Tensor] = SEMANTICS[aten.sub.Scalar] = _arithmetic(R.subtract)
+
+
+SEMANTICS[aten.mul.Tensor] = SEMANTICS[aten.mul.Scalar] = _arithmetic(lambda a, b: R.multiply(a, b))
+
+
+SEMANTICS[aten.div.Tensor] = SEMANTICS[aten.div.Scalar] = _arithmetic(
+    R.divide
+)  # int / int: the result dtype is floating
+
+
+def _comparison(operation: Callable) -> Converter:
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        values = [torch.empty(0, dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
+        dtype = dtype_name(torch.result_type(*values))
+        return importer.emit(operation(*(cast(importer, importer.value(x), dtype) for x in node.args[:2])))
+
+    return convert
+
+
+for _name, _operation in {
+    "eq": R.equal,
+    "ne": R.not_equal,
+    "lt": R.less,
+    "le": R.less_equal,
+    "gt": R.greater,
+    "ge": R.greater_equal,
+}.items():
+    SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
+
+
+@semantics(ops.shrink.default)
+def shrink(importer: Importer, node: fx.Node) -> Any:
+    x, t, kind = importer.value(node.args[0]), importer.value(node.args[1]), node.args[2]
+    zero = relax.const(0, result_dtype(node))
+    emit = importer.emit
+    if kind == "soft":
+        return emit(R.subtract(x, emit(R.maximum(emit(R.minimum(x, t)), emit(R.negative(t))))))
+    if kind == "positive":
+        y = emit(R.subtract(x, t))
+        return emit(R.where(emit(R.less(y, zero)), zero, y))
+    size = emit(R.abs(x)) if kind == "hard" else x
+    return emit(R.where(emit(R.greater(size, t)), x, zero))
+
+
+def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) -> Any:
+    """By comparisons that a NaN passes through (max and min would swallow it)."""
+    dtype = str(x.ty.dtype)
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            value = t(*i)
+            result = value
+            if high is not None:
+                result = tirx.Select(value > tirx.const(high, dtype), tirx.const(high, dtype), result)
+            if low is not None:
+                result = tirx.Select(value < tirx.const(low, dtype), tirx.const(low, dtype), result)
+            return result if low is None or high is None or low <= high else tirx.const(high, dtype)
+
+        return te.compute(t.shape, element, name="T_clamp")
+
+    return importer.emit_te("clamp", compute, x)
+
+
+@semantics(aten.relu.default)
+def relu(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(importer, importer.value(node.args[0]), 0, None)
+
+
+@semantics(aten.relu6.default)
+def relu6(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(importer, importer.value(node.args[0]), 0, 6)
+
+
+@semantics(aten.hardtanh.default)
+def hardtanh(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(
+        importer, importer.value(node.args[0]), argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    )
+
+
+@semantics(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+def clamp(importer: Importer, node: fx.Node) -> Any:
+    value = cast(importer, importer.value(node.args[0]), result_dtype(node))
+    if node.target is aten.clamp_max.default:
+        return _clamped(importer, value, None, node.args[1])
+    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"))
+
+
+@semantics(aten.elu.default)
+def elu(importer: Importer, node: fx.Node) -> Any:
+    alpha, scale, input_scale = (
+        float(argument(node, i, k, 1)) for i, k in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
+    )
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(
+            x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x * _c(input_scale, x)) - _c(1.0, x))
+        ),
+    )
+
+
+@semantics(aten.selu.default)
+def selu(importer: Importer, node: fx.Node) -> Any:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x) - _c(1.0, x))),
+    )
+
+
+@semantics(aten.celu.default)
+def celu(importer: Importer, node: fx.Node) -> Any:
+    alpha = float(argument(node, 1, "alpha", 1.0))
+    return _smooth(
+        importer, node, lambda x, exp: tirx.Select(x > 0, x, _c(alpha, x) * (exp(x * _c(1 / alpha, x)) - _c(1.0, x)))
+    )
+
+
+@semantics(aten.softplus.default)
+def softplus(importer: Importer, node: fx.Node) -> Any:
+    beta, threshold = float(argument(node, 1, "beta", 1)), float(argument(node, 2, "threshold", 20))
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(
+            x * _c(beta, x) > _c(threshold, x), x, _log1p(exp(x * _c(beta, x))) * _c(1 / beta, x)
+        ),
+    )
+
+
+def _log1p(e: Any) -> Any:
+    """log(1 + e) for e >= 0."""
+    return tirx.Select(e < _c(1e-4, e), e - e * e * _c(0.5, e), te.log(_c(1.0, e) + e))
+
+
+@semantics(aten.mish.default)
+def mish(importer: Importer, node: fx.Node) -> Any:
+    def element(x: Any, exp: Callable) -> Any:
+        e = exp(tirx.Select(x > _c(20.0, x), _c(20.0, x), x))
+        n = e * (e + _c(2.0, x))
+        return tirx.Select(x > _c(20.0, x), x, x * n / (n + _c(2.0, x)))
+
+    return _smooth(importer, node, element)
+
+
+@semantics(aten.hardswish.default)
+def hardswish(importer: Importer, node: fx.Node) -> Any:
+    return _smooth(
+        importer, node, lambda x, exp: x * te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x)
+    )
+
+
+@semantics(aten.hardsigmoid.default)
+def hardsigmoid(importer: Importer, node: fx.Node) -> Any:
+    return _smooth(importer, node, lambda x, exp: te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x))
+
+
+@semantics(aten.leaky_relu.default)
+def leaky_relu(importer: Importer, node: fx.Node) -> Any:
+    slope = float(argument(node, 1, "negative_slope", 0.01))
+    return _smooth(importer, node, lambda x, exp: tirx.Select(x > 0, x, x * _c(slope, x)))
+
+
+@semantics(aten.threshold.default)
+def threshold(importer: Importer, node: fx.Node) -> Any:
+    limit, value = (float(v) for v in node.args[1:3])
+    return _smooth(importer, node, lambda x, exp: tirx.Select(x <= _c(limit, x), _c(value, x), x))
+
+
+def _c(value: float, like: Any) -> Any:
+    return tirx.const(value, like.ty.dtype if hasattr(like, "ty") else like.dtype)
+
+
+def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable], Any]) -> Any:
+    """An elementwise function; ``exp`` is the vectorised one for float32 on the CPU."""
+    value = importer.value(node.args[0])
+    fast = importer.machine is not None and str(value.ty.dtype) == "float32"
+    exp = elementwise.exp if fast else te.exp
+    return importer.emit_te(
+        "elementwise", lambda t: te.compute(t.shape, lambda *i: element(t(*i), exp), name="T_elementwise"), value
+    )

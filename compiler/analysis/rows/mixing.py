@@ -1,0 +1,133 @@
+"""Operators that mix elements along some dimensions: pools, reductions, softmax, norms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.facts import Known, known, sizes
+from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate
+from thresher.analysis.ties import Tie, equal
+
+
+class Mixing(Row):
+    """Operators that mix the elements along some dimensions of their first argument and treat the others alike.
+
+    ``dims(node)`` names the mixed ones; ``removed`` says whether they are gone from the result (a reduction without keepdim).
+    """
+
+    supported = True
+
+    def __init__(self, dims: Callable[[fx.Node], tuple[list[int], bool]]):
+        self.dims = dims
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        operand: fx.Node = node.args[0]
+        if operand not in facts:
+            return None
+        mixed, removed = self.dims(node)
+        shape = sizes(operand)
+        mask = facts[operand].mask
+        for dim in mixed:
+            mask = mask.all(dim, keepdim=True)
+        if not bool(mask.any()):
+            return None
+        value = facts[operand].value
+        value = value.expand([shape[d] if d in mixed else value.shape[d] for d in range(len(shape))])
+        value = evaluate(node, {operand: value.contiguous()})
+        if removed:
+            mask = mask.squeeze(mixed)
+        return known(mask, value)
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        operand: fx.Node = node.args[0]
+        mixed, removed = self.dims(node)
+        for dim in sorted(mixed):
+            wanted = wanted.unsqueeze(dim) if removed else wanted.any(dim, keepdim=True)
+        return {operand: wanted}
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        operand: fx.Node = node.args[0]
+        mixed, removed = self.dims(node)
+        kept = [d for d in range(len(sizes(operand))) if d not in mixed]
+        places = range(len(kept)) if removed else kept
+        return [equal(node, (node, e), (operand, d), sizes(operand)[d]) for d, e in zip(kept, places)]
+
+
+def spatial(node: fx.Node) -> tuple[list[int], bool]:
+    """Pools and resizes: the last one, two or three dimensions, as the operator's name says."""
+    digit = re.search(r"(\d)d", str(node.target))
+    count, rank = int(digit[1]) if digit else 0, len(sizes(node))
+    return list(range(rank - count, rank)), False
+
+
+def along(position: int) -> Callable[[fx.Node], tuple[list[int], bool]]:
+    """softmax, cumsum: the dimension given as an argument stays in the result."""
+
+    def dims(node: fx.Node) -> tuple[list[int], bool]:
+        return [node.args[position] % len(sizes(node))], False
+
+    return dims
+
+
+def reduced(node: fx.Node) -> tuple[list[int], bool]:
+    """mean, sum, amax ...: the dimensions given as the second argument, gone unless keepdim."""
+    rank = len(sizes(node.args[0]))
+    dims = argument(node, 1, "dim")
+    dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+    keepdim = (
+        bool(argument(node, 2, "keepdim", False))
+        if node.target is not aten.var.correction
+        else bool(node.kwargs.get("keepdim", False))
+    )
+    return sorted(d % rank for d in dims), not keepdim
+
+
+class LayerNorm(Row):
+    """The normalised dimensions stay whole; a channel whose weight is 0 is known: its bias."""
+
+    supported = True
+
+    def normalised(self, node: fx.Node) -> list[int]:
+        rank = len(sizes(node))
+        return list(range(rank - len(node.args[1]), rank))
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        weight, bias = (
+            argument(node, 2, "weight"),
+            argument(node, 3, "bias") if node.target is aten.layer_norm.default else None,
+        )
+        if weight not in facts or (bias is not None and bias not in facts):
+            return None
+        rank = len(sizes(node))
+        shape = [1] * (rank - len(sizes(weight))) + list(sizes(weight))
+        value = (
+            facts[bias].value.expand(sizes(weight))
+            if bias is not None
+            else torch.zeros(sizes(weight), dtype=torch.float64)
+        )
+        return known(facts[weight].zero().reshape(shape), value.reshape(shape))
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result = super().read(node, wanted, facts)
+        for dim in self.normalised(node):
+            wanted = wanted.any(dim, keepdim=True)
+        result[node.args[0]] = wanted
+        return result
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        operand: fx.Node = node.args[0]
+        lead = len(sizes(node)) - len(node.args[1])
+        return [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in range(lead)]
+
+
+class GroupNorm(Row):
+    """Channels of a group are normalised together: only the batch passes."""
+
+    supported = True
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        return [equal(node, (node, 0), (node.args[0], 0), sizes(node)[0])]
