@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from thresher.errors import ProgramError
 from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
 
+BIAS_MAP = "bias_map."  # names of constants that fold-channels makes where padding shows
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
@@ -101,8 +102,9 @@ class Program:
         return self.constants[node.target] if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def parameter_count(self) -> int:
-        """Elements of all floating-point constants."""
-        return sum(t.numel() for t in self.constants.values() if t.is_floating_point())
+        """Elements of all floating-point constants but bias maps, which are computed from parameters (their bytes do count)."""
+        found = (t for name, t in self.constants.items() if not name.startswith(BIAS_MAP))
+        return sum(t.numel() for t in found if t.is_floating_point())
 
     def signature(self, device: str) -> Signature:
         """What the program takes and returns, for a module that runs on ``device``."""

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def run(amount: float, directory: Path) -> int:
             "torch.compile, masked": inductor,
             "Thresher": compiled,
         }
-        timings = interleaved({name: lambda f=f: f(example) for name, f in contenders.items()})
+        timings = interleaved({name: partial(f, example) for name, f in contenders.items()})
         answers = {name: torch.cat([f(image[None]) for image in images]) for name, f in contenders.items()}
     compiled.report.latency = {name: t.median for name, t in timings.items()}
     _show(console, compiled, timings, answers, labels, {"torch.compile, masked": inductor_built, "Thresher": built})

@@ -7,6 +7,7 @@ grids, attention masks built from ``arange``: every call whose arguments are all
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,13 @@ from torch import Tensor, fx
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor
 
+aten = torch.ops.aten
+#: Of their argument these read the shape only.
+FILLED: dict[Any, Callable[[fx.Node], Any]] = {
+    aten.zeros_like.default: lambda node: 0,
+    aten.ones_like.default: lambda node: 1,
+    aten.full_like.default: lambda node: node.args[1],
+}
 RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -36,6 +44,8 @@ class EvaluateConstants(Pass):
         for node in list(work.graph.nodes):
             if node.op == "get_attr":
                 values[node] = work.constants[node.target]
+            elif node.op == "call_function" and node.target in FILLED and self.static(node):
+                values[node] = torch.full(node.meta["val"].shape, FILLED[node.target](node), dtype=dtype_of(node))
             elif node.op == "call_function" and self.evaluable(node, values):
                 first = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
                 if first is not node:
@@ -63,10 +73,14 @@ class EvaluateConstants(Pass):
             return False
         if not is_tensor(node):
             return node.target is not operator.getitem or node.args[0] in values
-        if any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape):
+        if not self.static(node):
             return False
         inputs = sum(v.numel() for s in node.all_input_nodes if isinstance(v := values[s], Tensor))
         return node.meta["val"].numel() <= max(self.limit, inputs)
+
+    @staticmethod
+    def static(node: fx.Node) -> bool:
+        return not any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape)
 
     @staticmethod
     def _widened(args: tuple) -> tuple:

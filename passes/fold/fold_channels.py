@@ -27,7 +27,7 @@ from thresher.analysis.rows.base import argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor, shape_of
+from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -158,10 +158,14 @@ class _Plan:
 
     def add_after(self, node: fx.Node, term: Tensor) -> None:
         """A bias map: what padding lets through differs at the border."""
-        constant = self.program.add_constant(term, f"{node.name}_bias_map", dtype_of(node), like=node)
+        constant = self.program.add_constant(term, f"{BIAS_MAP}{node.name}", dtype_of(node), like=node)
         with self.program.graph.inserting_after(node):
             total = self.program.graph.call_function(aten.add.Tensor, (node, constant))
         total.meta = dict(node.meta)
+        for dim in range(len(sizes(node))):  # to what comes later the sum is what the operator was
+            self.keep[(total, dim)] = self.keep[(node, dim)]
+        if node in self.facts:
+            self.facts[total] = self.facts[node]
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
