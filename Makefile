@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/thresher demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(TESTS)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -192,6 +192,10 @@ def _decompositions() -> dict:
 def _from_exported(exported: ExportedProgram, name: str) -> Program:
     signature = exported.graph_signature
     for output in signature.output_specs:
+        if output.kind is OutputKind.TOKEN:
+            raise CaptureError(
+                "the model calls an operator with side effects (printing, checking, random state); remove it from forward"
+            )
         if output.kind is not OutputKind.USER_OUTPUT:
             what = output.target or output.arg
             raise CaptureError(

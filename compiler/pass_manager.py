@@ -84,7 +84,10 @@ def register_pass(cls: type[Pass]) -> type[Pass]:
     """Class decorator: make a pass available by its name."""
     if not cls.name:
         raise PassError(f"{cls.__name__} has no name; give it a class-level `name: ClassVar[str]`")
-    if not dataclasses.is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009
+    parameters = cls.__dict__.get(
+        "__dataclass_params__"
+    )  # its own: a subclass that is no dataclass inherits its parent's
+    if parameters is None or not parameters.frozen:
         raise PassError(f"pass {cls.name!r} must be a frozen dataclass: its fields are its options")
     known = _REGISTRY.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:

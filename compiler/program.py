@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from thresher.errors import ProgramError
 from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
 
+TORCH = os.path.dirname(torch.__file__)
 BIAS_MAP = "bias_map."  # names of constants that fold-channels makes where padding shows
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
@@ -39,9 +41,10 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost ``File "...", line N`` of the user's code that produced ``node``, or an empty string."""
+    """The innermost ``File "...", line N`` outside torch that led to ``node``, or an empty string."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    return next((line for line in reversed(lines) if line.startswith("File ")), "")
+    frames = [line for line in lines if line.startswith("File ")]
+    return next((f for f in reversed(frames) if TORCH not in f), frames[-1] if frames else "")
 
 
 def copy_origin(target: fx.Node, source: fx.Node) -> None:

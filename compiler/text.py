@@ -38,6 +38,10 @@ BUILTINS = {
     "sub": operator.sub,
     "floordiv": operator.floordiv,
 }
+NAMED = {
+    str(v): v
+    for v in (*LONG.values(), torch.strided, torch.contiguous_format, torch.preserve_format, torch.channels_last)
+}
 CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
 
 
@@ -98,8 +102,8 @@ def _literal(value: Any, names: dict[fx.Node, str]) -> str:
         return f"%{names[value]}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_literal(v, names) for v in value)}]"
-    if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
-        return repr(str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return repr(str(value))
     return repr(value)
 
 
@@ -189,5 +193,5 @@ def _value(tree: ast.expr, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(tree, (ast.List, ast.Tuple)):
         return [_value(e, nodes) for e in tree.elts]
     if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "torch":
-        return {str(d): d for d in LONG.values()}[f"torch.{tree.attr}"]
+        return NAMED[f"torch.{tree.attr}"]
     return ast.literal_eval(tree)

@@ -62,13 +62,19 @@ def _compare_one(reference: Any, candidate: Any, index: int) -> Divergence:
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return Divergence(infinite, infinite, index, "NaN or infinity in different places")
-    if not torch.equal(torch.nan_to_num(a[~finite].abs(), nan=-1.0), torch.nan_to_num(b[~finite].abs(), nan=-1.0)):
-        return Divergence(infinite, infinite, index, "NaN against infinity")
+    if not torch.equal(_kinds(a[~finite]), _kinds(b[~finite])):
+        return Divergence(infinite, infinite, index, "NaN or infinities of another sign")
     if not finite.any():
         return Divergence(0.0, 0.0, index)
     a, b = a[finite], b[finite]
     absolute, scale = (a - b).abs().max().item(), a.abs().max().item()
     return Divergence(absolute / scale if scale > 0 else absolute, absolute, index)
+
+
+def _kinds(values: Tensor) -> Tensor:
+    """Numbers that tell NaN and the two infinities apart."""
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return torch.nan_to_num(parts, nan=0.0, posinf=1.0, neginf=-1.0)
 
 
 # ---------------------------------------------------------------------- programs in float64

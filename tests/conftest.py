@@ -23,8 +23,9 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
                 n = module.num_features
                 module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(n, generator=generator))
-                module.weight.copy_(0.5 + torch.rand(n, generator=generator))
-                module.bias.copy_(0.1 * torch.randn(n, generator=generator))
+                if module.affine:
+                    module.weight.copy_(0.5 + torch.rand(n, generator=generator))
+                    module.bias.copy_(0.1 * torch.randn(n, generator=generator))
     return model.eval()
 
 

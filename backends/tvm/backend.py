@@ -68,6 +68,10 @@ class TVMBackend(Backend):
         return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+        if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
+            raise BackendError(
+                "this artifact was compiled for CUDA, and TVM finds no CUDA driver here; load it where a GPU is"
+            )
         library = tvm.runtime.load_module(str(directory / LIBRARY))
         weights = read_weights(directory / WEIGHTS, manifest["weight_dtypes"])
         return TVMLowered(None, weights, manifest["device"], manifest["cpu"], library)

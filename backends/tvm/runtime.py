@@ -12,6 +12,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
+ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
 LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
 
 
@@ -30,12 +31,20 @@ class TVMModule:
         if all(isinstance(x, np.ndarray) for x in inputs):
             values = [tvm.runtime.tensor(np.ascontiguousarray(x), self.device) for x in inputs]
             with self.lock:
-                return [y.numpy() for y in self.main(*values, *self.weights)]
+                return [
+                    np.from_dlpack(y) for y in self.main(*values, *self.weights)
+                ]  # owns the memory; .numpy() does not
         import torch
 
-        values = [tvm_ffi.from_dlpack(x.detach().contiguous()) for x in inputs]
+        values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
         with self.lock:
             return [torch.from_dlpack(y) for y in self.main(*values, *self.weights)]
+
+
+def _aligned(x: Any) -> Any:
+    """A contiguous tensor at an address that compiled code may load whole registers from; a copy only where ``x`` is neither."""
+    x = x.detach().contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def read_weights(path: Path, dtypes: Sequence[str]) -> list[np.ndarray]:

@@ -353,17 +353,14 @@ def test_coupling_graph_names_the_coupled_sets() -> None:
 # ---------------------------------------------------------------------- random graphs
 
 
+STEPS = ["conv", "group", "depth", "norm", "act", "residual", "concat", "gate", "pool", "shuffle"]
+
+
 @st.composite
 def random_nets(draw: st.DrawFn) -> tuple[nn.Module, int]:
     """A random image network (convolutions, groups, norms, gates, residuals, concatenations, pools) with random dead rows."""
     seed = draw(st.integers(0, 10_000))
-    steps = draw(
-        st.lists(
-            st.sampled_from(["conv", "group", "depth", "norm", "act", "residual", "concat", "gate", "pool", "shuffle"]),
-            min_size=2,
-            max_size=7,
-        )
-    )
+    steps = draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=7))
     amount = draw(st.sampled_from([0.0, 0.3, 0.6, 0.9]))
     return RandomNet(steps, seed, amount), seed
 

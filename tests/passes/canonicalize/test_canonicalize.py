@@ -1,0 +1,263 @@
+"""Canonicalisation: every spelling before, one spelling after, the same function; and what is refused, by its message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from thresher.capture import capture
+from thresher.pass_manager import PassManager, PassRecord
+from thresher.passes import pipelines
+from thresher.program import Program
+from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+
+aten = torch.ops.aten
+SHRINK, SDPA = torch.ops.thresher.shrink.default, aten.scaled_dot_product_attention.default
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable, *layers: nn.Module):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, *self.layers)
+
+
+def canonical(
+    model: nn.Module, *inputs: Tensor, passes=pipelines.canonicalize
+) -> tuple[Program, dict[str, PassRecord]]:
+    program = capture(model.eval(), inputs)
+    manager = PassManager(passes, "each")
+    result = manager.run(program)
+    assert [r.failure for r in manager.records if r.status == "reverted"] == []
+    assert not compare_programs(observe(program), result).exceeds(EXACT_TOLERANCE)
+    return result, {r.name: r for r in manager.records}
+
+
+def count(program: Program, target) -> int:
+    return len(list(program.calls(target)))
+
+
+# ---------------------------------------------------------------------- constants
+
+
+def test_masks_parametrizations_and_grids_are_evaluated() -> None:
+    torch.manual_seed(0)
+    masked = nn.Linear(6, 6)
+    prune.l1_unstructured(masked, "weight", 0.5)
+    normed = parametrizations.weight_norm(nn.Linear(6, 6))
+    model = Function(lambda x, a, b: b(a(x)) * torch.arange(6) + torch.ones(6).cumsum(0), masked, normed)
+    program, _ = canonical(model, torch.randn(2, 6))
+    assert [n.target for n in program.calls()] == [
+        aten.linear.default,
+        aten.linear.default,
+        aten.mul.Tensor,
+        aten.add.Tensor,
+    ]
+
+
+def test_a_mask_used_often_becomes_one_constant() -> None:
+    layer = nn.Linear(6, 6, bias=False)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    program, _ = canonical(Function(lambda x, a: a(a(a(x).relu()).relu()), layer), torch.randn(2, 6))
+    assert len(program.constants) == 1
+
+
+def test_random_numbers_are_not_constants() -> None:
+    program = capture(Function(lambda x: x + torch.rand(3)), (torch.randn(3),))
+    result = PassManager(["evaluate-constants"], "off").run(program)
+    assert any("rand" in str(n.target) for n in result.calls())
+
+
+# ---------------------------------------------------------------------- simplify
+
+
+def test_no_ops_go() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = F.dropout(x.clone().detach(), 0.5, False) * 1 + 0
+        return y[:, :].view(y.shape).to(torch.float32).contiguous().relu()
+
+    program, _ = canonical(Function(f), torch.randn(2, 6))
+    assert [n.target for n in program.calls()] == [aten.relu.default]
+
+
+def test_parts_become_slices() -> None:
+    def f(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        c, d, e = b.split([1, 1, 1], -1)
+        return torch.cat([a * c, d - e], -1) + torch.stack(x.unbind(0)).sum()
+
+    program, _ = canonical(Function(f), torch.randn(2, 6))
+    assert count(program, aten.slice.Tensor) >= 4
+    assert not any("split" in str(n.target) or "chunk" in str(n.target) for n in program.calls())
+
+
+@pytest.mark.parametrize("spelling", ["matmul", "mm", "addmm", "einsum"])
+def test_products_with_a_constant_are_linear(spelling: str) -> None:
+    w, b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = w, b
+
+        def forward(self, x: Tensor) -> Tensor:
+            if spelling == "einsum":
+                return torch.einsum("ni,io->no", x, self.w)
+            return torch.addmm(self.b, x, self.w) if spelling == "addmm" else getattr(torch, spelling)(x, self.w)
+
+    program, _ = canonical(Product(), torch.randn(3, 6))
+    assert count(program, aten.linear.default) == 1
+
+
+# ---------------------------------------------------------------------- attention
+
+Q, K, V = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+ATTENTION: dict[str, Callable] = {
+    "divide": lambda q, k, v: (q @ k.transpose(-1, -2) / math.sqrt(4)).softmax(-1) @ v,
+    "multiply": lambda q, k, v: torch.softmax(torch.matmul(q, k.mT) * 0.5, dim=-1) @ v,
+    "scaled queries": lambda q, k, v: ((q * 0.5) @ k.mT).softmax(-1) @ v,
+    "no scale": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "mask": lambda q, k, v: (q @ k.mT / 2 + v[0, 0, :, :1].T).softmax(-1) @ v,
+    "mask first": lambda q, k, v: (v[0, 0, :, :1].T + q @ k.mT).softmax(-1) @ v,
+    "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, False) @ v,
+    "bmm": lambda q, k, v: torch.bmm(torch.bmm(q[0], k[0].mT).softmax(-1), v[0]),
+    "einsum": lambda q, k, v: torch.einsum("bhls,bhsd->bhld", torch.einsum("bhld,bhsd->bhls", q, k).softmax(-1), v),
+    "split heads": lambda q, k, v: (
+        (
+            q.transpose(1, 2).reshape(2, 5, 3, 4).permute(0, 2, 1, 3)
+            @ k.permute(0, 2, 1, 3).reshape(2, 5, 3, 4).permute(0, 2, 3, 1)
+        ).softmax(-1)
+        @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTENTION) - {"einsum"}))
+def test_attention_spellings(name: str) -> None:
+    program, _ = canonical(Function(ATTENTION[name]), Q, K, V)
+    assert count(program, SDPA) == 1 and count(program, aten.softmax.int) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda q, k, v: (lambda w: w @ v + w.sum())((q @ k.mT).softmax(-1)), "used besides"),
+        (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not over the keys"),
+        (lambda q, k, v: (q @ k.mT).tanh().softmax(-1) @ v, "not a scaled product"),
+    ],
+)
+def test_what_is_no_attention_site(function: Callable, message: str) -> None:
+    program, records = canonical(Function(function), Q, K, V)
+    assert count(program, SDPA) == 0
+    assert message in records["canonicalize-attention"].refusals[0].message
+
+
+def test_multihead_attention_module() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    program, _ = canonical(Function(lambda x, a: a(x, x, x)[0], layer), torch.randn(2, 5, 8))
+    assert count(program, SDPA) == 1
+    program, _ = canonical(Function(lambda x, a: a(x, x, x, need_weights=False)[0], layer), torch.randn(2, 5, 8))
+    assert count(program, SDPA) == 1
+
+
+# ---------------------------------------------------------------------- thresholds
+
+T = 0.4
+THRESHOLDS: dict[str, tuple[str, Callable]] = {
+    "two relu": ("soft", lambda x: F.relu(x - T) - F.relu(-x - T)),
+    "sign": ("soft", lambda x: torch.sign(x) * F.relu(x.abs() - T)),
+    "sign right": ("soft", lambda x: F.relu(x.abs() - T) * torch.sign(x)),
+    "clamp": ("soft", lambda x: x - x.clamp(-T, T)),
+    "softshrink": ("soft", lambda x: F.softshrink(x, T)),
+    "where": ("hard", lambda x: torch.where(x.abs() > T, x, torch.zeros(()))),
+    "where inverse": ("hard", lambda x: torch.where(x.abs() <= T, torch.zeros(()), x)),
+    "gate": ("hard", lambda x: x * (x.abs() > T)),
+    "hardshrink": ("hard", lambda x: F.hardshrink(x, T)),
+    "threshold": ("above", lambda x: F.threshold(x, T, 0.0)),
+    "where above": ("above", lambda x: torch.where(x > T, x, torch.zeros(()))),
+    "gate above": ("above", lambda x: (x > T) * x),
+    "relu shifted": ("positive", lambda x: F.relu(x - T)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(THRESHOLDS))
+def test_threshold_spellings(name: str) -> None:
+    kind, function = THRESHOLDS[name]
+    program, _ = canonical(Function(function), torch.randn(4, 9))
+    (site,) = program.calls(SHRINK)
+    assert site.args[2] == kind and len(list(program.calls())) == 1
+
+
+def test_threshold_per_channel() -> None:
+    theta = nn.Parameter(torch.rand(9))
+
+    class Shrink(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = theta
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x - self.theta) - F.relu(-x - self.theta)
+
+    program, _ = canonical(Shrink(), torch.randn(4, 9))
+    assert [n.args[2] for n in program.calls()] == ["soft"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x - x.clamp(-0.3, 0.4), "not symmetric"),
+        (lambda x: F.threshold(x, 0.2, 7.0), "not 0"),
+        (lambda x: F.relu(x + 0.4) - F.relu(-x + 0.4), None),
+        (lambda x: torch.sign(x) * F.relu(x.abs() - (-0.4)), "negative soft threshold"),
+        (lambda x: F.relu(x - x.mean()), "not constant"),
+    ],
+)
+def test_threshold_near_misses(function: Callable, message: str | None) -> None:
+    program, records = canonical(Function(function), torch.randn(4, 9))
+    assert not any(n.args[2] == "soft" for n in program.calls(SHRINK))
+    if message:
+        assert any(message in n.message for n in records["canonicalize-threshold"].refusals)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "positive", "above"])
+def test_shrink_has_a_gradient_and_a_fake(kind: str) -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    t = torch.full((7,), 0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: SHRINK(a, b, kind), (x, t))
+    assert SHRINK(x.to("meta"), t.to("meta"), kind).shape == (5, 7)
+    with pytest.raises(ValueError, match="unknown kind"):
+        SHRINK(x, t, "sideways")
+
+
+# ---------------------------------------------------------------------- batch norm
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "left"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (2, 3, 7, 7), 1),
+        (nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)), (2, 3, 7, 7), 1),
+        (nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)), (2, 4, 7, 7), 1),
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), (2, 3, 7), 1),
+        (nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)), (5, 6), 1),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3)), (2, 3, 7, 7), 1),
+        (nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8)), (5, 6), 1),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1)), (2, 3, 7, 7), 3),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), (2, 3, 7, 7), 3),
+    ],
+)
+def test_batch_norm_folds(model: nn.Module, shape: tuple[int, ...], left: int) -> None:
+    """Into the layer before, else into the layer after where no padding shows, else into one mul and one add."""
+    from conftest import settle
+
+    program, _ = canonical(settle(model), torch.randn(shape), passes=[*pipelines.canonicalize, "fold-batch-norm"])
+    assert len(list(program.calls())) == left

@@ -1,0 +1,94 @@
+"""The command line: what each command prints and writes, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from thresher.cli import example, main
+from thresher.errors import ThresherError
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+def with_inputs():
+    return make(), (torch.randn(2, 8),)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch) -> Path:
+    (tmp_path / "cli_models.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_build_inspect_validate(here: Path, capsys) -> None:
+    assert (
+        main(["build", "cli_models:make", "--input", "2x8", "--target", "cpu", "-o", "m.thresher", "--html", "r.html"])
+        == 0
+    )
+    assert "wrote m.thresher" in capsys.readouterr().out and (here / "r.html").exists()
+    assert main(["validate", "m.thresher"]) == 0
+    assert "ok" in capsys.readouterr().out
+    assert main(["inspect", "m.thresher", "--graph"]) == 0
+    assert "aten.linear.default" in capsys.readouterr().out
+    assert main(["inspect", "m.thresher", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == "cpu"
+    assert main(["inspect", "m.thresher"]) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_build_from_pt2_and_from_a_pair(here: Path, capsys) -> None:
+    from torch import nn
+
+    torch.export.save(torch.export.export(nn.Linear(8, 2), (torch.randn(1, 8),)), "m.pt2")
+    assert main(["build", "m.pt2", "--target", "cpu", "-o", "a.thresher"]) == 0
+    passes = "evaluate-constants;fold-channels"
+    assert main(["build", "cli_models:with_inputs", "--target", "cpu", "--passes", passes, "-o", "b.thresher"]) == 0
+    assert main(["validate", "a.thresher"]) == main(["validate", "b.thresher"]) == 0
+
+
+def test_inspect_a_model(here: Path, capsys) -> None:
+    assert main(["inspect", "cli_models:make", "--input", "2x8"]) == 0
+    assert "fold-channels" in capsys.readouterr().out
+
+
+def test_passes_lists_options(capsys) -> None:
+    assert main(["passes"]) == 0
+    assert "fold-channels{strict=False}  [exact]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "cli_models:make", "--target", "cpu"], "describe them with --input"),
+        (["build", "cli_models:nothing", "--input", "2x8"], "cannot import"),
+        (["build", "no_such_module:make", "--input", "2x8"], "cannot import"),
+        (["build", "cli_models", "--input", "2x8"], "cannot read"),
+        (["build", "cli_models:make", "--input", "2xa"], "cannot read the input"),
+        (["build", "cli_models:make", "--input", "2x8:float99"], "unknown dtype"),
+        (["build", "cli_models:make", "--input", "2x7", "--target", "cpu"], "could not be exported"),
+        (["build", "cli_models:make", "--input", "2x8", "--passes", "none-such"], "unknown pass"),
+        (["build", "missing.pt2"], "does not exist"),
+        (["validate", "missing.thresher"], "does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_nothing_is_written(here: Path, capsys, arguments: list[str], message: str) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not list(here.glob("*.thresher"))
+
+
+def test_example_inputs() -> None:
+    assert example("2x3").shape == (2, 3) and example("4:int64").dtype is torch.int64
+    with pytest.raises(ThresherError):
+        example("x")
