@@ -17,7 +17,7 @@ from thresher.analysis.rows.attention import Attention, Matmul
 from thresher.analysis.rows.base import Facts, Row, aten
 from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient
 from thresher.analysis.rows.mixing import GroupNorm, LayerNorm, Mixing, along, reduced, spatial
-from thresher.analysis.rows.movement import Movement, Pad, Slice, fix_select, fix_sizes, fix_slice
+from thresher.analysis.rows.movement import Movement, Pad, Slice, fix_select, fix_sizes, fix_slice, fix_squeeze
 from thresher.analysis.rows.weighted import Convolution, Embedding, Linear
 from thresher.program import Program
 
@@ -25,9 +25,9 @@ ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone c
     expm1 floor gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logical_not mish neg
     reciprocal relu relu6 round rsqrt selu celu sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold
     trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
-    logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow prelu""".split()
+    logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
 FILLED = "zeros_like ones_like full_like zeros ones full".split()
-MOVEMENT = "permute transpose t unsqueeze squeeze flip cat stack repeat pixel_shuffle pixel_unshuffle movedim".split()
+MOVEMENT = "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle movedim".split()
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
 SOFTMAX = "softmax _softmax log_softmax _log_softmax cumsum".split()
@@ -56,6 +56,7 @@ def _table() -> dict[Any, Row]:
     add(Movement(), *MOVEMENT)
     add(Movement(fix_sizes(1)), "reshape", "view", "expand")
     add(Movement(fix_select), "select")
+    add(Movement(fix_squeeze), "squeeze")
     add(Slice(fix_slice), "slice")
     add(Pad(), "constant_pad_nd")
     add(Mixing(spatial), *POOLS)

@@ -3,6 +3,7 @@
 * no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices and expands of everything;
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
+* ``prelu`` with constant slopes becomes ``where``;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped.
 """
 
@@ -37,7 +38,7 @@ class Simplify(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         for node in list(work.calls()):
-            for rule in (drop_no_op, name_each_part, name_linear, drop_empty_mask):
+            for rule in (drop_no_op, name_each_part, name_linear, spell_out_prelu, drop_empty_mask):
                 message = rule(work, node)
                 if message:
                     notes.append(Note.at(node, message))
@@ -131,6 +132,20 @@ def name_linear(program: Program, node: fx.Node) -> str:
     )
     node.replace_all_uses_with(new)
     return "a product with a constant matrix: written as linear"
+
+
+def spell_out_prelu(program: Program, node: fx.Node) -> str:
+    """``prelu(x, w)`` with one slope per channel (dimension 1) is ``where(x > 0, x, w x)`` with the slopes in their place."""
+    slope = program.constant(node.args[1]) if node.target is aten.prelu.default else None
+    if slope is None:
+        return ""
+    x, rank = node.args[0], len(shape_of(node))
+    shape = [-1] + [1] * (rank - 2) if rank > 1 else [-1]
+    w = program.add_constant(slope.reshape(shape), f"{node.args[1].target}_slope", dtype_of(node), like=node)
+    positive = program.insert_call(node, aten.gt.Scalar, (x, 0), like=node)
+    below = program.insert_call(node, aten.mul.Tensor, (x, w), like=node)
+    node.replace_all_uses_with(program.insert_call(node, aten.where.self, (positive, x, below), like=node))
+    return "written as where(x > 0, x, w x)"
 
 
 def drop_empty_mask(program: Program, node: fx.Node) -> str:

@@ -72,6 +72,11 @@ class Row:
         return None
 
 
+def is_constant(node: Any, facts: Facts) -> bool:
+    """Whether ``node`` is a constant of the program (a computed value that is only partly known is not)."""
+    return isinstance(node, fx.Node) and node.op == "get_attr" and node in facts
+
+
 def nothing(node: fx.Node) -> Tensor:
     dtype = node.meta["val"].dtype
     return torch.zeros([1] * len(sizes(node)), dtype=torch.float64 if dtype.is_floating_point else dtype)

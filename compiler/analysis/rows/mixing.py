@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, known, sizes
-from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate
+from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate, is_constant
 from thresher.analysis.ties import Tie, equal
 
 
@@ -100,7 +100,7 @@ class LayerNorm(Row):
             argument(node, 2, "weight"),
             argument(node, 3, "bias") if node.target is aten.layer_norm.default else None,
         )
-        if weight not in facts or (bias is not None and bias not in facts):
+        if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
         rank = len(sizes(node))
         shape = [1] * (rank - len(sizes(weight))) + list(sizes(weight))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, compress, known, sizes, slices
-from thresher.analysis.rows.base import Facts, Row, argument, concrete, evaluate, mask_of, nothing, tensors
+from thresher.analysis.rows.base import Facts, Row, argument, aten, concrete, evaluate, mask_of, nothing, tensors
 from thresher.analysis.ties import Key, Tie, equal
 
 
@@ -118,6 +118,11 @@ def _movement_ties(
                     index,
                 )
             )
+    tied = {key for tie in found for key in tie.keys}
+    for e, (low, size) in enumerate(zip(lows, box.shape)):  # a part of one index is tied to nothing, and must stay
+        if size < source.shape[e] and (node, e) not in tied:
+            nowhere = torch.zeros(size, dtype=torch.long)
+            found.append(_Segment(node, (), ((node, e),), (), (source.shape[e],), nowhere, low))
     return found
 
 
@@ -185,6 +190,15 @@ def fix_slice(node: fx.Node, plan: Any) -> None:
     first = int(keep[:start].sum())
     node.args = (operand, dim, first, first + int(keep[start:stop].sum()))
     node.kwargs = {}
+
+
+def fix_squeeze(node: fx.Node, plan: Any) -> None:
+    """squeeze: only what had one index before; a dimension that was cut down to one index stays."""
+    before = sizes(node.args[0])
+    dims = argument(node, 1, "dim", range(len(before)))
+    dims = [dims] if isinstance(dims, int) else dims
+    node.target, node.kwargs = aten.squeeze.dims, {}
+    node.args = (node.args[0], [d % len(before) for d in dims if before[d] == 1])
 
 
 def fix_select(node: fx.Node, plan: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, compress, known, sizes, slices
-from thresher.analysis.rows.base import Facts, Row, argument, concrete, mask_of
+from thresher.analysis.rows.base import Facts, Row, argument, concrete, is_constant, mask_of
 from thresher.analysis.ties import Tie, equal, split
 
 
@@ -71,7 +71,7 @@ class Linear(Weighted):
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        if weight not in facts or (bias is not None and bias not in facts):
+        if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
         w = facts[weight].value
         used = (w != 0).double()
@@ -89,14 +89,14 @@ class Linear(Weighted):
     def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         result = super().read(node, wanted, facts)
         x, weight = node.args[:2]
-        if weight in facts:
+        if is_constant(weight, facts):
             w = facts[weight].value
             result[x] = compress((wanted.double().expand(*wanted.shape[:-1], w.shape[0]) @ (w != 0).double()) > 0)
         return result
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        if weight not in facts:
+        if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return []
         last, (rows, columns) = self.channel(node), sizes(weight)
         found = [equal(node, (node, d), (x, d), sizes(node)[d]) for d in range(last)]
@@ -122,8 +122,9 @@ class Convolution(Weighted):
         return argument(node, 6, "groups", 1)
 
     def usable(self, node: fx.Node, facts: Facts) -> bool:
-        bias = argument(node, 2, "bias")
-        return len(sizes(node.args[0])) == self.rank and node.args[1] in facts and (bias is None or bias in facts)
+        constants = [node.args[1], argument(node, 2, "bias")]
+        batched = len(sizes(node.args[0])) == self.rank
+        return batched and all(n is None or is_constant(n, facts) for n in constants)
 
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
         """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
@@ -195,7 +196,7 @@ class Embedding(Row):
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
         weight = node.args[0]
-        if weight not in facts:
+        if not is_constant(weight, facts):
             return None
         table = facts[weight].value
         same = (table == table[:1]).all(0)

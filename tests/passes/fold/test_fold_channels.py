@@ -273,6 +273,46 @@ def test_embedding_width() -> None:
     assert shapes(folded)["e.weight"] == (10, 4)
 
 
+def test_prelu_and_a_concatenated_single_channel() -> None:
+    """Slopes stand along dimension 1, also where the width equals the number of channels; a part of one channel stays whole."""
+    net = Net(
+        lambda s, x: s.c(torch.cat([s.p(s.a(x)), s.b(x)], 1)),
+        a=nn.Conv2d(3, 7, 3, bias=False),
+        b=nn.Conv2d(3, 1, 3, bias=False),
+        p=nn.PReLU(7),
+        c=nn.Conv2d(8, 4, 1),
+    )
+    nn.init.uniform_(net.p.weight, -1, 1)
+    kill(net.a.weight, 2, 5)
+    kill(net.b.weight, 0)
+    folded, _ = fold(net, torch.randn(*IMAGE))
+    assert shapes(folded)["a.weight"] == (5, 3, 3, 3)
+
+
+def test_squeeze_keeps_a_dimension_that_was_cut_to_one() -> None:
+    net = Net(
+        lambda s, x: s.b(s.a(x).squeeze((1, 2)).flatten(1)), a=nn.Conv2d(3, 4, (3, 1), bias=False), b=nn.Linear(28, 2)
+    )
+    kill(net.a.weight, 0, 1, 3)
+    folded, _ = fold(net, torch.randn(2, 3, 3, 7))
+    assert shapes(folded)["a.weight"] == (1, 3, 3, 1)
+
+
+def test_a_weight_that_depends_on_the_input_is_no_constant() -> None:
+    """Half of a computed weight is known to be zero; the other half is not."""
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.tensor([[1.0], [0.0], [1.0], [0.0]]))
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return self.out(F.linear(x, w * self.mask).relu())
+
+    fold(Hyper(), torch.randn(2, 5), torch.randn(4, 5))
+
+
 def test_layer_norm_width_is_refused() -> None:
     """The mean and variance are over all channels: a dead one still counts."""
     net = Net(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(6, 8, bias=False), n=nn.LayerNorm(8), b=nn.Linear(8, 4))
