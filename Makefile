@@ -29,6 +29,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
