@@ -1,6 +1,6 @@
 """The zoo, dense and folded, against eager and torch.compile: interleaved in one process, medians and quartiles.
 
-    python benchmarks/zoo.py [NAME ...] [--no-inductor] [--output benchmarks/results/zoo-cpu.json]
+    python benchmarks/zoo.py [NAME ...] [--inductor NAME ...] [--output benchmarks/results/zoo-cpu.json]
 
 Ratios say how much faster Thresher is (above 1) than the other on the *same* model. Writes the machine, the versions, the build times and
 every ratio, slow rows included.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -99,28 +98,38 @@ def measure(name: str, amount: float, inductor: bool, rounds: int) -> dict[str, 
     }
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows so far: a run that is stopped keeps what it measured."""
+    machine = {"llvm": cpu_name(), "threads": torch.get_num_threads()}
+    versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--amounts", type=float, nargs="*", default=[0.0, 0.5])
-    parser.add_argument("--no-inductor", action="store_true")
+    parser.add_argument(
+        "--inductor",
+        nargs="*",
+        default=list(ZOO),
+        help="the models that torch.compile runs, too (it builds for a minute)",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     options = parser.parse_args()
     rows = []
     for name in options.names:
         for amount in options.amounts:
-            row = measure(name, amount, not options.no_inductor, options.rounds)
+            row = measure(name, amount, name in options.inductor, options.rounds)
             rows.append(row)
+            write(options.output, rows)
             ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())
             print(
                 f"{name:14s} masked {amount:.0%}: {row['milliseconds']['thresher'][1]:8.2f} ms  {ratios}  error {row['error']:.1e}",
                 flush=True,
             )
-    machine = {"cpu": platform.processor() or cpu_name(), "llvm": cpu_name(), "threads": torch.get_num_threads()}
-    versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm")}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
     return 0
 
 
