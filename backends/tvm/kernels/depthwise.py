@@ -40,6 +40,9 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     if alone:
         epilogue = sch.cache_write(conv, 0, "local")
     b, y, x, c = sch.get_loops(epilogue)
+    if int(sch.get(c).extent) % machine.lanes:
+        _schedule_odd(sch, conv, (b, y, c), alone)
+        return
     pixels = next(p for p in (4, 2, 7, 3, 1) if int(sch.get(x).extent) % p == 0)
     x, pixel = sch.split(x, [None, pixels])
     c, lane = sch.split(c, [None, machine.lanes])
@@ -60,3 +63,19 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.vectorize(lanes)
     sch.unroll(pixel)
     sch.vectorize(lane)
+
+
+def _schedule_odd(sch: s_tir.Schedule, conv: Any, loops: tuple[Any, Any, Any], alone: bool) -> None:
+    """Widths that registers do not divide: one plain loop over the channels with the taps unrolled in it.
+
+    LLVM vectorises that loop and its rest; lanes with a condition each would run one at a time.
+    """
+    b, y, c = loops
+    sch.parallel(sch.fuse(b, y))
+    sch.compute_at(conv, c, preserve_unit_loops=True)
+    if not alone:
+        sch.set_scope(conv, 0, "local")
+    *_, i, j = sch.get_loops(conv)
+    sch.unroll(i)
+    sch.unroll(j)
+    sch.decompose_reduction(conv, i)

@@ -145,6 +145,8 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         last = _schedule_whole(sch, gemm, epilogue, tile, machine)
     else:
         last = _schedule_slices(sch, gemm, added, epilogue, tile, machine)
+    if n % tile.lanes:
+        return  # LLVM vectorises the loop with its condition; lanes with a condition each would run one at a time
     if _extent(sch, last) > tile.lanes:
         _, last = sch.split(last, [None, tile.lanes])
     sch.vectorize(last)
