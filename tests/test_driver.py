@@ -142,6 +142,13 @@ def test_a_view_at_an_odd_address() -> None:
         torch.testing.assert_close(compiled(x), model(x).detach(), atol=1e-5, rtol=1e-4)
 
 
+def test_an_index_outside_the_table_reads_no_foreign_memory() -> None:
+    table = nn.Embedding(10, 4)
+    compiled = thresher.compile(table, (torch.tensor([[1, 2]]),), target="cpu")
+    found = compiled(torch.tensor([[-(10**9), 10**9]]))
+    torch.testing.assert_close(found, table.weight[[0, 9]].detach()[None])
+
+
 def test_report_round_trips_and_shows() -> None:
     model, args = ZOO["mobilenet"]()
     report = thresher.compile(settle(model), args, target="cpu").report

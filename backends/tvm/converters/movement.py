@@ -68,7 +68,8 @@ def index_tensor(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.embedding.default)
 def embedding(importer: Importer, node: fx.Node) -> Any:
-    return importer.emit(R.take(importer.value(node.args[0]), importer.value(node.args[1]), axis=0))
+    """An index outside the table, where eager raises, reads its first or last row: never memory outside it."""
+    return importer.emit(R.take(importer.value(node.args[0]), importer.value(node.args[1]), axis=0, mode="clip"))
 
 
 @semantics(aten._to_copy.default, aten.to.dtype)
