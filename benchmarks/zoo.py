@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.nn.utils import prune
 
 import thresher
@@ -78,6 +79,7 @@ def measure(name: str, amount: float, inductor: bool, rounds: int) -> dict[str, 
     with torch.no_grad():
         if inductor:
             torch._dynamo.reset()
+            inductor_config.force_disable_caches = True  # a build is a build: what an earlier run left does not count
             start = time.perf_counter()
             contenders["torch.compile"] = torch.compile(model)
             contenders["torch.compile"](*args)
