@@ -14,6 +14,15 @@ from thresher.analysis.ties import Key, Tie, equal, split
 from thresher.program import is_tensor
 
 
+def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
+    """Per index that ``a`` and ``b`` are contracted over: a is known 0, b is known 0, both are known (whole slices)."""
+    at_a, at_b, size = len(sizes(a)) + dim_a, len(sizes(b)) + dim_b, sizes(a)[dim_a]
+    none = torch.zeros(size, dtype=torch.bool)
+    za = slices(facts[a].zero(), at_a, size, True) if a in facts else none
+    zb = slices(facts[b].zero(), at_b, size, True) if b in facts else none
+    return za, zb, slices(mask_of(a, facts), at_a, size, True) & slices(mask_of(b, facts), at_b, size, True)
+
+
 class Matmul(Row):
     """matmul and bmm of two computed values: a [..., M, K] @ b [..., K, N]."""
 
@@ -24,14 +33,6 @@ class Matmul(Row):
         if not is_tensor(a) or not is_tensor(b) or len(sizes(a)) != len(sizes(b)) or len(sizes(a)) < 2:
             return None
         return a, b
-
-    def zero_pairs(self, a: fx.Node, b: fx.Node, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
-        """Per contracted index: a is known 0, b is known 0, both are known (whole slices)."""
-        ka, kb, size = len(sizes(a)) - 1, len(sizes(b)) - 2, sizes(a)[-1]
-        none = torch.zeros(size, dtype=torch.bool)
-        za = slices(facts[a].zero(), ka, size, True) if a in facts else none
-        zb = slices(facts[b].zero(), kb, size, True) if b in facts else none
-        return za, zb, slices(mask_of(a, facts), ka, size, True) & slices(mask_of(b, facts), kb, size, True)
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
         found = self.operands(node)
@@ -57,7 +58,7 @@ class Matmul(Row):
         if found is None:
             return super().read(node, wanted, facts)
         a, b = found
-        za, zb, _ = self.zero_pairs(a, b, facts)
+        za, zb, _ = zero_pairs(a, -1, b, -2, facts)
         read_a = wanted.any(-1, keepdim=True) & ~zb
         read_b = wanted.any(-2, keepdim=True) & ~za.reshape(-1, 1)
         return {a: reduce_to(read_a, sizes(a)), b: reduce_to(read_b, sizes(b))}
@@ -84,7 +85,7 @@ class Matmul(Row):
         if found is None:
             return []
         a, b = found
-        za, zb, both = self.zero_pairs(a, b, facts)
+        za, zb, both = zero_pairs(a, -1, b, -2, facts)
         return [((a, len(sizes(a)) - 1), both & ~za & ~zb)]
 
 
@@ -120,7 +121,7 @@ class Attention(Row):
 
     def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         q, k, v, mask = self.parts(node)
-        za, zb, _ = self.zero_pairs(q, k, facts)
+        za, zb, _ = zero_pairs(q, -1, k, -1, facts)
         row = wanted.any(-1, keepdim=True)
         heads = row.any(-2, keepdim=True)
         columns = wanted.any(-2, keepdim=True)
@@ -135,14 +136,6 @@ class Attention(Row):
         if len({q, k, v}) < 3:  # one value in several roles: everything is read
             return {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in merged}
         return merged
-
-    def zero_pairs(self, q: fx.Node, k: fx.Node, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
-        """Per contracted channel: q is known 0, k is known 0, both are known (whole slices)."""
-        size, last = sizes(q)[-1], len(sizes(q)) - 1
-        none = torch.zeros(size, dtype=torch.bool)
-        za = slices(facts[q].zero(), last, size, True) if q in facts else none
-        zb = slices(facts[k].zero(), last, size, True) if k in facts else none
-        return za, zb, slices(mask_of(q, facts), last, size, True) & slices(mask_of(k, facts), last, size, True)
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         q, k, v, mask = self.parts(node)
@@ -175,7 +168,7 @@ class Attention(Row):
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         q, k, _, _ = self.parts(node)
-        za, zb, both = self.zero_pairs(q, k, facts)
+        za, zb, both = zero_pairs(q, -1, k, -1, facts)
         return [((q, len(sizes(q)) - 1), both & ~za & ~zb)]
 
     def shrink(self, node: fx.Node, plan: Any) -> None:
