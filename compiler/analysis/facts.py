@@ -3,7 +3,7 @@
 A fact of a value of shape ``S`` is stored *narrow*: a tensor of the same rank that broadcasts to ``S``, with size 1 along every
 dimension where it does not vary. A fact about channels of an image is ``[1, C, 1, 1]``, whatever the image's size.
 
-* ``Known``: ``mask`` says which elements do not depend on any input, ``value`` holds their content in float64 (0 elsewhere).
+* ``Known``: ``mask`` says which elements do not depend on any input, ``content`` holds what they are (0 elsewhere).
 * read:      a boolean tensor; False where no output of the graph depends on the element.
 """
 
@@ -19,17 +19,24 @@ from thresher.program import shape_of
 
 @dataclass(frozen=True)
 class Known:
-    """Elements that are constant. ``mask`` and ``value`` are narrow and need not vary along the same dimensions."""
+    """Elements that are constant. ``mask`` and ``content`` are narrow and need not vary along the same dimensions.
+
+    The content of a weight is the weight itself, in its own dtype and without a copy; ``value`` is the content in float64.
+    """
 
     mask: Tensor
-    value: Tensor
+    content: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        return self.content.double() if self.content.is_floating_point() else self.content
 
     def all(self) -> bool:
         return bool(self.mask.all())
 
     def zero(self) -> Tensor:
         """Where the element is known to be 0 (narrow)."""
-        return self.mask & (self.value == 0)
+        return self.mask & (self.content == 0)
 
 
 def hint(dim: int | torch.SymInt) -> int:
@@ -66,8 +73,7 @@ def known(mask: Tensor, value: Tensor) -> Known | None:
 
 def of_constant(tensor: Tensor) -> Known:
     """All elements of a constant are known."""
-    value = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-    return Known(torch.ones([1] * tensor.dim(), dtype=torch.bool), value)
+    return Known(torch.ones([1] * tensor.dim(), dtype=torch.bool), tensor.detach())
 
 
 def reduce_to(fact: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -47,9 +47,52 @@ class Tie:
         return grown + _grow(keep, self.left, back.reshape(self.left_sizes))
 
 
+class Equal(Tie):
+    """Two dimensions that keep the same indices."""
+
+    def close(self, keep: dict[Key, Tensor]) -> list[Key]:
+        a, b = self.left[0], self.right[0]
+        one, other = keep[a], keep[b]
+        if one is other or torch.equal(one, other):
+            return []
+        both = one | other
+        grown = [key for key, vector in ((a, one), (b, other)) if not torch.equal(both, vector)]
+        keep[a] = keep[b] = both
+        return grown
+
+
 def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
     """Two dimensions that keep the same indices."""
-    return Tie(node, (a,), (b,), (size,), (size,), torch.arange(size))
+    return Equal(node, (a,), (b,), (size,), (size,), torch.arange(size))
+
+
+class Balanced(Tie):
+    """Inputs and outputs of a grouped convolution: every group that stays keeps as many indices as every other, at any positions.
+
+    The weight is packed anew, group by group, so positions need not agree; counts must. A group whose inputs and outputs are all
+    cut goes as a whole. Where a group has too few, its first dead indices stay.
+    """
+
+    def close(self, keep: dict[Key, Tensor]) -> list[Key]:
+        sides = [(self.left[0], self.left_sizes), (self.right[0], self.right_sizes)]
+        live = torch.zeros(self.left_sizes[0], dtype=torch.bool)
+        for key, shape in sides:
+            live |= keep[key].reshape(shape).any(1)
+        grown = []
+        for key, shape in sides:
+            kept = keep[key].reshape(shape)
+            wanted = max(int(kept.sum(1).max()), int(live.any()))
+            if bool((kept.sum(1)[live] < wanted).any()):
+                first = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :wanted]  # kept ones come first
+                full = torch.zeros_like(kept).scatter_(1, first, live[:, None].expand_as(first))
+                keep[key] = (kept | full).reshape(-1)
+                grown.append(key)
+        return grown
+
+
+def balanced(node: fx.Node, inputs: Key, outputs: Key, in_sizes: tuple[int, int], out_sizes: tuple[int, int]) -> Tie:
+    """Inputs ``[groups, inputs per group]`` and outputs ``[groups, outputs per group]`` of a grouped convolution."""
+    return Balanced(node, (inputs,), (outputs,), in_sizes, out_sizes, torch.empty(0, dtype=torch.long))
 
 
 def split(node: fx.Node, whole: Key, parts: Sequence[Key], part_sizes: Sequence[int]) -> Tie:

@@ -145,6 +145,14 @@ class _Plan:
                 tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
         return tensor
 
+    def replace_weight(self, node: fx.Node, value: Tensor) -> None:
+        """Give ``node`` another weight, narrow already; one that others use too stays for them."""
+        old: fx.Node = node.args[1]
+        if len(old.users) == 1:
+            self.program.constants[str(old.target)] = value.contiguous()
+        else:
+            node.update_arg(1, self.program.add_constant(value.contiguous(), str(old.target), dtype_of(old), like=old))
+
     def add_to_bias(self, node: fx.Node, term: Tensor) -> None:
         """``bias + term`` (already narrow) as the new bias of a linear or a convolution."""
         old: fx.Node | None = argument(node, 2, "bias")

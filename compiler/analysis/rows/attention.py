@@ -39,8 +39,8 @@ class Matmul(Row):
         if found is None:
             return None
         a, b = found
-        if (a in facts and facts[a].all() and not bool(facts[a].value.any())) or (
-            b in facts and facts[b].all() and not bool(facts[b].value.any())
+        if (a in facts and facts[a].all() and not bool(facts[a].content.any())) or (
+            b in facts and facts[b].all() and not bool(facts[b].content.any())
         ):
             return Known(
                 torch.ones([1] * len(sizes(node)), dtype=torch.bool),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,68 +27,150 @@ class Movement(Row):
     def __init__(self, fix: Callable[[fx.Node, Any], None] | None = None):
         self.fix = fix
 
-    def sources(self, node: fx.Node) -> Tensor:
-        """For each element of the result the number of the argument's element it is; arguments are numbered one after the other."""
-        values, start = {}, 0
-        for operand in tensors(node):
-            shape = sizes(operand)
-            values[operand] = torch.arange(start, start + math.prod(shape)).reshape(shape)
-            start += math.prod(shape)
-        return evaluate(node, values)
+    def moved(self, node: fx.Node, facts: Facts) -> list[fx.Node]:
+        """The arguments whose elements are moved (an index is none)."""
+        return tensors(node)
+
+    def indices(self, node: fx.Node, facts: Facts) -> dict[fx.Node, Tensor] | None:
+        """The content of the other tensor arguments; None where one of them is not constant."""
+        return {}
+
+    def map(self, node: fx.Node, facts: Facts) -> _Map | None:
+        """Where the elements come from; calls of the same shape and literals share it."""
+        indices = self.indices(node, facts)
+        return None if indices is None else _map_of(node, self.moved(node, facts), indices)
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
-        operands = tensors(node)
-        if not any(n in facts for n in operands):
+        operands, indices = self.moved(node, facts), self.indices(node, facts)
+        if indices is None or not any(n in facts for n in operands):
             return None
         masks = {n: mask_of(n, facts).expand(sizes(n)) for n in operands}
+        mask = evaluate(node, masks | indices)
+        if not any(n in facts and bool(facts[n].content.any()) for n in operands):
+            return known(mask, nothing(node))
         values = {n: (facts[n].value if n in facts else nothing(n)).expand(sizes(n)) for n in operands}
-        return known(evaluate(node, masks), evaluate(node, values))
+        return known(mask, evaluate(node, values | indices))
 
     def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        operands = tensors(node)
-        source = self.sources(node)
-        total = sum(math.prod(sizes(n)) for n in operands)
-        if bool(wanted.all()) and source.numel() == total:
-            return {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in operands}
-        flat = torch.zeros(total, dtype=torch.bool)
-        flat[source[wanted.expand(source.shape)]] = True
+        operands, found = self.moved(node, facts), self.map(node, facts)
+        if found is None:
+            return super().read(node, wanted, facts)
+        result = {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}  # an index is no value
+        if found.onto and bool(wanted.all()):
+            return result | {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in operands}
+        flat = torch.zeros(found.total, dtype=torch.bool)
+        flat[found.source[wanted.expand(found.source.shape)]] = True
         parts = flat.split([math.prod(sizes(n)) for n in operands])
-        return {n: compress(part.reshape(sizes(n))) for n, part in zip(operands, parts)}
+        return result | {n: compress(part.reshape(sizes(n))) for n, part in zip(operands, parts)}
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        found: list[Tie] = []
-        source, start = self.sources(node), 0
-        for operand in tensors(node):
-            shape = sizes(operand)
-            count = math.prod(shape)
-            inside = (source >= start) & (source < start + count)
-            found += _movement_ties(node, operand, shape, source - start, inside)
-            start += count
-        return found
+        found = self.map(node, facts)
+        if found is None:
+            return []
+        operands = self.moved(node, facts)
+        return [part.between(node, operands[part.operand]) for part in found.parts]
 
     def shrink(self, node: fx.Node, plan: Any) -> None:
         if self.fix is not None:
             self.fix(node, plan)
 
 
-def _movement_ties(
-    node: fx.Node, operand: fx.Node, shape: tuple[int, ...], source: Tensor, inside: Tensor
-) -> list[Tie]:
-    """Ties between the dimensions of one argument and those of the result, from the element numbers in ``source``."""
-    if not bool(inside.any()):
+# ---------------------------------------------------------------------- where elements come from
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tie of a movement, without its nodes: dimensions ``dims`` of one argument against ``outs`` of the result."""
+
+    operand: int
+    dims: tuple[int, ...]
+    outs: tuple[int, ...]
+    left_sizes: tuple[int, ...]
+    right_sizes: tuple[int, ...]
+    index: Tensor
+    start: int | None  # where the argument starts within the result's dimension, if that is larger
+
+    def between(self, node: fx.Node, operand: fx.Node) -> Tie:
+        left = tuple((operand, d) for d in self.dims)
+        right = tuple((node, e) for e in self.outs)
+        if self.start is not None:
+            return _Segment(node, left, right, self.left_sizes, self.right_sizes, self.index, self.start)
+        if len(left) == len(right) == 1 and self.index.numel() == self.left_sizes[0] and _is_range(self.index):
+            return equal(node, left[0], right[0], self.left_sizes[0])
+        return Tie(node, left, right, self.left_sizes, self.right_sizes, self.index)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """``source``: for each element of the result the number of the argument's element it is; arguments are numbered one after the
+    other. ``onto``: every element of every argument is there."""
+
+    source: Tensor
+    total: int
+    onto: bool
+    parts: tuple[_Part, ...]
+
+
+_MAPS: dict[Any, _Map] = {}
+_CACHED = 1 << 20  # maps of larger values are made anew
+
+
+def _is_range(index: Tensor) -> bool:
+    return bool((index == torch.arange(index.numel())).all())
+
+
+def _map_of(node: fx.Node, operands: list[fx.Node], indices: dict[fx.Node, Tensor]) -> _Map:
+    def shown(a: Any) -> Any:
+        if isinstance(a, fx.Node) and a in indices:
+            return indices[a].tolist()
+        return f"%{operands.index(a)}" if a in operands else str(concrete(a))
+
+    shapes = tuple(sizes(n) for n in operands)
+    key = (node.target, shapes, str(fx.node.map_aggregate((node.args, node.kwargs), shown)))
+    if key in _MAPS:
+        return _MAPS[key]
+    values, start = {}, 0
+    for operand, shape in zip(operands, shapes):
+        values[operand] = torch.arange(start, start + math.prod(shape)).reshape(shape)
+        start += math.prod(shape)
+    source = evaluate(node, values | indices)
+    parts: list[_Part] = []
+    first = 0
+    for number, shape in enumerate(shapes):
+        count = math.prod(shape)
+        inside = None if len(shapes) == 1 else (source >= first) & (source < first + count)
+        parts += _parts_of(number, shape, source - first, inside)
+        first += count
+    onto = source.numel() >= start and source.unique().numel() == start
+    found = _Map(source, start, onto, tuple(parts))
+    if source.numel() <= _CACHED:
+        if len(_MAPS) > 1000:
+            _MAPS.clear()
+        _MAPS[key] = found
+    return found
+
+
+def _parts_of(operand: int, shape: tuple[int, ...], source: Tensor, inside: Tensor | None) -> list[_Part]:
+    """Ties between the dimensions of one argument and those of the result, from the element numbers in ``source``; ``inside`` says
+    which of them are of this argument."""
+    if inside is None:
+        lows, highs = [0] * source.dim(), list(source.shape)
+    elif not bool(inside.any()):
         return []
-    lows, highs = [], []
-    for dim in range(source.dim()):
-        present = slices(inside, dim, source.shape[dim], every=False).nonzero().reshape(-1)
-        lows.append(int(present[0]))
-        highs.append(int(present[-1]) + 1)
+    else:
+        lows, highs = [], []
+        for dim in range(source.dim()):
+            present = slices(inside, dim, source.shape[dim], every=False).nonzero().reshape(-1)
+            lows.append(int(present[0]))
+            highs.append(int(present[-1]) + 1)
     box = source[tuple(slice(a, b) for a, b in zip(lows, highs))]
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     places = {d: (box // strides[d]) % shape[d] for d in range(len(shape)) if shape[d] > 1}
     depends = {
-        d: {e for e in range(box.dim()) if bool((place != place.narrow(e, 0, 1)).any())} for d, place in places.items()
+        d: {e for e in range(box.dim()) if box.shape[e] > 1 and bool((p != p.narrow(e, 0, 1)).any())}
+        for d, p in places.items()
     }
-    found: list[Tie] = []
+    found: list[_Part] = []
     for dims, outs in _groups(depends):
         corner = tuple(slice(None) if e in outs else 0 for e in range(box.dim()))
         left_sizes = tuple(shape[d] for d in dims)
@@ -96,33 +179,14 @@ def _movement_ties(
             index = index * shape[d] + places[d][corner]
         out_sizes = tuple(source.shape[e] for e in outs)
         if len(outs) == 1 and out_sizes[0] != box.shape[outs[0]]:  # a part of a concatenation
-            found.append(
-                _Segment(
-                    node,
-                    tuple((operand, d) for d in dims),
-                    ((node, outs[0]),),
-                    left_sizes,
-                    out_sizes,
-                    index,
-                    lows[outs[0]],
-                )
-            )
+            found.append(_Part(operand, tuple(dims), (outs[0],), left_sizes, out_sizes, index, lows[outs[0]]))
         elif out_sizes == tuple(index.shape):
-            found.append(
-                Tie(
-                    node,
-                    tuple((operand, d) for d in dims),
-                    tuple((node, e) for e in outs),
-                    left_sizes,
-                    out_sizes,
-                    index,
-                )
-            )
-    tied = {key for tie in found for key in tie.keys}
+            found.append(_Part(operand, tuple(dims), tuple(outs), left_sizes, out_sizes, index, None))
+    tied = {e for part in found for e in part.outs}
     for e, (low, size) in enumerate(zip(lows, box.shape)):  # a part of one index is tied to nothing, and must stay
-        if size < source.shape[e] and (node, e) not in tied:
+        if size < source.shape[e] and e not in tied:
             nowhere = torch.zeros(size, dtype=torch.long)
-            found.append(_Segment(node, (), ((node, e),), (), (source.shape[e],), nowhere, low))
+            found.append(_Part(operand, (), (e,), (), (source.shape[e],), nowhere, low))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, compress, known, sizes, slices
 from thresher.analysis.rows.base import Facts, Row, argument, concrete, is_constant, mask_of
-from thresher.analysis.ties import Tie, equal, split
+from thresher.analysis.ties import Tie, balanced, equal
 
 
 class Weighted(Row):
@@ -49,15 +49,20 @@ class Weighted(Row):
         )
         if not bool(gone.any()):
             return None
-        term = self.apply(node, gone, plan.facts[node.args[1]].value)
+        term = self.apply(node, gone, plan.facts[node.args[1]].content, plan.keep[(node, channel)])
         for dim in range(term.dim()):
             if term.shape[dim] > 1 and not plan.full(node, dim):
                 term = term.index_select(dim, plan.keep[(node, dim)].nonzero().reshape(-1))
         return term if bool(term.any()) else None
 
-    def apply(self, node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
-        """The operator without its bias on a narrow input; the narrow result."""
+    def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """The operator without its bias on a narrow float64 input; the narrow result, right for the output channels in ``rows``."""
         raise NotImplementedError
+
+
+def _nonzero_along(x: Tensor, dim: int) -> Tensor:
+    """The indices of ``dim`` at which some element is not 0."""
+    return slices(x != 0, dim, x.shape[dim], every=False).nonzero().reshape(-1)
 
 
 class Linear(Weighted):
@@ -66,22 +71,24 @@ class Linear(Weighted):
     def channel(self, node: fx.Node) -> int:
         return len(sizes(node)) - 1
 
-    def apply(self, node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
-        return compress(x.expand(*x.shape[:-1], weight.shape[1]) @ weight.T)
+    def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        x = x.expand(*x.shape[:-1], weight.shape[1])
+        columns, kept = _nonzero_along(x, x.dim() - 1), rows.nonzero().reshape(-1)
+        term = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float64)
+        term[..., kept] = x[..., columns] @ weight[kept][:, columns].double().T
+        return compress(term)
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
-        w = facts[weight].value
-        used = (w != 0).double()
-        unknown = (~mask_of(x, facts)).double().expand(*mask_of(x, facts).shape[:-1], w.shape[1])
-        mask = (unknown @ used.T) == 0
+        w = facts[weight].content
+        mask = ~_reached(~mask_of(x, facts), w != 0)
         if not bool(mask.any()):
             return None
-        value = torch.zeros_like(mask, dtype=torch.float64)
-        if x in facts and bool(facts[x].value.any()):
-            value = self.apply(node, facts[x].value, w)
+        value = torch.zeros([1] * mask.dim(), dtype=torch.float64)
+        if x in facts and bool(facts[x].content.any()):
+            value = self.apply(node, facts[x].value, w, slices(mask, mask.dim() - 1, w.shape[0], every=False))
         if bias is not None:
             value = value + facts[bias].value
         return known(mask, value)
@@ -90,8 +97,7 @@ class Linear(Weighted):
         result = super().read(node, wanted, facts)
         x, weight = node.args[:2]
         if is_constant(weight, facts):
-            w = facts[weight].value
-            result[x] = compress((wanted.double().expand(*wanted.shape[:-1], w.shape[0]) @ (w != 0).double()) > 0)
+            result[x] = compress(_reached(wanted, (facts[weight].content != 0).T))
         return result
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
@@ -106,10 +112,22 @@ class Linear(Weighted):
         return found
 
 
+def _reached(sources: Tensor, used: Tensor) -> Tensor:
+    """sources [..., I] (narrow), used [O, I] -> [..., O]: is any source of the row used."""
+    if sources.numel() == 1 or sources.shape[-1] == 1:
+        return sources & used.any(1)
+    if sources.numel() == sources.shape[-1]:
+        columns = sources.reshape(-1)
+        reached = used.any(1) if bool(columns.all()) else used[:, columns].any(1)
+        return reached.reshape(*[1] * (sources.dim() - 1), -1)
+    return (sources.float() @ used.float().T) > 0
+
+
 class Convolution(Weighted):
     """1-d to 3-d, strided, dilated, grouped, depthwise, and transposed.
 
-    weight: [O, I/groups, *k]; transposed: [I, O/groups, *k]. Whole groups go, and equal positions within all groups.
+    weight: [O, I/groups, *k]; transposed: [I, O/groups, *k]. Whole groups go, and the same number of channels of every other group,
+    at whatever positions: the weight is packed anew.
     """
 
     def __init__(self, dims: int, transposed: bool = False):
@@ -126,34 +144,53 @@ class Convolution(Weighted):
         batched = len(sizes(node.args[0])) == self.rank
         return batched and all(n is None or is_constant(n, facts) for n in constants)
 
+    def by_group(self, node: fx.Node, weight: Tensor) -> Tensor:
+        """The weight as [groups, outputs per group, inputs per group, *k]."""
+        weight = weight.reshape(self.groups(node), -1, *weight.shape[1:])
+        return weight.transpose(1, 2) if self.transposed else weight
+
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
         """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
-        weight, groups = facts[node.args[1]].value, self.groups(node)
-        used = (weight != 0).flatten(2).any(2)
-        if self.transposed:
-            return used.reshape(groups, -1, used.shape[1]).transpose(1, 2)
-        return used.reshape(groups, -1, used.shape[1])
+        used = facts[node.args[1]].content != 0
+        return self.by_group(node, used.flatten(2).any(2) if used.shape[2:].numel() > 1 else used.flatten(1))
 
-    def apply(self, node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         operand: fx.Node = node.args[0]
-        shape = (1, *sizes(operand)[1:])
-        args = [x.expand(shape), weight, None, *concrete(tuple(node.args[3:]))]
-        return compress(node.target(*args, **{k: concrete(v) for k, v in node.kwargs.items() if k != "bias"}))
+        x = x.expand(x.shape[0], sizes(operand)[1], *x.shape[2:])
+        spatial, kept = sizes(operand)[2:], None
+        if self.groups(node) == 1:  # only what is not zero takes part
+            channels, kept = _nonzero_along(x, 1), rows.nonzero().reshape(-1)
+            x, (i, o) = x[:, channels], (0, 1) if self.transposed else (1, 0)
+            weight = weight.index_select(i, channels).index_select(o, kept)
+            if not self.transposed and x.shape[2:].numel() == 1 and not self.padded(node):
+                return self.spread(x.flatten(1) @ weight.flatten(2).sum(2).double().T, kept, rows.numel())
+        x = x.expand(*x.shape[:2], *spatial)
+        args = [x, weight.double(), None, *concrete(tuple(node.args[3:]))]
+        term = node.target(*args, **{k: concrete(v) for k, v in node.kwargs.items() if k != "bias"})
+        return compress(term if kept is None else self.spread(term, kept, rows.numel()))
+
+    def spread(self, term: Tensor, kept: Tensor, count: int) -> Tensor:
+        """``term`` of the kept channels, with zeros for the others, as a value of this operator."""
+        whole = torch.zeros(term.shape[0], count, *term.shape[2:], dtype=term.dtype).index_copy_(1, kept, term)
+        return whole.reshape([*whole.shape, *[1] * (self.rank - whole.dim())])
+
+    def padded(self, node: fx.Node) -> bool:
+        padding = argument(node, 4, "padding", 0)
+        return padding != "valid" and (padding == "same" or any([padding] if isinstance(padding, int) else padding))
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
         if not self.usable(node, facts):
             return None
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         used = self.connections(node, facts)
-        count = sizes(x)[1]
-        constant = slices(mask_of(x, facts), 1, count, every=True).reshape(used.shape[0], 1, -1)
+        constant = slices(mask_of(x, facts), 1, sizes(x)[1], every=True).reshape(used.shape[0], 1, -1)
         mask = ~(used & ~constant).any(2).reshape(-1)
         if not bool(mask.any()):
             return None
         shape = [1, -1] + [1] * (self.rank - 2)
-        value = torch.zeros(mask.numel(), dtype=torch.float64).reshape(shape)
-        if x in facts and bool(facts[x].value.any()):
-            value = self.apply(node, facts[x].value, facts[weight].value)
+        value = torch.zeros([1] * self.rank, dtype=torch.float64)
+        if x in facts and bool(facts[x].content.any()):
+            value = self.apply(node, facts[x].value, facts[weight].content, mask)
         if bias is not None:
             value = value + facts[bias].value.reshape(shape)
         return known(mask.reshape(shape), value)
@@ -171,22 +208,28 @@ class Convolution(Weighted):
             return []
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         groups, inputs, outputs = self.groups(node), sizes(x)[1], sizes(node)[1]
-        g, i, o = (node, "group"), (node, "input"), (node, "output")
-        ins, outs = (groups, inputs // groups), (groups, outputs // groups)
-        found = [split(node, (x, 1), (g, i), ins), split(node, (node, 1), (g, o), outs)]
-        if self.transposed:
-            found += [split(node, (weight, 0), (g, i), ins), equal(node, (weight, 1), o, outs[1])]
-        else:
-            found += [split(node, (weight, 0), (g, o), outs), equal(node, (weight, 1), i, ins[1])]
-        if bias is not None:
-            found.append(split(node, (bias, 0), (g, o), outs))
-        return found
+        found = [equal(node, (node, 1), (bias, 0), outputs)] if bias is not None else []
+        if groups > 1:
+            parts = (groups, inputs // groups), (groups, outputs // groups)
+            return [*found, balanced(node, (x, 1), (node, 1), *parts)]
+        i, o = (0, 1) if self.transposed else (1, 0)
+        return [*found, equal(node, (x, 1), (weight, i), inputs), equal(node, (node, 1), (weight, o), outputs)]
 
     def shrink(self, node: fx.Node, plan: Any) -> None:
         super().shrink(node, plan)  # first: it still needs the old number of groups
-        groups = plan.count(node, "group")
-        if self.groups(node) != groups:
-            node.update_arg(6, groups) if len(node.args) > 6 else node.update_kwarg("groups", groups)
+        groups = self.groups(node)
+        if groups > 1 and not (plan.full(node.args[0], 1) and plan.full(node, 1)):
+            self.repack(node, plan, groups)
+
+    def repack(self, node: fx.Node, plan: Any, groups: int) -> None:
+        """A weight of its own with the kept channels of every kept group, and the new number of groups."""
+        inputs, outputs = (plan.keep[key].reshape(groups, -1) for key in ((node.args[0], 1), (node, 1)))
+        live = inputs.any(1).nonzero().reshape(-1)
+        rows, columns = (k[live].nonzero()[:, 1].reshape(len(live), -1) for k in (outputs, inputs))
+        weight = self.by_group(node, plan.facts[node.args[1]].content)
+        weight = weight[live[:, None, None], rows[:, :, None], columns[:, None, :]]
+        plan.replace_weight(node, (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1))
+        node.update_arg(6, len(live)) if len(node.args) > 6 else node.update_kwarg("groups", len(live))
 
 
 class Embedding(Row):
@@ -198,10 +241,10 @@ class Embedding(Row):
         weight = node.args[0]
         if not is_constant(weight, facts):
             return None
-        table = facts[weight].value
+        table = facts[weight].content
         same = (table == table[:1]).all(0)
         shape = [1] * (len(sizes(node)) - 1) + [-1]
-        return known(same.reshape(shape), table[0].reshape(shape))
+        return known(same.reshape(shape), table[0].double().reshape(shape))
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         last = len(sizes(node)) - 1
