@@ -233,6 +233,8 @@ def _from_exported(exported: ExportedProgram, name: str) -> Program:
             copy_origin(mapping[node], node)
             if node.target in VIEWS:  # strides are the backend's business: a view here is a reshape
                 mapping[node].target = torch.ops.aten.reshape.default
+            if node.target is torch.ops.aten.rms_norm.default:
+                _name_epsilon(mapping[node])
         elif node.op == "output":
             output = graph.output(tuple(fx.map_arg(node.args[0], lambda n: mapping[n])))
             output.meta = dict(node.meta)
@@ -244,6 +246,15 @@ def _from_exported(exported: ExportedProgram, name: str) -> Program:
     tensors = {id(t): t for name, t in program.constants.items() if name in learned}
     program.notes["parameters"] = sum(t.numel() for t in tensors.values())
     return program.clean().propagate().verify()
+
+
+def _name_epsilon(node: fx.Node) -> None:
+    """rms_norm without eps takes that of its dtype: of the model's, also when the program runs in float64 for a proof."""
+    x, shape, *rest = node.args
+    weight = rest[0] if rest else node.kwargs.get("weight")
+    eps = rest[1] if len(rest) > 1 else node.kwargs.get("eps")
+    eps = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
+    node.args, node.kwargs = (x, shape, weight, eps), {}
 
 
 def _is_assertion(node: fx.Node) -> bool:

@@ -69,13 +69,41 @@ class ChannelAnalysis:
     blame: dict[Key, fx.Node] = field(default_factory=dict)
 
     @staticmethod
-    def of(program: Program) -> ChannelAnalysis:
-        facts = known_facts(program)
+    def of(program: Program, facts: Facts | None = None) -> ChannelAnalysis:
+        """``facts``: those of the program, where they are known already."""
+        facts = known_facts(program) if facts is None else facts
         read = read_facts(program, facts)
         ties = [tie for node in program.calls() if is_tensor(node) for tie in row(node).ties(node, facts)]
         analysis = ChannelAnalysis(program, facts, read, ties, {}, {})
         analysis._choose()
         return analysis
+
+    def with_ties(self, more: list[Tie]) -> ChannelAnalysis:
+        """The same facts with further ties: a smaller cut."""
+        analysis = ChannelAnalysis(self.program, self.facts, self.read, [*self.ties, *more], {}, {})
+        analysis._choose()
+        return analysis
+
+    def held(self, key: Key) -> Tensor:
+        """The indices that could go but for a tie."""
+        return self.cuttable[key] & self.keep[key]
+
+    def components(self) -> dict[Key, int]:
+        """The coupled set of every key, by number."""
+        parent: dict[Key, Key] = {key: key for key in self.keep}
+
+        def find(key: Key) -> Key:
+            while parent[key] is not key:
+                parent[key] = parent[parent[key]]
+                key = parent[key]
+            return key
+
+        for tie in (t for t in self.ties if t.joins):
+            first = find(tie.keys[0])
+            for other in tie.keys[1:]:
+                parent[find(other)] = first
+        numbers: dict[Key, int] = {}
+        return {key: numbers.setdefault(find(key), len(numbers)) for key in parent}
 
     def full(self, node: object, dim: int | str) -> bool:
         """Nothing is cut from this dimension."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +60,23 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
     ops.conv2d_nhwc.default: _convolution,
     ops.conv_transpose2d_nhwc.default: _transposed,
 }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it."""
+
+    flops: float  # multiply-adds count two
+    bandwidth: float  # bytes read or written by a plain elementwise operator
+    gathered: float  # bytes written by a gather of single elements
+    launch: float  # seconds that one more operator costs
+
+
+MACHINES = {"cpu": Machine(1e11, 1.2e10, 4e9, 3e-6), "cuda": Machine(3e13, 2e12, 1e12, 4e-6)}
+
+
+def machine_of(target: str) -> Machine:
+    return MACHINES[target.partition(":")[0]]
 
 
 def flops_of(node: fx.Node) -> int:

@@ -13,11 +13,13 @@ from torch import fx
 
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
 from thresher.analysis.facts import of_constant
+from thresher.analysis.rows.adapter import Adapter, adapter
 from thresher.analysis.rows.attention import Attention, Matmul
 from thresher.analysis.rows.base import Facts, Row, aten
 from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient
-from thresher.analysis.rows.mixing import GroupNorm, LayerNorm, Mixing, along, reduced, spatial
-from thresher.analysis.rows.movement import Movement, Pad, Slice, fix_select, fix_sizes, fix_slice, fix_squeeze
+from thresher.analysis.rows.mixing import Mixing, along, reduced, spatial
+from thresher.analysis.rows.movement import Gather, Movement, Pad, Slice, fix_select, fix_sizes, fix_slice, fix_squeeze
+from thresher.analysis.rows.norms import GroupNorm, LayerNorm
 from thresher.analysis.rows.weighted import Convolution, Embedding, Linear
 from thresher.program import Program
 
@@ -27,7 +29,7 @@ ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone c
     trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
     logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
 FILLED = "zeros_like ones_like full_like zeros ones full".split()
-MOVEMENT = "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle movedim".split()
+MOVEMENT = "permute transpose t unsqueeze flip roll cat stack repeat pixel_shuffle pixel_unshuffle channel_shuffle movedim".split()
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
 SOFTMAX = "softmax _softmax log_softmax _log_softmax cumsum".split()
@@ -44,7 +46,14 @@ def overloads(*names: str) -> list[Any]:
 
 
 def _table() -> dict[Any, Row]:
-    table: dict[Any, Row] = {torch.ops.thresher.shrink.default: Elementwise(), aten.where.self: Choice()}
+    table: dict[Any, Row] = {
+        torch.ops.thresher.shrink.default: Elementwise(),
+        aten.where.self: Choice(),
+        aten.index_select.default: Gather(),
+        adapter: Adapter(),
+        torch.ops.thresher.layer_norm.default: LayerNorm(),
+        torch.ops.thresher.group_norm.default: GroupNorm(),
+    }
 
     def add(row: Row, *names: str) -> None:
         table.update(dict.fromkeys(overloads(*names), row))

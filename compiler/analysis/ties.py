@@ -37,6 +37,11 @@ class Tie:
     def keys(self) -> tuple[Key, ...]:
         return self.left + self.right
 
+    @property
+    def joins(self) -> bool:
+        """Whether the two sides have to do with each other."""
+        return True
+
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
         """Grow ``keep`` until both sides agree; returns the keys that grew."""
         left = _outer([keep[k] for k in self.left], self.left_sizes).reshape(-1)
@@ -64,6 +69,22 @@ class Equal(Tie):
 def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
     """Two dimensions that keep the same indices."""
     return Equal(node, (a,), (b,), (size,), (size,), torch.arange(size))
+
+
+class Free(Tie):
+    """Two dimensions that the operator can cut as it likes, each for itself."""
+
+    def close(self, keep: dict[Key, Tensor]) -> list[Key]:
+        return []
+
+    @property
+    def joins(self) -> bool:
+        return False
+
+
+def free(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+    """Two dimensions of ``size`` that have nothing to do with each other and may both be cut."""
+    return Free(node, (a,), (b,), (size,), (size,), torch.empty(0, dtype=torch.long))
 
 
 class Balanced(Tie):

@@ -1,4 +1,5 @@
 """The ``thresher::`` operators: schema, reference in plain torch (differentiable), fake implementation."""
 
 import thresher.ops.channels_last
+import thresher.ops.norms
 import thresher.ops.shrink  # noqa: F401

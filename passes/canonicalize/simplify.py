@@ -3,7 +3,7 @@
 * no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices and expands of everything;
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
-* ``prelu`` with constant slopes becomes ``where``;
+* ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped.
 """
 
@@ -38,7 +38,7 @@ class Simplify(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         for node in list(work.calls()):
-            for rule in (drop_no_op, name_each_part, name_linear, spell_out_prelu, drop_empty_mask):
+            for rule in (drop_no_op, name_each_part, name_linear, spell_out_prelu, name_instance_norm, drop_empty_mask):
                 message = rule(work, node)
                 if message:
                     notes.append(Note.at(node, message))
@@ -146,6 +146,17 @@ def spell_out_prelu(program: Program, node: fx.Node) -> str:
     below = program.insert_call(node, aten.mul.Tensor, (x, w), like=node)
     node.replace_all_uses_with(program.insert_call(node, aten.where.self, (positive, x, below), like=node))
     return "written as where(x > 0, x, w x)"
+
+
+def name_instance_norm(program: Program, node: fx.Node) -> str:
+    """Instance norm on the statistics of its input is group norm with one channel a group."""
+    if node.target is not aten.instance_norm.default or not node.args[5]:
+        return ""
+    x, weight, bias, *_ = node.args
+    channels = shape_of(x)[1]
+    new = program.insert_call(node, aten.group_norm.default, (x, channels, weight, bias, node.args[7]), like=node)
+    node.replace_all_uses_with(new)
+    return "written as group_norm"
 
 
 def drop_empty_mask(program: Program, node: fx.Node) -> str:

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
+from thresher.analysis.cost import machine_of
 from thresher.analysis.facts import sizes
 from thresher.analysis.operators import row
 from thresher.analysis.rows.base import argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.fold import adapters
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 
 aten = torch.ops.aten
@@ -39,6 +41,7 @@ class FoldChannels(Pass):
 
     name: ClassVar[str] = "fold-channels"
     strict: bool = False
+    gain: float = 1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
 
     def apply(self, program: Program, context: Context) -> PassResult:
         result = PassResult(program)
@@ -49,13 +52,15 @@ class FoldChannels(Pass):
         work = program.clone()
         constants = _replace_known_values(work)
         analysis = ChannelAnalysis.of(work)
+        if self.gain < float("inf") and (markers := adapters.insert(work, analysis)):
+            machine = machine_of(context.target)
+            analysis = adapters.choose(ChannelAnalysis.of(work), markers, machine, self.gain)
         plan = _Plan(work, analysis)
         rewrites = constants + _describe(analysis)
         result.refusals = _refusals(analysis)
         if not rewrites:
             return result
-        if analysis.cuts:
-            plan.carry_out()
+        plan.carry_out()
         result.program, result.rewrites = work, rewrites
         return result
 
@@ -132,6 +137,7 @@ class _Plan:
                 not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))
             ):
                 row(node).shrink(node, self)
+        adapters.realise(self.program, self.analysis)
         for node in list(self.program.graph.nodes):
             if node.op == "get_attr" and node in shapes:
                 self.program.constants[node.target] = self.narrowed(node)
@@ -145,13 +151,14 @@ class _Plan:
                 tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
         return tensor
 
-    def replace_weight(self, node: fx.Node, value: Tensor) -> None:
-        """Give ``node`` another weight, narrow already; one that others use too stays for them."""
-        old: fx.Node = node.args[1]
+    def replace_constant(self, node: fx.Node, place: int, value: Tensor) -> None:
+        """Give ``node`` another constant argument, narrow already; one that others use too stays for them."""
+        old: fx.Node = node.args[place]
         if len(old.users) == 1:
             self.program.constants[str(old.target)] = value.contiguous()
         else:
-            node.update_arg(1, self.program.add_constant(value.contiguous(), str(old.target), dtype_of(old), like=old))
+            new = self.program.add_constant(value.contiguous(), str(old.target), dtype_of(old), like=old)
+            node.update_arg(place, new)
 
     def add_to_bias(self, node: fx.Node, term: Tensor) -> None:
         """``bias + term`` (already narrow) as the new bias of a linear or a convolution."""

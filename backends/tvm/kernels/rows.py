@@ -47,13 +47,33 @@ def softmax(x: te.Tensor, log: bool = False) -> te.Tensor:
     return te.compute(x.shape, lambda *i: powers(*i) * (1.0 / total(*i[:-1])), name=f"{PREFIX}out")
 
 
-def norm(x: te.Tensor, weight: te.Tensor | None, bias: te.Tensor | None, epsilon: float, centred: bool) -> te.Tensor:
-    """layer_norm (``centred``) or rms_norm over the last dimension."""
-    size = tirx.const(float(int(x.shape[-1])), "float32")
+def norm(
+    x: te.Tensor,
+    weight: te.Tensor | None,
+    bias: te.Tensor | None,
+    epsilon: float,
+    centred: bool,
+    gone: tuple[int, float, float] | None = None,
+) -> te.Tensor:
+    """layer_norm (``centred``) or rms_norm over the last dimension.
+
+    ``gone``: (count, total, square) of ``thresher::layer_norm``, whose constant channels are not in ``x``.
+    """
+    width = int(x.shape[-1])
+    count, gone_total, gone_square = gone or (width, 0.0, 0.0)
+    size = tirx.const(float(count), "float32")
     mean = None
     if centred:
         total = _reduced(x, "total", te.sum, _zero(), lambda *i: x(*i))
-        mean = te.compute(total.shape, lambda *i: total(*i) / size, name=f"{PREFIX}mean")
+        offset = tirx.const(gone_total, "float32")
+        mean = te.compute(total.shape, lambda *i: (total(*i) + offset) / size, name=f"{PREFIX}mean")
+
+    def rest(*i: Any) -> Any:
+        """What the channels that are gone add to the sum of squares."""
+        if gone is None or mean is None:
+            return 0.0
+        a, b, c = (tirx.const(v, "float32") for v in (gone_square, -2.0 * gone_total, float(count - width)))
+        return a + mean(*i) * (b + c * mean(*i))
 
     def shifted(*i: Any) -> Any:
         return x(*i) if mean is None else x(*i) - mean(*i[:-1])
@@ -61,7 +81,7 @@ def norm(x: te.Tensor, weight: te.Tensor | None, bias: te.Tensor | None, epsilon
     square = _reduced(x, "square", te.sum, _zero(), lambda *i: shifted(*i) * shifted(*i))
     scale = te.compute(
         square.shape,
-        lambda *i: 1.0 / te.sqrt(square(*i) / size + tirx.const(epsilon, "float32")),
+        lambda *i: 1.0 / te.sqrt((square(*i) + rest(*i)) / size + tirx.const(epsilon, "float32")),
         name=f"{PREFIX}scale",
     )
 

@@ -1,15 +1,14 @@
-"""Operators that mix elements along some dimensions: pools, reductions, softmax, norms."""
+"""Operators that mix elements along some dimensions: pools, reductions, softmax."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, known, sizes
-from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate, is_constant
+from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate
 from thresher.analysis.ties import Tie, equal
 
 
@@ -84,50 +83,3 @@ def reduced(node: fx.Node) -> tuple[list[int], bool]:
         else bool(node.kwargs.get("keepdim", False))
     )
     return sorted(d % rank for d in dims), not keepdim
-
-
-class LayerNorm(Row):
-    """The normalised dimensions stay whole; a channel whose weight is 0 is known: its bias."""
-
-    supported = True
-
-    def normalised(self, node: fx.Node) -> list[int]:
-        rank = len(sizes(node))
-        return list(range(rank - len(node.args[1]), rank))
-
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
-        weight, bias = (
-            argument(node, 2, "weight"),
-            argument(node, 3, "bias") if node.target is aten.layer_norm.default else None,
-        )
-        if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
-            return None
-        rank = len(sizes(node))
-        shape = [1] * (rank - len(sizes(weight))) + list(sizes(weight))
-        value = (
-            facts[bias].value.expand(sizes(weight))
-            if bias is not None
-            else torch.zeros(sizes(weight), dtype=torch.float64)
-        )
-        return known(facts[weight].zero().reshape(shape), value.reshape(shape))
-
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result = super().read(node, wanted, facts)
-        for dim in self.normalised(node):
-            wanted = wanted.any(dim, keepdim=True)
-        result[node.args[0]] = wanted
-        return result
-
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        operand: fx.Node = node.args[0]
-        lead = len(sizes(node)) - len(node.args[1])
-        return [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in range(lead)]
-
-
-class GroupNorm(Row):
-    """Channels of a group are normalised together: only the batch passes."""
-
-    supported = True
-
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        return [equal(node, (node, 0), (node.args[0], 0), sizes(node)[0])]

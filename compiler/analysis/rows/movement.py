@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, compress, known, sizes, slices
-from thresher.analysis.rows.base import Facts, Row, argument, aten, concrete, evaluate, mask_of, nothing, tensors
+from thresher.analysis.rows.base import (
+    Facts,
+    Row,
+    argument,
+    aten,
+    concrete,
+    evaluate,
+    is_constant,
+    mask_of,
+    nothing,
+    tensors,
+)
 from thresher.analysis.ties import Key, Tie, equal
 
 
@@ -283,6 +294,25 @@ class Slice(Movement):
             return found
         dim = argument(node, 1, "dim", 0) % len(sizes(node))
         return [t for t in found if (node, dim) not in t.keys]
+
+
+class Gather(Movement):
+    """index_select by a constant index: the index follows what is kept."""
+
+    def moved(self, node: fx.Node, facts: Facts) -> list[fx.Node]:
+        return [node.args[0]]
+
+    def indices(self, node: fx.Node, facts: Facts) -> dict[fx.Node, Tensor] | None:
+        index = node.args[2]
+        return {index: facts[index].content} if is_constant(index, facts) and index is not node.args[0] else None
+
+    def shrink(self, node: fx.Node, plan: Any) -> None:
+        source, dim, index = node.args
+        dim = dim % len(sizes(source))
+        if not plan.full(source, dim) or not plan.full(node, dim):
+            place = plan.keep[(source, dim)].long().cumsum(0) - 1
+            kept = plan.facts[index].content[plan.keep[(node, dim)]]
+            plan.replace_constant(node, 2, place[kept])
 
 
 class Pad(Movement):

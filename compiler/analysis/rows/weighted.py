@@ -228,7 +228,7 @@ class Convolution(Weighted):
         rows, columns = (k[live].nonzero()[:, 1].reshape(len(live), -1) for k in (outputs, inputs))
         weight = self.by_group(node, plan.facts[node.args[1]].content)
         weight = weight[live[:, None, None], rows[:, :, None], columns[:, None, :]]
-        plan.replace_weight(node, (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1))
+        plan.replace_constant(node, 1, (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1))
         node.update_arg(6, len(live)) if len(node.args) > 6 else node.update_kwarg("groups", len(live))
 
 

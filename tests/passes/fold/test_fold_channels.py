@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
+from fold_kit import Net, fold, kill, shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,42 +14,8 @@ from thresher import models
 from thresher.analysis.channels import ChannelAnalysis
 from thresher.analysis.cost import count_flops
 from thresher.capture import capture
-from thresher.pass_manager import PassManager, PassRecord
+from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
-
-
-def fold(model: nn.Module, *args: Tensor) -> tuple[Program, PassRecord]:
-    """The folded program, proven equal in float64, and the record of fold-channels."""
-    program = capture(model.eval(), args)
-    manager = PassManager(pipelines.exact, "each")
-    folded = manager.run(program)
-    assert [r.failure for r in manager.records if r.status == "reverted"] == []
-    assert not compare_programs(observe(program), folded).exceeds(EXACT_TOLERANCE)
-    return folded, next(r for r in manager.records if r.name == "fold-channels")
-
-
-def shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in program.constants.items()}
-
-
-def kill(weight: Tensor, *rows: int, dim: int = 0) -> None:
-    with torch.no_grad():
-        weight.index_fill_(dim, torch.tensor(rows), 0.0)
-
-
-class Net(nn.Module):
-    """Layers by name, and the function that uses them."""
-
-    def __init__(self, forward: Callable, **layers: nn.Module):
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(self, *args)
 
 
 @pytest.fixture(autouse=True)
