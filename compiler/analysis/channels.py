@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.facts import reduce_to, sizes, slices
 from thresher.analysis.operators import facts_of_constants, row
+from thresher.analysis.rows.adapter import adapter
 from thresher.analysis.rows.base import Facts
 from thresher.analysis.ties import Key, Tie, close_all, coupling_graph
 from thresher.program import Program, is_tensor, shape_of
@@ -67,6 +68,7 @@ class ChannelAnalysis:
     keep: dict[Key, Tensor]
     cuttable: dict[Key, Tensor]
     blame: dict[Key, fx.Node] = field(default_factory=dict)
+    vanished: bool = False  # some dimension is dead as a whole; one index of it stays
 
     @staticmethod
     def of(program: Program, facts: Facts | None = None) -> ChannelAnalysis:
@@ -117,7 +119,11 @@ class ChannelAnalysis:
     @property
     def cuts(self) -> list[Key]:
         """The dimensions of real values that lose indices."""
-        return [key for key, vector in self.keep.items() if isinstance(key[1], int) and not bool(vector.all())]
+        return [
+            (node, dim)
+            for (node, dim), vector in self.keep.items()
+            if isinstance(dim, int) and node.target is not adapter and not bool(vector.all())
+        ]
 
     def coupling(self) -> nx.Graph:
         return coupling_graph(self.ties)
@@ -145,6 +151,7 @@ class ChannelAnalysis:
                     self.keep[key] = self.keep[key] | indices
         close_all(self.ties, self.keep, self.blame)
         while empty := [key for key, vector in self.keep.items() if not bool(vector.any()) and vector.numel()]:
+            self.vanished = True
             for key in empty:  # a dimension never vanishes: one index stays
                 self.keep[key] = torch.arange(self.keep[key].numel()) == 0
             close_all(self.ties, self.keep, self.blame)

@@ -28,6 +28,7 @@ from thresher.analysis.ties import Key, equal
 from thresher.program import Program, dtype_of, is_tensor
 
 aten = torch.ops.aten
+NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # they take what they need themselves
 
 
 def insert(program: Program, analysis: ChannelAnalysis) -> list[fx.Node]:
@@ -66,7 +67,7 @@ def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis, edges: dict) ->
         pairs += [(holder, user) for user in holder.users]
     for source, user in pairs:
         for dim in range(len(sizes(source)) if is_tensor(source) else 0):
-            if _adaptable(source, dim) and bool(analysis.held((source, dim)).any()):
+            if user.target not in NARROWING and _adaptable(source, dim) and bool(analysis.held((source, dim)).any()):
                 edges[source, user, dim] = None
 
 
@@ -151,6 +152,8 @@ class _Costs:
             readers[number] = readers.get(number, torch.zeros_like(narrow)) | keep[(marker, dim)]
         if home in readers:
             return False  # the two sides meet elsewhere
+        if not all(bool((narrow & kept).any()) for kept in readers.values()):
+            return False  # nothing would come through
         saved = self.grown(home, narrow, union)
         saved += sum(self.grown(number, kept, union) for number, kept in readers.items())
         variants = {tuple(keep[(m, dim)].nonzero().reshape(-1).tolist()): m for m in group}

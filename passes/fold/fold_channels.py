@@ -24,7 +24,7 @@ from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.cost import machine_of
 from thresher.analysis.facts import sizes
 from thresher.analysis.operators import row
-from thresher.analysis.rows.base import argument
+from thresher.analysis.rows.base import Facts, argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
@@ -32,6 +32,7 @@ from thresher.passes.fold import adapters
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 
 aten = torch.ops.aten
+ROUNDS = 6
 
 
 @register_pass
@@ -49,27 +50,46 @@ class FoldChannels(Pass):
             first = program.placeholders[0]
             result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
             return result
-        work = program.clone()
-        constants = _replace_known_values(work)
-        analysis = ChannelAnalysis.of(work)
-        if self.gain < float("inf") and (markers := adapters.insert(work, analysis)):
-            machine = machine_of(context.target)
-            analysis = adapters.choose(ChannelAnalysis.of(work), markers, machine, self.gain)
-        plan = _Plan(work, analysis)
-        rewrites = constants + _describe(analysis)
-        result.refusals = _refusals(analysis)
-        if not rewrites:
-            return result
-        plan.carry_out()
-        result.program, result.rewrites = work, rewrites
+        for _ in range(ROUNDS):
+            step = self.fold_once(result.program, context)
+            result.refusals = result.refusals or step.refusals  # of the program as it was given
+            if not step.rewrites:
+                break
+            result.program, result.rewrites = step.program, result.rewrites + step.rewrites
+            if not step.again:
+                break
         return result
+
+    def fold_once(self, program: Program, context: Context) -> _Step:
+        work = program.clone()
+        facts, constants = _replace_known_values(work)
+        analysis = ChannelAnalysis.of(work, facts)
+        markers = adapters.insert(work, analysis) if self.gain < float("inf") else []
+        if markers:
+            analysis = adapters.choose(ChannelAnalysis.of(work), markers, machine_of(context.target), self.gain)
+        rewrites, refusals = constants + _describe(analysis), _refusals(analysis)
+        if not rewrites:
+            return _Step(program, [], refusals, False)
+        again = analysis.vanished or bool(markers)
+        _Plan(work, analysis).carry_out()
+        return _Step(work, rewrites, refusals, again)
+
+
+@dataclass
+class _Step:
+    """``again``: what is left of a dead dimension, or where adapters could stand, the next round may cut more."""
+
+    program: Program
+    rewrites: list[Note]
+    refusals: list[Note]
+    again: bool
 
 
 # ---------------------------------------------------------------------- values that are constant as a whole
 
 
-def _replace_known_values(program: Program) -> list[Note]:
-    """Dead branches: a computed value all of whose elements are known becomes a constant."""
+def _replace_known_values(program: Program) -> tuple[Facts, list[Note]]:
+    """Dead branches: a computed value all of whose elements are known becomes a constant. Also returns the facts of the result."""
     notes = []
     facts = known_facts(program)
     for node in list(program.calls()):
@@ -94,7 +114,8 @@ def _replace_known_values(program: Program) -> list[Note]:
     program.clean()
     if notes:
         program.propagate()
-    return notes
+        facts = known_facts(program)
+    return facts, notes
 
 
 def _needs(user: fx.Node, facts: dict) -> bool:

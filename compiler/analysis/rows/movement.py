@@ -267,6 +267,17 @@ def fix_slice(node: fx.Node, plan: Any) -> None:
     node.kwargs = {}
 
 
+def fix_roll(node: fx.Node, plan: Any) -> None:
+    """roll: as many places as kept indices come around the end."""
+    operand, shifts, dims = node.args[0], node.args[1], argument(node, 2, "dims", [])
+    places = []
+    for shift, dim in zip(shifts, dims):
+        keep = plan.keep[(operand, dim % len(sizes(operand)))]
+        places.append(int(keep[len(keep) - shift % len(keep) :].sum()))
+    if dims:
+        node.args, node.kwargs = (operand, places, dims), {}
+
+
 def fix_squeeze(node: fx.Node, plan: Any) -> None:
     """squeeze: only what had one index before; a dimension that was cut down to one index stays."""
     before = sizes(node.args[0])

@@ -1,0 +1,61 @@
+"""The fold on random programs: equal, idempotent, minimal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_graphs import KINDS, build
+
+from thresher.analysis.cost import count_flops
+from thresher.pass_manager import Context
+from thresher.passes.fold.fold_channels import FoldChannels
+from thresher.program import Program
+from thresher.validation import EXACT_TOLERANCE, compare
+
+step = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 59))
+programs = st.builds(
+    build, st.integers(0, 10_000), st.sampled_from([0.0, 0.2, 0.5, 0.8]), st.lists(step, min_size=2, max_size=8)
+)
+
+
+def check(program: Program, fold: FoldChannels) -> None:
+    """Equal in float64 on two inputs, and folding again changes nothing."""
+    result = fold.apply(program, Context())
+    folded = result.program.verify()
+    assert count_flops(folded) <= count_flops(program)
+    for scale in (1.0, 100.0):
+        x = scale * program.probe[0]
+        assert not compare(program.run(x), folded.run(x)).exceeds(EXACT_TOLERANCE)
+    again = fold.apply(folded, Context())
+    assert again.rewrites == []
+
+
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, database=None
+    )
+
+
+@examples(500)
+@given(programs)
+def test_random_programs(program: Program) -> None:
+    torch.set_num_threads(1)
+    check(program, FoldChannels())
+
+
+@examples(500)
+@given(programs)
+def test_random_programs_with_every_adapter(program: Program) -> None:
+    """Adapters wherever they save anything at all: on these small programs the cost rule would take few."""
+    torch.set_num_threads(1)
+    check(program, FoldChannels(gain=0.0))
+
+
+@pytest.mark.slow
+@examples(10_000)
+@given(programs)
+def test_many_random_programs(program: Program) -> None:
+    torch.set_num_threads(1)
+    check(program, FoldChannels(gain=0.0))
