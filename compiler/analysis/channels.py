@@ -6,7 +6,7 @@ Forward, :func:`known_facts` finds the elements that are constant; backward, :fu
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -64,7 +64,7 @@ class ChannelAnalysis:
     program: Program
     facts: Facts
     read: dict[fx.Node, Tensor]
-    ties: list[Tie]
+    ties: dict[fx.Node, list[Tie]]  # of each call
     keep: dict[Key, Tensor]
     cuttable: dict[Key, Tensor]
     blame: dict[Key, fx.Node] = field(default_factory=dict)
@@ -75,16 +75,51 @@ class ChannelAnalysis:
         """``facts``: those of the program, where they are known already."""
         facts = known_facts(program) if facts is None else facts
         read = read_facts(program, facts)
-        ties = [tie for node in program.calls() if is_tensor(node) for tie in row(node).ties(node, facts)]
+        ties = {node: row(node).ties(node, facts) for node in program.calls() if is_tensor(node)}
         analysis = ChannelAnalysis(program, facts, read, ties, {}, {})
         analysis._choose()
         return analysis
 
-    def with_ties(self, more: list[Tie]) -> ChannelAnalysis:
+    def with_adapters(self, edges: Iterable[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
+        """Put an adapter on each edge ``(source, user, dim)`` of the program, and what is found anew then."""
+        facts, read, ties, made = dict(self.facts), dict(self.read), dict(self.ties), []
+        ends: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        users: dict[fx.Node, None] = {}
+        for source, user, dim in edges:
+            end = ends.get((source, user), source)
+            with self.program.graph.inserting_before(user):
+                marker = self.program.graph.call_function(adapter, (end, dim))
+            marker.meta = dict(source.meta)
+            if source in facts:
+                facts[marker] = facts[source]
+            read[marker] = self.needed(source, user) if end is source else read[end]
+            user.replace_input_with(end, marker)
+            ties[marker] = row(marker).ties(marker, facts)
+            ends[source, user] = marker
+            users[user] = None
+            made.append(marker)
+        ties |= {user: row(user).ties(user, facts) for user in users if user in ties}
+        analysis = ChannelAnalysis(self.program, facts, read, ties, {}, {})
+        analysis._choose()
+        return analysis, made
+
+    def with_ties(self, more: Iterable[Tie]) -> ChannelAnalysis:
         """The same facts with further ties: a smaller cut."""
-        analysis = ChannelAnalysis(self.program, self.facts, self.read, [*self.ties, *more], {}, {})
+        ties = dict(self.ties)
+        for tie in more:
+            ties[tie.node] = [*ties.get(tie.node, []), tie]
+        analysis = ChannelAnalysis(self.program, self.facts, self.read, ties, {}, {})
         analysis._choose()
         return analysis
+
+    def needed(self, source: fx.Node, user: fx.Node) -> Tensor:
+        """Which elements of ``source`` (narrow) ``user`` needs for what is read of it."""
+        if user.op == "output" or not is_tensor(user):
+            return torch.ones([1] * len(sizes(source)), dtype=torch.bool)
+        if user not in self.read:
+            return torch.zeros([1] * len(sizes(source)), dtype=torch.bool)
+        wanted = self.read[user] & ~self.facts[user].mask if user in self.facts else self.read[user]
+        return reduce_to(row(user).read(user, wanted, self.facts)[source], sizes(source))
 
     def held(self, key: Key) -> Tensor:
         """The indices that could go but for a tie."""
@@ -100,7 +135,7 @@ class ChannelAnalysis:
                 key = parent[key]
             return key
 
-        for tie in (t for t in self.ties if t.joins):
+        for tie in (t for t in self.all_ties() if t.joins):
             first = find(tie.keys[0])
             for other in tie.keys[1:]:
                 parent[find(other)] = first
@@ -125,36 +160,37 @@ class ChannelAnalysis:
             if isinstance(dim, int) and node.target is not adapter and not bool(vector.all())
         ]
 
+    def all_ties(self) -> Iterator[Tie]:
+        return (tie for ties in self.ties.values() for tie in ties)
+
     def coupling(self) -> nx.Graph:
-        return coupling_graph(self.ties)
+        return coupling_graph(self.all_ties())
 
     # ------------------------------------------------------------------ choosing the cut
 
     def _choose(self) -> None:
-        mentioned: dict[fx.Node, set[Key]] = defaultdict(set)
-        for tie in self.ties:
-            mentioned[tie.node].update(tie.keys)
+        mentioned = {node: {key for tie in ties for key in tie.keys} for node, ties in self.ties.items()}
         for node in self.program.graph.nodes:
             if is_tensor(node):
                 for dim, size in enumerate(sizes(node)):
                     self.cuttable[(node, dim)] = self._cuttable(node, dim, size)
         self.keep = {key: ~vector for key, vector in self.cuttable.items()}
-        for tie in self.ties:  # virtual dimensions start empty: only real ones ask for something
+        for tie in self.all_ties():  # virtual dimensions start empty: only real ones ask for something
             for key, size in zip(tie.keys, tie.left_sizes + tie.right_sizes):
                 self.keep.setdefault(key, torch.zeros(size, dtype=torch.bool))
         for node in self.program.graph.nodes:
             if node.op in ("call_function", "output"):
-                self._pin_rigid(node, mentioned[node])
+                self._pin_rigid(node, mentioned.get(node, set()))
         for node in self.program.calls():
             if is_tensor(node):
                 for key, indices in row(node).pins(node, self.facts):
                     self.keep[key] = self.keep[key] | indices
-        close_all(self.ties, self.keep, self.blame)
+        close_all(self.all_ties(), self.keep, self.blame)
         while empty := [key for key, vector in self.keep.items() if not bool(vector.any()) and vector.numel()]:
             self.vanished = True
             for key in empty:  # a dimension never vanishes: one index stays
                 self.keep[key] = torch.arange(self.keep[key].numel()) == 0
-            close_all(self.ties, self.keep, self.blame)
+            close_all(self.all_ties(), self.keep, self.blame)
 
     def _cuttable(self, node: fx.Node, dim: int, size: int) -> Tensor:
         if node.op == "placeholder" or isinstance(shape_of(node)[dim], torch.SymInt):

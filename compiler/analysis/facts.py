@@ -9,6 +9,7 @@ dimension where it does not vary. A fact about channels of an image is ``[1, C, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,17 @@ class Known:
     def value(self) -> Tensor:
         return self.content.double() if self.content.is_floating_point() else self.content
 
+    @functools.cached_property
+    def nonzero(self) -> Tensor:
+        """Where the content is not 0: of a weight, what it connects. Asked for several times in an analysis, computed once."""
+        return self.content != 0
+
     def all(self) -> bool:
         return bool(self.mask.all())
 
     def zero(self) -> Tensor:
         """Where the element is known to be 0 (narrow)."""
-        return self.mask & (self.content == 0)
+        return self.mask & ~self.nonzero
 
 
 def hint(dim: int | torch.SymInt) -> int:

@@ -18,7 +18,17 @@ from thresher.analysis.rows.attention import Attention, Matmul
 from thresher.analysis.rows.base import Facts, Row, aten
 from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient
 from thresher.analysis.rows.mixing import Mixing, along, reduced, spatial
-from thresher.analysis.rows.movement import Gather, Movement, Pad, Slice, fix_roll, fix_select, fix_sizes, fix_slice, fix_squeeze
+from thresher.analysis.rows.movement import (
+    Gather,
+    Movement,
+    Pad,
+    Slice,
+    fix_roll,
+    fix_select,
+    fix_sizes,
+    fix_slice,
+    fix_squeeze,
+)
 from thresher.analysis.rows.norms import GroupNorm, LayerNorm
 from thresher.analysis.rows.weighted import Convolution, Embedding, Linear
 from thresher.program import Program

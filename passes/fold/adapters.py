@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
@@ -31,50 +32,58 @@ aten = torch.ops.aten
 NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # they take what they need themselves
 
 
-def insert(program: Program, analysis: ChannelAnalysis) -> list[fx.Node]:
-    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads."""
-    edges: dict[tuple[fx.Node, fx.Node, int], None] = {}
-    for node in program.calls():
+Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
+
+
+def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
+    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads.
+
+    Behind one holder there may be another: until nothing new is found.
+    """
+    done: set[Edge] = set()
+    markers: list[fx.Node] = []
+    while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if e not in done]:
+        done.update(edges)
+        analysis, made = analysis.with_adapters(edges)
+        markers += made
+    return analysis, markers
+
+
+def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
+    for node in list(analysis.program.calls()):
         operator = row(node)
         if not isinstance(operator, Weighted):
             continue
-        channel = operator.channel(node)
-        if bool(analysis.held((node, channel)).any()):
-            _edges_of(analysis.blame.get((node, channel)), analysis, edges)
-        source = node.args[0]
-        if node in analysis.read and (source, channel) in analysis.keep and _adaptable(source, channel):
-            wanted = analysis.read[node]
-            needed = slices(operator.read(node, wanted, analysis.facts)[source], channel, sizes(source)[channel], False)
+        channel, source = operator.channel(node), node.args[0]
+        keys = [(node, channel), (source, channel)]
+        if first and node in analysis.read and _adaptable(source, channel):
+            needed = slices(analysis.needed(source, node), channel, sizes(source)[channel], every=False)
             if bool((analysis.keep[(source, channel)] & ~needed).any()):
-                edges[source, node, channel] = None
-                _edges_of(analysis.blame.get((source, channel)), analysis, edges)
-    made = []
-    for source, user, dim in edges:
-        with program.graph.inserting_before(user):
-            marker = program.graph.call_function(adapter, (source, dim))
-        marker.meta = dict(source.meta)
-        user.replace_input_with(source, marker)
-        made.append(marker)
-    return made
+                yield source, node, channel
+        for key in keys:
+            if bool(analysis.held(key).any()):
+                yield from _edges_of(analysis.blame.get(key), analysis)
 
 
-def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis, edges: dict) -> None:
+def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edge]:
     """The edges into and out of ``holder`` that carry held indices."""
-    if holder is None:
+    if holder is None or holder.target is adapter:
         return
     pairs = [(source, holder) for source in holder.all_input_nodes]
     if holder.op == "call_function":
         pairs += [(holder, user) for user in holder.users]
     for source, user in pairs:
-        for dim in range(len(sizes(source)) if is_tensor(source) else 0):
-            if user.target not in NARROWING and _adaptable(source, dim) and bool(analysis.held((source, dim)).any()):
-                edges[source, user, dim] = None
+        if not is_tensor(source) or user.target in NARROWING or user.target is adapter:
+            continue
+        for dim in range(len(sizes(source))):
+            if _adaptable(source, dim) and bool(analysis.held((source, dim)).any()):
+                yield source, user, dim
 
 
 def _adaptable(source: fx.Node, dim: int) -> bool:
     value = source.meta["val"]
-    fits = source.op == "call_function" and value.is_floating_point() and not isinstance(value.shape[dim], torch.SymInt)
-    return fits and not _adapted(source)
+    computed = source.op == "call_function" and source.target is not adapter and value.is_floating_point()
+    return computed and not isinstance(value.shape[dim], torch.SymInt) and not _adapted(source)
 
 
 def _adapted(source: fx.Node) -> bool:
@@ -200,6 +209,11 @@ def realise(program: Program, analysis: ChannelAnalysis) -> None:
         key = (source, dim, tuple(there.nonzero().reshape(-1).tolist()))
         if key not in made:
             made[key] = source if torch.equal(here, there) else _write(program, analysis, marker)
+        if made[key] is not source:  # to an adapter behind it, what stands here now is what the adapter was
+            for d in range(len(sizes(marker))):
+                analysis.keep[(made[key], d)] = analysis.keep[(marker, d)]
+            if marker in analysis.facts:
+                analysis.facts[made[key]] = analysis.facts[marker]
         marker.replace_all_uses_with(made[key])
         program.graph.erase_node(marker)
 

@@ -64,20 +64,21 @@ class FoldChannels(Pass):
         work = program.clone()
         facts, constants = _replace_known_values(work)
         analysis = ChannelAnalysis.of(work, facts)
-        markers = adapters.insert(work, analysis) if self.gain < float("inf") else []
-        if markers:
-            analysis = adapters.choose(ChannelAnalysis.of(work), markers, machine_of(context.target), self.gain)
+        markers: list[fx.Node] = []
+        if self.gain < float("inf"):
+            analysis, markers = adapters.insert(analysis)
+            analysis = adapters.choose(analysis, markers, machine_of(context.target), self.gain)
         rewrites, refusals = constants + _describe(analysis), _refusals(analysis)
         if not rewrites:
             return _Step(program, [], refusals, False)
-        again = analysis.vanished or bool(markers)
+        again = analysis.vanished or any(not analysis.full(m, m.args[1]) for m in markers)
         _Plan(work, analysis).carry_out()
         return _Step(work, rewrites, refusals, again)
 
 
 @dataclass
 class _Step:
-    """``again``: what is left of a dead dimension, or where adapters could stand, the next round may cut more."""
+    """``again``: what is left of a dead dimension, or an adapter, may let the next round cut more."""
 
     program: Program
     rewrites: list[Note]

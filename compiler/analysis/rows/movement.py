@@ -55,6 +55,12 @@ class Movement(Row):
         operands, indices = self.moved(node, facts), self.indices(node, facts)
         if indices is None or not any(n in facts for n in operands):
             return None
+        found = self.map(node, facts)
+        if found is not None and len(operands) == 1:
+            fact = facts[operands[0]]
+            mask, content = (found.forward(t, len(sizes(node))) for t in (fact.mask, fact.content))
+            if mask is not None and content is not None:
+                return known(mask, content.double() if content.is_floating_point() else content)
         masks = {n: mask_of(n, facts).expand(sizes(n)) for n in operands}
         mask = evaluate(node, masks | indices)
         if not any(n in facts and bool(facts[n].content.any()) for n in operands):
@@ -69,6 +75,10 @@ class Movement(Row):
         result = {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}  # an index is no value
         if found.onto and bool(wanted.all()):
             return result | {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in operands}
+        if len(operands) == 1:
+            back = found.backward(wanted, len(sizes(operands[0])))
+            if back is not None:
+                return result | {operands[0]: back}
         flat = torch.zeros(found.total, dtype=torch.bool)
         flat[found.source[wanted.expand(found.source.shape)]] = True
         parts = flat.split([math.prod(sizes(n)) for n in operands])
@@ -120,6 +130,38 @@ class _Map:
     total: int
     onto: bool
     parts: tuple[_Part, ...]
+
+    def forward(self, fact: Tensor, rank: int) -> Tensor | None:
+        """The narrow fact of the result from that of the only argument, if it varies within one part; else None."""
+        return self._through(fact, rank, lambda p: (p.dims, p.outs), lambda part, flat: flat[part.index])
+
+    def backward(self, wanted: Tensor, rank: int) -> Tensor | None:
+        """Which elements of the only argument the wanted ones of the result are, if these vary within one part; else None."""
+
+        def scatter(part: _Part, flat: Tensor) -> Tensor:
+            read = torch.zeros(math.prod(part.left_sizes), dtype=torch.bool)
+            read[part.index.reshape(-1)[flat]] = True
+            return read.reshape(part.left_sizes)
+
+        return self._through(wanted, rank, lambda p: (p.outs, p.dims), scatter) if self.onto else None
+
+    def _through(self, fact: Tensor, rank: int, ends: Callable, move: Callable) -> Tensor | None:
+        if any(part.start is not None for part in self.parts):
+            return None
+        varying = {d for d, size in enumerate(fact.shape) if size > 1}
+        if not varying:
+            return fact.reshape([1] * rank)
+        holding = [part for part in self.parts if varying & set(ends(part)[0])]
+        if len(holding) != 1 or not varying <= set(ends(holding[0])[0]):
+            return None
+        part, (here, there) = holding[0], ends(holding[0])
+        full = part.left_sizes if here is part.dims else part.right_sizes
+        narrow = fact.reshape([fact.shape[d] for d in here])  # every other dimension has one index
+        moved = move(part, narrow.expand(full).reshape(-1))
+        shape = [1] * rank
+        for d, size in zip(there, moved.shape):
+            shape[d] = size
+        return compress(moved.reshape(shape))
 
 
 _MAPS: dict[Any, _Map] = {}

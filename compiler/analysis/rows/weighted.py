@@ -83,7 +83,7 @@ class Linear(Weighted):
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
         w = facts[weight].content
-        mask = ~_reached(~mask_of(x, facts), w != 0)
+        mask = ~_reached(~mask_of(x, facts), facts[weight].nonzero)
         if not bool(mask.any()):
             return None
         value = torch.zeros([1] * mask.dim(), dtype=torch.float64)
@@ -97,7 +97,7 @@ class Linear(Weighted):
         result = super().read(node, wanted, facts)
         x, weight = node.args[:2]
         if is_constant(weight, facts):
-            result[x] = compress(_reached(wanted, (facts[weight].content != 0).T))
+            result[x] = compress(_reached(wanted, facts[weight].nonzero.T))
         return result
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
@@ -120,7 +120,9 @@ def _reached(sources: Tensor, used: Tensor) -> Tensor:
         columns = sources.reshape(-1)
         reached = used.any(1) if bool(columns.all()) else used[:, columns].any(1)
         return reached.reshape(*[1] * (sources.dim() - 1), -1)
-    return (sources.float() @ used.float().T) > 0
+    rows, which = sources.reshape(-1, sources.shape[-1]).unique(dim=0, return_inverse=True)  # few: the class token, and the rest
+    reached = torch.stack([used[:, row].any(1) for row in rows]) if len(rows) <= 16 else (rows.float() @ used.float().T) > 0
+    return reached[which].reshape(*sources.shape[:-1], -1)
 
 
 class Convolution(Weighted):
@@ -151,7 +153,7 @@ class Convolution(Weighted):
 
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
         """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
-        used = facts[node.args[1]].content != 0
+        used = facts[node.args[1]].nonzero
         return self.by_group(node, used.flatten(2).any(2) if used.shape[2:].numel() > 1 else used.flatten(1))
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
