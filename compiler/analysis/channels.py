@@ -77,6 +77,7 @@ class ChannelAnalysis:
         read = read_facts(program, facts)
         ties = {node: row(node).ties(node, facts) for node in program.calls() if is_tensor(node)}
         analysis = ChannelAnalysis(program, facts, read, ties, {}, {})
+        analysis._find_cuttable(node for node in program.graph.nodes if is_tensor(node))
         analysis._choose()
         return analysis
 
@@ -99,7 +100,8 @@ class ChannelAnalysis:
             users[user] = None
             made.append(marker)
         ties |= {user: row(user).ties(user, facts) for user in users if user in ties}
-        analysis = ChannelAnalysis(self.program, facts, read, ties, {}, {})
+        analysis = ChannelAnalysis(self.program, facts, read, ties, {}, dict(self.cuttable))
+        analysis._find_cuttable(made)
         analysis._choose()
         return analysis, made
 
@@ -108,7 +110,7 @@ class ChannelAnalysis:
         ties = dict(self.ties)
         for tie in more:
             ties[tie.node] = [*ties.get(tie.node, []), tie]
-        analysis = ChannelAnalysis(self.program, self.facts, self.read, ties, {}, {})
+        analysis = ChannelAnalysis(self.program, self.facts, self.read, ties, {}, self.cuttable)
         analysis._choose()
         return analysis
 
@@ -170,10 +172,6 @@ class ChannelAnalysis:
 
     def _choose(self) -> None:
         mentioned = {node: {key for tie in ties for key in tie.keys} for node, ties in self.ties.items()}
-        for node in self.program.graph.nodes:
-            if is_tensor(node):
-                for dim, size in enumerate(sizes(node)):
-                    self.cuttable[(node, dim)] = self._cuttable(node, dim, size)
         self.keep = {key: ~vector for key, vector in self.cuttable.items()}
         for tie in self.all_ties():  # virtual dimensions start empty: only real ones ask for something
             for key, size in zip(tie.keys, tie.left_sizes + tie.right_sizes):
@@ -192,15 +190,19 @@ class ChannelAnalysis:
                 self.keep[key] = torch.arange(self.keep[key].numel()) == 0
             close_all(self.all_ties(), self.keep, self.blame)
 
-    def _cuttable(self, node: fx.Node, dim: int, size: int) -> Tensor:
-        if node.op == "placeholder" or isinstance(shape_of(node)[dim], torch.SymInt):
-            return torch.zeros(size, dtype=torch.bool)
-        if node.op == "get_attr":
-            return torch.ones(size, dtype=torch.bool)
-        dead = ~self.read[node] if node in self.read else torch.ones([1] * len(sizes(node)), dtype=torch.bool)
-        if node in self.facts:
-            dead = dead | self.facts[node].mask
-        return slices(dead, dim, size, every=True)
+    def _find_cuttable(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            shape = shape_of(node)
+            fixed = node.op == "placeholder"
+            dead = torch.ones([1] * len(shape), dtype=torch.bool)  # a constant has nothing to say for itself
+            if node.op == "call_function" and node in self.read:
+                dead = ~self.read[node]
+                if node in self.facts:
+                    dead = dead | self.facts[node].mask
+            for dim, size in enumerate(sizes(node)):
+                stays = fixed or isinstance(shape[dim], torch.SymInt)
+                cut = slices(dead, dim, size, every=True) if not stays else torch.zeros(size, dtype=torch.bool)
+                self.cuttable[(node, dim)] = cut
 
     def _pin_rigid(self, node: fx.Node, mentioned: set[Key]) -> None:
         """Dimensions that the operator does not tie stay whole, in its arguments and in its result."""

@@ -14,7 +14,8 @@ fold for models with floating inputs, because any of them could be infinite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.cost import machine_of
-from thresher.analysis.facts import sizes
+from thresher.analysis.facts import sizes, slices
 from thresher.analysis.operators import row
 from thresher.analysis.rows.base import Facts, argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
+from thresher.certificate import Certificate, Reason, Step, indices_of
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.fold import adapters
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
@@ -50,19 +52,23 @@ class FoldChannels(Pass):
             first = program.placeholders[0]
             result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
             return result
+        proof: list[Step] = []
         for _ in range(ROUNDS):
             step = self.fold_once(result.program, context)
             result.refusals = result.refusals or step.refusals  # of the program as it was given
             if not step.rewrites:
                 break
             result.program, result.rewrites = step.program, result.rewrites + step.rewrites
+            proof += step.proof
             if not step.again:
                 break
+        if proof:
+            result.program.notes["certificate"] = Certificate(proof)
         return result
 
-    def fold_once(self, program: Program, context: Context) -> _Step:
+    def fold_once(self, program: Program, context: Context) -> _Round:
         work = program.clone()
-        facts, constants = _replace_known_values(work)
+        facts, constants, claims = _replace_known_values(work)
         analysis = ChannelAnalysis.of(work, facts)
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
@@ -70,29 +76,33 @@ class FoldChannels(Pass):
             analysis = adapters.choose(analysis, markers, machine_of(context.target), self.gain)
         rewrites, refusals = constants + _describe(analysis), _refusals(analysis)
         if not rewrites:
-            return _Step(program, [], refusals, False)
+            return _Round(program, [], refusals, [], False)
         again = analysis.vanished or any(not analysis.full(m, m.args[1]) for m in markers)
-        _Plan(work, analysis).carry_out()
-        return _Step(work, rewrites, refusals, again)
+        plan = _Plan(work, analysis)
+        plan.carry_out()
+        return _Round(work, rewrites, refusals, [claims.step(program, plan)], again)
 
 
 @dataclass
-class _Step:
+class _Round:
     """``again``: what is left of a dead dimension, or an adapter, may let the next round cut more."""
 
     program: Program
     rewrites: list[Note]
     refusals: list[Note]
+    proof: list[Step]
     again: bool
 
 
 # ---------------------------------------------------------------------- values that are constant as a whole
 
 
-def _replace_known_values(program: Program) -> tuple[Facts, list[Note]]:
-    """Dead branches: a computed value all of whose elements are known becomes a constant. Also returns the facts of the result."""
+def _replace_known_values(program: Program) -> tuple[Facts, list[Note], _Claims]:
+    """Dead branches: a computed value all of whose elements are known becomes a constant. Also returns the facts of the result, and
+    what is claimed of the program as it was."""
     notes = []
     facts = known_facts(program)
+    claims = _Claims({n.name: (f.mask, f.content) for n, f in facts.items() if n.op == "call_function"})
     for node in list(program.calls()):
         fact = facts.get(node)
         if fact is None or not fact.all() or not any(_needs(user, facts) for user in node.users):
@@ -111,12 +121,15 @@ def _replace_known_values(program: Program) -> tuple[Facts, list[Note]]:
             user.replace_input_with(node, replacement)
         notes.append(Note.at(node, "the value is constant: its computation is removed"))
     for node in list(program.calls(aten.add.Tensor)):
-        notes += _drop_zero_addend(program, node)
+        if other := _without_zero_addend(program, node):
+            node.replace_all_uses_with(other)
+            claims.stands_for[node.name] = other.name
+            notes.append(Note.at(node, "adds a branch that is always zero: removed"))
     program.clean()
     if notes:
         program.propagate()
         facts = known_facts(program)
-    return facts, notes
+    return facts, notes, claims
 
 
 def _needs(user: fx.Node, facts: dict) -> bool:
@@ -131,15 +144,15 @@ def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
     return any(is_tensor(n) and n is not node and shape_of(n) == shape_of(user) for n in user.all_input_nodes)
 
 
-def _drop_zero_addend(program: Program, node: fx.Node) -> list[Note]:
+def _without_zero_addend(program: Program, node: fx.Node) -> fx.Node | None:
+    """What ``node`` is but for a zero that it adds."""
     for zero, other in (node.args[:2], node.args[1::-1]):
         constant = program.constant(zero)
         if constant is None or bool(constant.any()) or not is_tensor(other) or argument(node, 2, "alpha", 1) != 1:
             continue
         if shape_of(other) == shape_of(node) and dtype_of(other) == dtype_of(node):
-            node.replace_all_uses_with(other)
-            return [Note.at(node, "adds a branch that is always zero: removed")]
-    return []
+            return other
+    return None
 
 
 # ---------------------------------------------------------------------- carrying out a cut
@@ -151,6 +164,7 @@ class _Plan:
     def __init__(self, program: Program, analysis: ChannelAnalysis):
         self.program, self.analysis = program, analysis
         self.facts, self.keep, self.full, self.count = analysis.facts, analysis.keep, analysis.full, analysis.count
+        self.stands_for: dict[str, str] = {}  # a value with its bias map, under the name of the value
 
     def carry_out(self) -> None:
         shapes = {n: sizes(n) for n in self.program.graph.nodes if is_tensor(n)}
@@ -203,7 +217,57 @@ class _Plan:
             self.keep[(total, dim)] = self.keep[(node, dim)]
         if node in self.facts:
             self.facts[total] = self.facts[node]
+        self.stands_for[node.name] = total.name
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+# ---------------------------------------------------------------------- proving
+
+
+@dataclass
+class _Claims:
+    """What the certificate will say: what was known at first, and which values stand for others."""
+
+    known: dict[str, tuple[Tensor, Tensor]]
+    stands_for: dict[str, str] = field(default_factory=dict)
+
+    def step(self, before: Program, plan: _Plan) -> Step:
+        analysis, kept = plan.analysis, {}
+        there = {n.name for n in analysis.program.graph.nodes}
+        values = {n.name for n in before.graph.nodes if n.op in ("call_function", "placeholder")}
+        read = {n.name: torch.tensor(True) for n in before.output.all_input_nodes}
+        read |= {n.name: wanted for n, wanted in analysis.read.items() if n.name in values}
+        for node in {node: None for node, _ in analysis.cuttable}:
+            name = plan.stands_for.get(node.name, node.name)
+            if node.name in values and name in there:
+                cut = [d for d in range(len(node.meta["val"].shape)) if not analysis.full(node, d)]
+                kept[node.name] = (name, {d: analysis.keep[(node, d)].nonzero().reshape(-1) for d in cut})
+        for name, other in self.stands_for.items():
+            while other in self.stands_for:
+                other = self.stands_for[other]
+            if other in kept:
+                kept[name], read[name] = kept[other], read.get(other, torch.tensor(False))
+        return Step(before, analysis.program, self.known, read, kept, list(self.reasons(before, kept)))
+
+    def reasons(self, before: Program, kept: dict[str, tuple[str, dict[int, Tensor]]]) -> Iterator[Reason]:
+        """Why each index went that is not kept: known from the arguments, or unread by the users."""
+        for node in before.calls():
+            for dim, indices in kept[node.name][1].items() if node.name in kept else ():
+                size = sizes(node)[dim]
+                gone = torch.ones(size, dtype=torch.bool).index_fill_(0, indices, False)
+                mask, content = self.known.get(node.name, (torch.tensor([False]), torch.tensor([0.0])))
+                constant = slices(mask, dim, size, every=True) if mask.dim() > dim else gone & False
+                zero = constant & slices(mask & (content == 0), dim, size, every=True) if mask.dim() > dim else constant
+                sources = tuple(n.name for n in node.all_input_nodes)
+                users = tuple(n.name for n in node.users)
+                rule = type(row(node)).__name__
+                for kind, which, names in (
+                    ("zero", gone & zero, sources),
+                    ("constant", gone & constant & ~zero, sources),
+                    ("unread", gone & ~constant, users),
+                ):
+                    if bool(which.any()):
+                        yield Reason(node.name, dim, indices_of(which), kind, str(node.target), rule, names)
 
 
 # ---------------------------------------------------------------------- telling

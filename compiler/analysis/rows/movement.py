@@ -133,35 +133,42 @@ class _Map:
 
     def forward(self, fact: Tensor, rank: int) -> Tensor | None:
         """The narrow fact of the result from that of the only argument, if it varies within one part; else None."""
-        return self._through(fact, rank, lambda p: (p.dims, p.outs), lambda part, flat: flat[part.index])
+        varying = {d for d, size in enumerate(fact.shape) if size > 1}
+        part = self._holding(varying, lambda p: p.dims)
+        if part is None:
+            return fact.reshape([1] * rank) if not varying else None
+        flat = fact.reshape([fact.shape[d] for d in part.dims]).expand(part.left_sizes).reshape(-1)
+        return compress(_in_place(flat[part.index], part.outs, rank))
 
     def backward(self, wanted: Tensor, rank: int) -> Tensor | None:
         """Which elements of the only argument the wanted ones of the result are, if these vary within one part; else None."""
-
-        def scatter(part: _Part, flat: Tensor) -> Tensor:
+        varying = {d for d, size in enumerate(wanted.shape) if size > 1}
+        holding = self._holding(varying, lambda p: p.outs)
+        if any(part.start is not None for part in self.parts) or (varying and holding is None):
+            return None
+        result = wanted.any().reshape([1] * rank)
+        for part in self.parts:
+            here = torch.ones(part.right_sizes, dtype=torch.bool)
+            if part is holding:
+                here = wanted.reshape([wanted.shape[d] for d in part.outs]).expand(part.right_sizes)
             read = torch.zeros(math.prod(part.left_sizes), dtype=torch.bool)
-            read[part.index.reshape(-1)[flat]] = True
-            return read.reshape(part.left_sizes)
+            read[part.index[here]] = True
+            result = result & compress(_in_place(read.reshape(part.left_sizes), part.dims, rank))
+        return result
 
-        return self._through(wanted, rank, lambda p: (p.outs, p.dims), scatter) if self.onto else None
+    def _holding(self, varying: set[int], ends: Callable[[_Part], tuple[int, ...]]) -> _Part | None:
+        """The one part within which all ``varying`` dimensions lie."""
+        found = [part for part in self.parts if varying & set(ends(part))]
+        one = len(found) == 1 and varying <= set(ends(found[0])) and found[0].start is None
+        return found[0] if one else None
 
-    def _through(self, fact: Tensor, rank: int, ends: Callable, move: Callable) -> Tensor | None:
-        if any(part.start is not None for part in self.parts):
-            return None
-        varying = {d for d, size in enumerate(fact.shape) if size > 1}
-        if not varying:
-            return fact.reshape([1] * rank)
-        holding = [part for part in self.parts if varying & set(ends(part)[0])]
-        if len(holding) != 1 or not varying <= set(ends(holding[0])[0]):
-            return None
-        part, (here, there) = holding[0], ends(holding[0])
-        full = part.left_sizes if here is part.dims else part.right_sizes
-        narrow = fact.reshape([fact.shape[d] for d in here])  # every other dimension has one index
-        moved = move(part, narrow.expand(full).reshape(-1))
-        shape = [1] * rank
-        for d, size in zip(there, moved.shape):
-            shape[d] = size
-        return compress(moved.reshape(shape))
+
+def _in_place(values: Tensor, dims: tuple[int, ...], rank: int) -> Tensor:
+    """``values`` along ``dims`` of a narrow fact of ``rank`` dimensions."""
+    shape = [1] * rank
+    for d, size in zip(dims, values.shape):
+        shape[d] = size
+    return values.reshape(shape)
 
 
 _MAPS: dict[Any, _Map] = {}

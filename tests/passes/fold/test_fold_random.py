@@ -13,6 +13,7 @@ from thresher.pass_manager import Context
 from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.program import Program
 from thresher.validation import EXACT_TOLERANCE, compare
+from thresher.verify import verify
 
 step = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 59))
 programs = st.builds(
@@ -21,13 +22,15 @@ programs = st.builds(
 
 
 def check(program: Program, fold: FoldChannels) -> None:
-    """Equal in float64 on two inputs, and folding again changes nothing."""
+    """Equal in float64 on two inputs, the certificate holds, and folding again changes nothing."""
     result = fold.apply(program, Context())
     folded = result.program.verify()
     assert count_flops(folded) <= count_flops(program)
     for scale in (1.0, 100.0):
         x = scale * program.probe[0]
         assert not compare(program.run(x), folded.run(x)).exceeds(EXACT_TOLERANCE)
+    if result.rewrites:
+        verify(folded.notes["certificate"])
     again = fold.apply(folded, Context())
     assert again.rewrites == []
 
