@@ -242,7 +242,9 @@ def _from_exported(exported: ExportedProgram, name: str) -> Program:
     probe_args, probe_kwargs = exported.example_inputs or ((), {})
     probe = torch.utils._pytree.tree_leaves((probe_args, probe_kwargs))
     program = Program(graph, _share_storage(constants), call_spec.in_spec, call_spec.out_spec, tuple(probe), name)
+    program.notes["state"] = dict(exported.state_dict)
     learned = {s.target for s in signature.input_specs if s.kind is InputKind.PARAMETER}
+    program.notes["fixed"] = frozenset(program.constants) - learned
     tensors = {id(t): t for name, t in program.constants.items() if name in learned}
     program.notes["parameters"] = sum(t.numel() for t in tensors.values())
     return program.clean().propagate().verify()

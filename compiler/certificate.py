@@ -123,7 +123,9 @@ class Certificate:
                 raw = json.loads(package.read("certificate.json"))
                 tensors = load_tensors(package.read("tensors.safetensors"))
             if raw["format"] > FORMAT:
-                raise ArtifactError(f"{path} has format {raw['format']}; this library reads up to {FORMAT}: update thresher")
+                raise ArtifactError(
+                    f"{path} has format {raw['format']}; this library reads up to {FORMAT}: update thresher"
+                )
             return Certificate([_step_from_json(step, tensors) for step in raw["steps"]])
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged or no certificate: {type(error).__name__}: {error}") from error

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from thresher.errors import ProgramError
 from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
+from thresher.unfold import Restore, Values, unfold
 
 TORCH = os.path.dirname(torch.__file__)
 BIAS_MAP = "bias_map."  # names of constants that fold-channels makes where padding shows
@@ -80,6 +81,7 @@ class Program:
     probe: tuple[Any, ...]
     name: str = "model"
     notes: dict[str, Any] = field(default_factory=dict)  # what passes leave for the report, by pass name
+    lineage: list[Restore] = field(default_factory=list)  # how to get the captured constants back, oldest first
 
     # ------------------------------------------------------------------ reading
 
@@ -152,7 +154,14 @@ class Program:
         for node in self.graph.nodes:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         return Program(
-            graph, dict(self.constants), self.in_spec, self.out_spec, self.probe, self.name, dict(self.notes)
+            graph,
+            dict(self.constants),
+            self.in_spec,
+            self.out_spec,
+            self.probe,
+            self.name,
+            dict(self.notes),
+            list(self.lineage),
         )
 
     def add_constant(
@@ -296,16 +305,22 @@ class Program:
 
     # ------------------------------------------------------------------ leaving
 
-    def to_module(self) -> fx.GraphModule:
-        """An ``nn.Module`` that computes the same on the user's structure, with trainable parameters."""
-        program = self.rounded()
+    def to_module(self) -> SmallModule:
+        """An ``nn.Module`` that computes the same on the user's structure, with trainable parameters.
+
+        What was no parameter, and what a fold computed from several (bias maps), is a buffer.
+        """
+        program, fixed = self.rounded(), self.notes.get("fixed", frozenset())
         root: dict[str, Any] = {
-            name: torch.nn.Parameter(t.detach().clone()) if t.is_floating_point() else t
+            name: torch.nn.Parameter(t.detach().clone())
+            if t.is_floating_point() and name not in fixed and not name.startswith(BIAS_MAP)
+            else t.detach()
             for name, t in program.constants.items()
         }
         graph = program.graph
         output = program.output
-        module = fx.GraphModule(root, graph, class_name=_class_name(self.name))
+        module = SmallModule(root, graph, class_name=_class_name(self.name))
+        module.program = self
         for name, value in root.items():  # fx registers what it copies as buffers unless told otherwise
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
@@ -316,6 +331,25 @@ class Program:
         output.args = (list(output.args[0]),)
         module.recompile()
         return module
+
+
+class SmallModule(fx.GraphModule):
+    """What :func:`thresher.rewrite` returns: a trainable module, and the way back to the original's shapes."""
+
+    program: Program
+
+    def unfold(self) -> Values:
+        """The ``state_dict`` of the original model, in its shapes: what was cut as it was, everything else as it is here now.
+
+        Raises :class:`ProgramError` naming parameters that changed and that the original has no place for.
+        """
+        program = self.program.rounded()
+        here = dict(self.named_parameters()) | dict(self.named_buffers())
+        current = {name: here[name].detach().cpu() for name in program.constants}
+        exact = self.program.constants
+        same = {name: torch.equal(value, program.constants[name]) for name, value in current.items()}
+        current = {name: exact[name] if same[name] else value for name, value in current.items()}
+        return unfold(program.notes.get("state", {}), program.lineage, exact, current)
 
 
 def _class_name(name: str) -> str:

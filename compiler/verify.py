@@ -57,7 +57,9 @@ def verify(certificate: Certificate, seed: int = 0) -> Verdict:
 
 
 def _same(a: Program, b: Program) -> bool:
-    equal = a.constants.keys() == b.constants.keys() and all(torch.equal(t, b.constants[k]) for k, t in a.constants.items())
+    equal = a.constants.keys() == b.constants.keys() and all(
+        torch.equal(t, b.constants[k]) for k, t in a.constants.items()
+    )
     return equal and a.text() == b.text()
 
 
@@ -273,7 +275,9 @@ class _Check:
             for dim, kept in dims.items():
                 gone = set(range(self._shape(self.before[name])[dim])) - set(kept.tolist())
                 if missing := gone - given.get((name, dim), set()):
-                    raise ProgramError(f"no reason is given why {sorted(missing)[:5]} of dimension {dim} of {name} went")
+                    raise ProgramError(
+                        f"no reason is given why {sorted(missing)[:5]} of dimension {dim} of {name} went"
+                    )
                 removed += len(gone)
         return removed
 

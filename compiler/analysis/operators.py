@@ -39,7 +39,9 @@ ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone c
     trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
     logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
 FILLED = "zeros_like ones_like full_like zeros ones full".split()
-MOVEMENT = "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle channel_shuffle movedim".split()
+MOVEMENT = (
+    "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle channel_shuffle movedim".split()
+)
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
 SOFTMAX = "softmax _softmax log_softmax _log_softmax cumsum".split()

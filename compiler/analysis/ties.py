@@ -104,7 +104,9 @@ class Balanced(Tie):
             kept = keep[key].reshape(shape)
             wanted = max(int(kept.sum(1).max()), int(live.any()))
             if bool((kept.sum(1)[live] < wanted).any()):
-                first = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :wanted]  # kept ones come first
+                first = (
+                    kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :wanted]
+                )  # kept ones come first
                 full = torch.zeros_like(kept).scatter_(1, first, live[:, None].expand_as(first))
                 keep[key] = (kept | full).reshape(-1)
                 grown.append(key)

@@ -41,9 +41,7 @@ def _group_norm(
         mean = (part.sum((1, 2), keepdim=True) + total * spatial) / elements
         centred = part - mean
         gone = spatial * (square - 2 * total * mean + (count - part.shape[1]) * mean * mean)
-        parts.append(
-            centred * torch.rsqrt(((centred * centred).sum((1, 2), keepdim=True) + gone) / elements + eps)
-        )
+        parts.append(centred * torch.rsqrt(((centred * centred).sum((1, 2), keepdim=True) + gone) / elements + eps))
     y = torch.cat(parts, 1).reshape(x.shape)
     shape = [-1] + [1] * (x.dim() - 2)
     y = y if weight is None else y * weight.reshape(shape)

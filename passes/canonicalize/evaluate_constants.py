@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor
+from thresher.unfold import Restore, Values, moved
 
 aten = torch.ops.aten
 #: Of their argument these read the shape only.
@@ -56,19 +57,30 @@ class EvaluateConstants(Pass):
                 )
                 with torch.no_grad():
                     values[node] = node.target(*self._widened(args), **kwargs)
+        fixed = set(work.notes.get("fixed", ()))
+        still = {n for n in values if n.op == "get_attr" and n.target in fixed}
         for node in values:
+            if node.op == "call_function" and all(n in still for n in node.all_input_nodes):
+                still.add(node)
             outside = [user for user in node.users if user not in values]
             if node.op != "call_function" or not outside or not isinstance(values[node], Tensor):
                 continue
             constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node)
             for user in outside:
                 user.replace_input_with(node, constant)
+            if node in still:
+                fixed.add(str(constant.target))
+            if restore := way_back(work, node, str(constant.target), values):
+                work.lineage.append(restore)
             notes.append(Note.at(node, f"{node.target} of constants evaluated"))
+        work.notes["fixed"] = frozenset(fixed)
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
     def evaluable(self, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         if any(source not in values for source in node.all_input_nodes):
             return False
+        if node.target is aten.expand.default and values[node.args[0]].is_floating_point():
+            return node.meta["val"].numel() == values[node.args[0]].numel()  # copies of a parameter would be trained apart
         if isinstance(node.target, torch._ops.OpOverload) and RANDOM in node.target.tags:
             return False
         if not is_tensor(node):
@@ -91,3 +103,52 @@ class EvaluateConstants(Pass):
                 a.double() if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.float16, torch.bfloat16) else a
             ),
         )
+
+
+MOVES = (
+    aten.slice.Tensor, aten.select.int, aten.permute.default, aten.transpose.int, aten.t.default, aten.reshape.default,
+    aten.unsqueeze.default, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.detach.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
+    aten.index_select.default, aten.embedding.default,
+)  # fmt: skip
+
+
+def way_back(program: Program, node: fx.Node, made: str, known: dict[fx.Node, Any]) -> Restore | None:
+    """From the evaluated constant to the parameter behind it, through products with constants (masks) and moved elements; None where
+    there is another operator in between."""
+    factor: Tensor | float = 1.0
+    moves: list[fx.Node] = []
+    source = node
+    while source.op != "get_attr":
+        first = source.args[0] if source.args else None
+        if source.target is aten.mul.Tensor and not moves and isinstance(first, fx.Node):
+            other = source.args[1]
+            factor = factor * (known[other].double() if isinstance(other, fx.Node) else other)
+        elif source.target in MOVES and isinstance(first, fx.Node):
+            moves.append(source)
+        else:
+            return None
+        source = first
+    name, original = str(source.target), program.constants[source.target]
+    calls = [
+        (m.target, [known[a] if isinstance(a, fx.Node) else a for a in m.args[1:]], dict(m.kwargs))
+        for m in reversed(moves)
+    ]
+
+    def move(tensor: Tensor) -> Tensor:
+        value: Any = tensor
+        for target, rest, kwargs in calls:
+            value = target(value, *rest, **kwargs)
+        return value
+
+    if not original.is_floating_point():
+        return None
+    inner = moved(made, name, original, move)
+
+    def back(values: Values) -> Values:
+        before = move(values.get(name, original))
+        live = torch.as_tensor(factor) != 0
+        value = torch.where(live, values[made] / torch.where(live, torch.as_tensor(factor), 1.0), before)
+        return inner.back({**values, made: value})
+
+    return Restore((made,), back)

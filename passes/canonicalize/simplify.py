@@ -18,6 +18,7 @@ from torch import fx
 from thresher.analysis.rows.base import argument, concrete
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, getitem_users, is_tensor, shape_of
+from thresher.unfold import moved
 
 aten = torch.ops.aten
 NO_OPS = {
@@ -127,11 +128,18 @@ def name_linear(program: Program, node: fx.Node) -> str:
     ):
         return ""
     transposed = program.add_constant(matrix.t().contiguous(), f"{weight.target}_t", dtype_of(weight), like=node)
+    program.lineage.append(
+        moved(str(transposed.target), str(weight.target), program.constants[weight.target], _transpose)
+    )
     new = program.insert_call(
         node, aten.linear.default, (x, transposed) if bias is None else (x, transposed, bias), like=node
     )
     node.replace_all_uses_with(new)
     return "a product with a constant matrix: written as linear"
+
+
+def _transpose(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.reshape(matrix.shape[-2:]).t()
 
 
 def spell_out_prelu(program: Program, node: fx.Node) -> str:
@@ -142,6 +150,7 @@ def spell_out_prelu(program: Program, node: fx.Node) -> str:
     x, rank = node.args[0], len(shape_of(node))
     shape = [-1] + [1] * (rank - 2) if rank > 1 else [-1]
     w = program.add_constant(slope.reshape(shape), f"{node.args[1].target}_slope", dtype_of(node), like=node)
+    program.lineage.append(moved(str(w.target), str(node.args[1].target), slope, lambda t: t))
     positive = program.insert_call(node, aten.gt.Scalar, (x, 0), like=node)
     below = program.insert_call(node, aten.mul.Tensor, (x, w), like=node)
     node.replace_all_uses_with(program.insert_call(node, aten.where.self, (positive, x, below), like=node))

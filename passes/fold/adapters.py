@@ -26,7 +26,7 @@ from thresher.analysis.operators import row
 from thresher.analysis.rows.adapter import adapter
 from thresher.analysis.rows.weighted import Weighted
 from thresher.analysis.ties import Key, equal
-from thresher.program import Program, dtype_of, is_tensor
+from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor
 
 aten = torch.ops.aten
 NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # they take what they need themselves
@@ -246,7 +246,7 @@ def _write(program: Program, analysis: ChannelAnalysis, marker: fx.Node) -> fx.N
         value = call(select, value, dim, program.add_constant(index, f"{marker.name}_index", like=marker))
     fill = _fill(analysis, marker, places)
     if fill is not None:
-        constant = program.add_constant(fill, f"{marker.name}_fill", dtype_of(marker), like=marker)
+        constant = program.add_constant(fill, f"{BIAS_MAP}{marker.name}", dtype_of(marker), like=marker)
         value = call(aten.add.Tensor, value, constant)
     return value
 

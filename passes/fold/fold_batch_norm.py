@@ -21,6 +21,7 @@ from thresher.analysis.rows.weighted import Convolution, Linear
 from thresher.errors import ProgramError
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, getitem_users, shape_of
+from thresher.unfold import Restore, Values
 
 aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default
@@ -48,7 +49,7 @@ class FoldBatchNorm(Pass):
 def _fold(program: Program, node: fx.Node) -> str:
     source, result = node.args[0], getitem_users(node)[0]
     scale, shift = _affine(program, node)
-    if _into_producer(program, source, scale, shift):
+    if _into_producer(program, node, source, scale, shift):
         result.replace_all_uses_with(source)
         return f"folded into {source}"
     if consumers := _into_consumers(program, result, scale, shift):
@@ -56,9 +57,12 @@ def _fold(program: Program, node: fx.Node) -> str:
         return f"folded forward into {', '.join(consumers)}"
     shape = [-1] + [1] * (len(shape_of(source)) - 2)
     value: fx.Node = source
+    made = []
     for op, vector, label in ((aten.mul.Tensor, scale, "scale"), (aten.add.Tensor, shift, "shift")):
         constant = program.add_constant(vector.reshape(shape), f"{node.name}_{label}", dtype_of(source), like=node)
         value = program.insert_call(node, op, (value, constant), like=node)
+        made.append(str(constant.target))
+    _remember_affine(program, node, *made)
     result.replace_all_uses_with(value)
     return "written as one multiplication and one addition"
 
@@ -73,7 +77,26 @@ def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
     return scale, shift + beta if beta is not None else shift
 
 
-def _into_producer(program: Program, source: fx.Node, scale: Tensor, shift: Tensor) -> bool:
+def _remember_affine(program: Program, node: fx.Node, scale: str, shift: str) -> None:
+    """gamma = s sqrt(var + eps), beta = h + s mean."""
+    gamma, beta, mean, var = (None if n is None else str(n.target) for n in node.args[1:5])
+    m, deviation = program.constants[mean].double(), (program.constants[var].double() + node.args[6]).sqrt()
+
+    def back(values: Values) -> Values:
+        s, h = values[scale].reshape(-1), values[shift].reshape(-1)
+        found = {gamma: s * deviation, beta: h + s * m}
+        return {name: value for name, value in found.items() if name is not None}
+
+    if gamma is not None and beta is not None:
+        program.lineage.append(Restore((scale, shift), back))
+
+
+def _divided(value: Tensor, factor: Tensor, original: Tensor) -> Tensor:
+    """``value / factor``; where the factor is 0 nothing is left of the original in ``value``."""
+    return torch.where(factor != 0, value / torch.where(factor != 0, factor, 1.0), original.double())
+
+
+def _into_producer(program: Program, norm: fx.Node, source: fx.Node, scale: Tensor, shift: Tensor) -> bool:
     kind = TABLE.get(source.target) if isinstance(source, fx.Node) else None
     if not isinstance(kind, (Convolution, Linear)) or len(source.users) > 1:
         return False
@@ -85,10 +108,24 @@ def _into_producer(program: Program, source: fx.Node, scale: Tensor, shift: Tens
     if isinstance(kind, Convolution) and kind.transposed:
         groups = kind.groups(source)
         per_output = scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], -1)
-        scaled = weight.double() * per_output.reshape(*per_output.shape, *[1] * (weight.dim() - 2))
+        factor = per_output.reshape(*per_output.shape, *[1] * (weight.dim() - 2))
     else:
-        scaled = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    set_weights(program, source, scaled, scale * bias.double() + shift if bias is not None else shift)
+        factor = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    names = [None if n is None else str(n.target) for n in (source.args[1], argument(source, 2, "bias"), norm.args[2])]
+    mean = program.constants[norm.args[3].target].double()
+    made = set_weights(
+        program, source, weight.double() * factor, scale * bias.double() + shift if bias is not None else shift
+    )
+
+    def back(values: Values) -> Values:
+        w, b = values[made[0]], values[made[1]]
+        found = {names[0]: _divided(w, factor, weight)}
+        if bias is not None:
+            return found | {names[1]: _divided(b - shift, scale, bias)}
+        return found | {names[2]: b + scale * mean}
+
+    if bias is not None or names[2] is not None:
+        program.lineage.append(Restore(made, back))
     return True
 
 
@@ -100,10 +137,31 @@ def _into_consumers(program: Program, result: fx.Node, scale: Tensor, shift: Ten
     for user in users:
         weight = program.constants[user.args[1].target].double()
         bias = program.constant(argument(user, 2, "bias"))
-        scaled = weight * scale.reshape(1, -1, *[1] * (weight.dim() - 2))
-        offset = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
-        set_weights(program, user, scaled, offset + bias.double() if bias is not None else offset)
+        factor = scale.reshape(1, -1, *[1] * (weight.dim() - 2))
+        names = [str(user.args[1].target), None if bias is None else str(argument(user, 2, "bias").target)]
+        offset = _offset(weight, shift)
+        made = set_weights(program, user, weight * factor, offset + bias.double() if bias is not None else offset)
+        program.lineage.append(_forward_restore(made, names, factor, weight, shift))
     return [user.name for user in users]
+
+
+def _offset(weight: Tensor, shift: Tensor) -> Tensor:
+    """W h, summed over the taps."""
+    return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
+
+
+def _forward_restore(
+    made: tuple[str, ...], names: list[str | None], factor: Tensor, original: Tensor, shift: Tensor
+) -> Restore:
+    """W = W' / s, b = b' - W h; a layer without bias has no place for another b'."""
+    name, bias = names
+
+    def back(values: Values) -> Values:
+        weight = _divided(values[made[0]], factor, original)
+        rest = {bias: values[made[1]] - _offset(weight, shift)} if bias is not None else {}
+        return {str(name): weight} | rest
+
+    return Restore(made if bias is not None else made[:1], back)
 
 
 def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bool:
@@ -125,8 +183,8 @@ def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bo
     )
 
 
-def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
-    """Give a linear or a convolution its own new weight and bias (float64; declared in the node's dtype)."""
+def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -> tuple[str, str]:
+    """Give a linear or a convolution its own new weight and bias (float64; declared in the node's dtype); returns their names."""
     dtype = dtype_of(node)
     old: fx.Node = node.args[1]
     new_weight = program.add_constant(weight, str(old.target), dtype, like=node)
@@ -135,3 +193,4 @@ def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -
     rest = tuple(node.args[3:]) if len(node.args) > 3 else ()
     node.args = (node.args[0], new_weight, new_bias, *rest)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+    return str(new_weight.target), str(new_bias.target)

@@ -14,8 +14,9 @@ fold for models with floating inputs, because any of them could be infinite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from thresher.certificate import Certificate, Reason, Step, indices_of
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.fold import adapters
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
+from thresher.unfold import Restore, moved
 
 aten = torch.ops.aten
 ROUNDS = 6
@@ -44,7 +46,9 @@ class FoldChannels(Pass):
 
     name: ClassVar[str] = "fold-channels"
     strict: bool = False
-    gain: float = 1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
+    gain: float = (
+        1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
+    )
 
     def apply(self, program: Program, context: Context) -> PassResult:
         result = PassResult(program)
@@ -175,32 +179,48 @@ class _Plan:
                 row(node).shrink(node, self)
         adapters.realise(self.program, self.analysis)
         for node in list(self.program.graph.nodes):
-            if node.op == "get_attr" and node in shapes:
-                self.program.constants[node.target] = self.narrowed(node)
+            if (
+                node.op == "get_attr"
+                and node in shapes
+                and any(not self.full(node, d) for d in range(len(shapes[node])))
+            ):
+                name, old = str(node.target), self.program.constants[node.target]
+                self.program.lineage.append(moved(name, name, old, partial(self.cut, node)))
+                self.program.constants[name] = self.narrowed(node)
         self.program.clean().propagate()
 
     def narrowed(self, node: fx.Node) -> Tensor:
         """The kept part of a constant."""
-        tensor = self.program.constants[node.target]
+        return self.cut(node, self.program.constants[node.target])
+
+    def cut(self, node: fx.Node, tensor: Tensor) -> Tensor:
+        """What is kept of ``node``, of another tensor of its shape."""
         for dim in range(tensor.dim()):
             if not self.full(node, dim):
                 tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
         return tensor
 
-    def replace_constant(self, node: fx.Node, place: int, value: Tensor) -> None:
-        """Give ``node`` another constant argument, narrow already; one that others use too stays for them."""
+    def replace_constant(self, node: fx.Node, place: int, move: Callable[[Tensor], Tensor]) -> None:
+        """Give ``node`` another constant argument, made by moving elements of the old; one that others use too stays for them."""
         old: fx.Node = node.args[place]
+        name, original = str(old.target), self.program.constants[old.target]
+        value = move(original).contiguous()
         if len(old.users) == 1:
-            self.program.constants[str(old.target)] = value.contiguous()
+            self.program.constants[name] = value
         else:
-            new = self.program.add_constant(value.contiguous(), str(old.target), dtype_of(old), like=old)
+            new = self.program.add_constant(value, name, dtype_of(old), like=old)
             node.update_arg(place, new)
+        self.program.lineage.append(moved(str(node.args[place].target), name, original, move))
 
     def add_to_bias(self, node: fx.Node, term: Tensor) -> None:
         """``bias + term`` (already narrow) as the new bias of a linear or a convolution."""
         old: fx.Node | None = argument(node, 2, "bias")
         value = term if old is None else self.narrowed(old).double() + term
         bias = self.program.add_constant(value, f"{node.name}_bias", dtype_of(node), like=node)
+        if old is not None:
+            name, made = str(old.target), str(bias.target)
+            self.program.lineage.append(moved(name, name, self.program.constants[name], partial(self.cut, old)))
+            self.program.lineage.append(Restore((made,), lambda values: {name: values[made] - term}))
         if len(node.args) > 2:
             node.update_arg(2, bias)
         else:

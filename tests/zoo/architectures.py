@@ -29,7 +29,15 @@ def _shim_torchvision() -> None:
 
 # ---------------------------------------------------------------------- torchvision
 
-FIXED = {"inception_v3": 299, "maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224, "vit_l_16": 224, "vit_l_32": 224, "vit_h_14": 224}
+FIXED = {
+    "inception_v3": 299,
+    "maxvit_t": 224,
+    "vit_b_16": 224,
+    "vit_b_32": 224,
+    "vit_l_16": 224,
+    "vit_l_32": 224,
+    "vit_h_14": 224,
+}
 
 
 def torchvision_names() -> list[str]:
@@ -67,7 +75,9 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
                 if module.affine:
                     module.weight.copy_(0.5 + torch.rand(n, generator=generator))
                     module.bias.copy_(0.1 * torch.randn(n, generator=generator))
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):  # variance kept, so that depth does not kill the signal
+            if isinstance(
+                module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+            ):  # variance kept, so that depth does not kill the signal
                 fan_in = module.weight[0].numel()
                 module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
                 if module.bias is not None:

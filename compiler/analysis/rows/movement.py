@@ -371,8 +371,8 @@ class Gather(Movement):
         dim = dim % len(sizes(source))
         if not plan.full(source, dim) or not plan.full(node, dim):
             place = plan.keep[(source, dim)].long().cumsum(0) - 1
-            kept = plan.facts[index].content[plan.keep[(node, dim)]]
-            plan.replace_constant(node, 2, place[kept])
+            kept = place[plan.facts[index].content[plan.keep[(node, dim)]]]
+            node.update_arg(2, plan.program.add_constant(kept, str(index.target), like=index))
 
 
 class Pad(Movement):

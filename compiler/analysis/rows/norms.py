@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from thresher.analysis.facts import Known, known, sizes, slices
 from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate, is_constant, mask_of
 from thresher.analysis.ties import Key, Tie, equal
 from thresher.program import dtype_of
+from thresher.unfold import Restore, moved
 
 ops = torch.ops.thresher
 
@@ -192,6 +194,10 @@ class LayerNorm(Norm):
         old = plan.narrowed(p.weight).double() if p.weight is not None else torch.ones(width, dtype=torch.float64)
         name = str(p.weight.target) if p.weight is not None else f"{node.name}_weight"
         weight = plan.program.add_constant(old * root, name, dtype_of(node), like=node)
+        if p.weight is not None:
+            made, original = str(weight.target), plan.program.constants[name]
+            plan.program.lineage.append(moved(name, name, original, partial(plan.cut, p.weight)))
+            plan.program.lineage.append(Restore((made,), lambda values: {name: values[made] / root}))
         node.args = (node.args[0], [width], weight, (p.eps * p.count + p.squares[0]) / width)
 
 

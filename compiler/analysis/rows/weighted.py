@@ -120,8 +120,12 @@ def _reached(sources: Tensor, used: Tensor) -> Tensor:
         columns = sources.reshape(-1)
         reached = used.any(1) if bool(columns.all()) else used[:, columns].any(1)
         return reached.reshape(*[1] * (sources.dim() - 1), -1)
-    rows, which = sources.reshape(-1, sources.shape[-1]).unique(dim=0, return_inverse=True)  # few: the class token, and the rest
-    reached = torch.stack([used[:, row].any(1) for row in rows]) if len(rows) <= 16 else (rows.float() @ used.float().T) > 0
+    rows, which = sources.reshape(-1, sources.shape[-1]).unique(
+        dim=0, return_inverse=True
+    )  # few: the class token, and the rest
+    reached = (
+        torch.stack([used[:, row].any(1) for row in rows]) if len(rows) <= 16 else (rows.float() @ used.float().T) > 0
+    )
     return reached[which].reshape(*sources.shape[:-1], -1)
 
 
@@ -146,15 +150,16 @@ class Convolution(Weighted):
         batched = len(sizes(node.args[0])) == self.rank
         return batched and all(n is None or is_constant(n, facts) for n in constants)
 
-    def by_group(self, node: fx.Node, weight: Tensor) -> Tensor:
+    def by_group(self, weight: Tensor, groups: int) -> Tensor:
         """The weight as [groups, outputs per group, inputs per group, *k]."""
-        weight = weight.reshape(self.groups(node), -1, *weight.shape[1:])
+        weight = weight.reshape(groups, -1, *weight.shape[1:])
         return weight.transpose(1, 2) if self.transposed else weight
 
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
         """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
         used = facts[node.args[1]].nonzero
-        return self.by_group(node, used.flatten(2).any(2) if used.shape[2:].numel() > 1 else used.flatten(1))
+        used = used.flatten(2).any(2) if used.shape[2:].numel() > 1 else used.flatten(1)
+        return self.by_group(used, self.groups(node))
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         operand: fx.Node = node.args[0]
@@ -228,9 +233,13 @@ class Convolution(Weighted):
         inputs, outputs = (plan.keep[key].reshape(groups, -1) for key in ((node.args[0], 1), (node, 1)))
         live = inputs.any(1).nonzero().reshape(-1)
         rows, columns = (k[live].nonzero()[:, 1].reshape(len(live), -1) for k in (outputs, inputs))
-        weight = self.by_group(node, plan.facts[node.args[1]].content)
-        weight = weight[live[:, None, None], rows[:, :, None], columns[:, None, :]]
-        plan.replace_constant(node, 1, (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1))
+
+        def pack(weight: Tensor) -> Tensor:
+            weight = self.by_group(weight, groups)
+            weight = weight[live[:, None, None], rows[:, :, None], columns[:, None, :]]
+            return (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
+
+        plan.replace_constant(node, 1, pack)
         node.update_arg(6, len(live)) if len(node.args) > 6 else node.update_kwarg("groups", len(live))
 
 

@@ -1,7 +1,8 @@
 """Random programs for the property tests of the fold: image and token values, everything a network is made of, dead and constant channels.
 
-A program is made from a list of steps ``(kind, a, b)`` of small integers, so that hypothesis can shrink it. Each step takes an existing value
-(chosen by ``a``) and adds one; ``b`` chooses among the variants of the kind. Built node by node, without torch.export: milliseconds each.
+A program is made from a list of steps ``(kind, a, b)`` of small integers, so that hypothesis can shrink it. Each step takes an existing
+value (chosen by ``a``) and adds one; ``b`` chooses among the variants of the kind. Built node by node, without torch.export:
+milliseconds each.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Builder:
 
     def weights(self, outputs: int, *rest: int) -> tuple[fx.Node, fx.Node]:
         """Some rows are 0 (half of them with a bias: constants), some columns too (unread)."""
-        weight, bias = self.random(outputs, *rest) / max(1, torch.tensor(rest).prod().item()) ** 0.5, self.random(outputs)
+        weight, bias = (
+            self.random(outputs, *rest) / max(1, torch.tensor(rest).prod().item()) ** 0.5,
+            self.random(outputs),
+        )
         dead = self.dead(outputs)
         weight[dead] = 0
         bias[dead & (torch.rand(outputs, generator=self.generator) < 0.5)] = 0
@@ -189,7 +193,9 @@ IMAGE: dict[str, Callable[[Builder, fx.Node, int], fx.Node]] = {
     ),
     "affine": lambda s, x, b: s.call(aten.mul.Tensor, x, s.constant(s.random(shape_of(x)[1], 1, 1).relu())),
     "residual": lambda s, x, b: s.call(aten.add.Tensor, x, same_shape(s, s.images, x, b)),
-    "block": lambda s, x, b: s.call(aten.add.Tensor, x, s.conv(s.call(aten.relu.default, s.conv(x, 6, 3, 1)), shape_of(x)[1], 1, 1)),
+    "block": lambda s, x, b: s.call(
+        aten.add.Tensor, x, s.conv(s.call(aten.relu.default, s.conv(x, 6, 3, 1)), shape_of(x)[1], 1, 1)
+    ),
     "concat": lambda s, x, b: s.call(aten.cat.default, [x, same_shape(s, s.images, x, b), s.conv(x, 4, 1, 1)], 1),
     "halves": halves,
     "gate": gate,

@@ -1,0 +1,73 @@
+"""The way back: the original-shape ``state_dict`` from a small module, so that users fold, fine-tune, unfold, and go on.
+
+A pass that makes new constants from old ones leaves a :class:`Restore`, which gives the old ones back from the new ones: what was cut
+comes back from the original, what was scaled is divided again. Undone in reverse order they lead from the constants of the small
+program to those of the model as it was captured. A parameter that changed and has no way back is an error that names it, never a
+silent loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thresher.errors import ProgramError
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Restore:
+    """``back(values)`` gives the constants that the constants ``made`` were computed from."""
+
+    made: tuple[str, ...]
+    back: Callable[[Values], Values]
+
+
+def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]) -> Restore:
+    """``new`` holds some elements of ``old`` at other places: ``move`` is what was done to ``old``. The others come from ``original``."""
+
+    def back(values: Values) -> Values:
+        index = move(torch.arange(original.numel()).reshape(original.shape)).reshape(-1)
+        so_far = values.get(old, original) if old != new else original  # other parts of it may be back already
+        full = so_far.clone().reshape(-1).to(values[new].dtype)
+        full[index] = values[new].reshape(-1)
+        if not torch.equal(full[index], values[new].reshape(-1)):
+            raise ProgramError(f"copies of {old} were trained apart (in {new}); freeze them before training")
+        return {old: full.reshape(original.shape)}
+
+    return Restore((new,), back)
+
+
+def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: Values, current: Values) -> Values:
+    """The state of the original model: ``original`` with what ``current``, the constants of the small program, now say.
+
+    ``initial`` is what the constants were when the program was made.
+
+    Raises:
+        ProgramError: naming the constants that changed since and have no way back to the original's parameters.
+    """
+    values = dict(current)
+    open_ends = {name for name, value in current.items() if not torch.equal(value, initial[name])}
+    for restore in reversed(list(lineage)):
+        if not all(name in values for name in restore.made):
+            continue
+        found = restore.back(values)
+        touched = open_ends & set(restore.made)
+        for name in restore.made:
+            values.pop(name)
+        open_ends -= touched
+        values |= found
+        open_ends |= set(found) if touched else set()
+    if lost := sorted(open_ends - original.keys()):
+        raise ProgramError(
+            f"these parameters changed, but nothing in the original model corresponds to them: {', '.join(lost[:5])}; "
+            "freeze them (requires_grad_(False)) before training, or give the layer a bias before folding"
+        )
+    return {
+        name: values[name].to(tensor.dtype).reshape(tensor.shape) if name in values else tensor.clone()
+        for name, tensor in original.items()
+    }
