@@ -8,6 +8,7 @@
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.artifact import load
 from thresher.capture import capture
+from thresher.certificate import Certificate
 from thresher.compiled import Compiled
 from thresher.driver import compile, rewrite
 from thresher.errors import (
@@ -20,6 +21,7 @@ from thresher.errors import (
     ThresherError,
     ValidationError,
 )
+from thresher.masks import apply_masks
 from thresher.pass_manager import Context, Note, Pass, PassManager, PassResult, register_pass
 from thresher.passes import pipelines
 from thresher.program import Program
@@ -29,6 +31,7 @@ __all__ = [
     "ArtifactError",
     "BackendError",
     "CaptureError",
+    "Certificate",
     "Compiled",
     "Context",
     "InputError",
@@ -42,6 +45,7 @@ __all__ = [
     "Report",
     "ThresherError",
     "ValidationError",
+    "apply_masks",
     "capture",
     "compile",
     "load",

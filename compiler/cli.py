@@ -1,4 +1,4 @@
-"""``thresher build | inspect | validate | passes | demo``: the ahead-of-time face."""
+"""``thresher build | inspect | validate | verify | passes | demo``: the ahead-of-time face."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 import thresher
+from thresher.certificate import Certificate
 from thresher.errors import ThresherError
 from thresher.pass_manager import registered_passes
 from thresher.passes import pipelines
+from thresher.verify import verify as verify_certificate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--validate", default="error", choices=("error", "warn", "off"))
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
     build.set_defaults(run=_build)
 
@@ -68,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="let an artifact prove itself on this machine")
     validate.add_argument("artifact")
     validate.set_defaults(run=_validate)
+
+    verify = commands.add_parser("verify", help="check the certificate of a fold, without the optimiser")
+    verify.add_argument("certificate")
+    verify.add_argument("--explain", metavar="VALUE:DIM:INDEX", help="print the chain of reasons for one removed index")
+    verify.set_defaults(run=_verify)
 
     passes = commands.add_parser("passes", help="list all passes with their options")
     passes.set_defaults(run=_passes)
@@ -135,6 +143,10 @@ def _build(options: argparse.Namespace) -> int:
         compiled.report.save_html(options.html)
     compiled.report.print()
     print(f"wrote {options.output}")
+    if options.certificate and compiled.certificate is None:
+        print("nothing was folded: no certificate")
+    elif options.certificate:
+        print(f"wrote {compiled.certificate.save(options.certificate)}")
     return 0
 
 
@@ -167,6 +179,19 @@ def _inspect(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     for check in thresher.load(options.artifact).validate():
         print(f"{check.name}: relative error {check.error:.2e}, allowed {check.tolerance:.0e}: ok")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    certificate = Certificate.load(options.certificate)
+    verdict = verify_certificate(certificate)
+    print(f"the certificate holds: {verdict.steps} steps, {verdict.values} values, {verdict.removed} removed indices")
+    if options.explain:
+        try:
+            value, dim, index = options.explain.split(":")
+            print(certificate.explain(value, int(dim), int(index)))
+        except ValueError as error:
+            raise ThresherError(f"cannot read {options.explain!r}: write VALUE:DIM:INDEX") from error
     return 0
 
 

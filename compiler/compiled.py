@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from thresher.backends.base import Lowered
+from thresher.certificate import Certificate
 from thresher.errors import ValidationError
 from thresher.report import Check, Report
 from thresher.signature import Signature
@@ -27,11 +28,21 @@ class Proof:
 class Compiled:
     """A compiled model. Takes and returns the structure of the original; inputs must have the shapes and dtypes it was built for.
 
-    ``text`` is the rewritten graph in readable form, ``report`` says what was done. Calls from several threads are safe.
+    ``text`` is the rewritten graph in readable form, ``report`` says what was done, ``certificate`` proves what was folded (None where
+    nothing was, and after loading: it is saved on its own). Calls from several threads are safe.
     """
 
-    def __init__(self, signature: Signature, lowered: Lowered, report: Report, text: str, proof: Proof):
+    def __init__(
+        self,
+        signature: Signature,
+        lowered: Lowered,
+        report: Report,
+        text: str,
+        proof: Proof,
+        certificate: Certificate | None = None,
+    ):
         self.signature, self.lowered, self.report, self.text, self.proof = signature, lowered, report, text, proof
+        self.certificate = certificate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.signature.flatten(args, kwargs)

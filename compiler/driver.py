@@ -16,10 +16,11 @@ from thresher.analysis.cost import constant_bytes, count_flops
 from thresher.backends.base import Lowered, find_backend
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
-from thresher.errors import ThresherError, ValidationError
+from thresher.errors import InputError, ThresherError, ValidationError
+from thresher.masks import Masks, apply_masks
 from thresher.pass_manager import Context, Pass, PassManager
 from thresher.passes import pipelines
-from thresher.program import Program
+from thresher.program import Program, SmallModule
 from thresher.progress import Progress, show_progress
 from thresher.report import Check, Figures, Report
 from thresher.validation import probes
@@ -38,6 +39,7 @@ def compile(
     passes: Passes = "exact",
     backend: str = "tvm",
     dynamic_shapes: Any = None,
+    masks: Masks | None = None,
     validate: Validate = "error",
     verify: Literal["each", "final", "off"] = "final",
     progress: bool | None = None,
@@ -51,6 +53,7 @@ def compile(
         passes: a pipeline by name (``exact``, ``canonicalize``, ``none``) or a sequence of passes and ``name{option=value}`` strings.
         backend: ``tvm``, or ``eager`` for the reference.
         dynamic_shapes: as in ``torch.export.export``.
+        masks: what a pruner removed, if it is not in the model: see :mod:`thresher.masks`. The reference is then the masked model.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
         progress: a progress bar; default: on a terminal.
@@ -60,6 +63,7 @@ def compile(
     """
     _one_of("validate", validate, ("error", "warn", "off"))
     target = target or default_target()
+    model = _masked(model, masks, args, kwargs)
     with show_progress("thresher", progress) as step:
         build = _Build(model, tuple(args), kwargs or {}, target, backend, step)
         build.capture(dynamic_shapes)
@@ -77,12 +81,25 @@ def rewrite(
     *,
     passes: Passes = "exact",
     dynamic_shapes: Any = None,
+    masks: Masks | None = None,
     verify: Literal["each", "final", "off"] = "final",
-) -> nn.Module:
-    """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does."""
+) -> SmallModule:
+    """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does.
+
+    ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.program.notes["certificate"]`` the proof of the fold.
+    """
+    model = _masked(model, masks, args, kwargs)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     program = PassManager(resolve_passes(passes), verify).run(program)
     return program.to_module()
+
+
+def _masked(model: Model, masks: Masks | None, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Model:
+    if masks is None:
+        return model
+    if not isinstance(model, nn.Module):
+        raise InputError("masks need an nn.Module; an exported program has no modules to name")
+    return apply_masks(model, masks, args, kwargs)
 
 
 def default_target() -> str:
@@ -200,4 +217,5 @@ class _Build:
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe
-        return Compiled(signature, self.lowered, report, self.rewritten.text(), Proof(list(flat), self.eager(flat)))
+        proof, certificate = Proof(list(flat), self.eager(flat)), self.rewritten.notes.get("certificate")
+        return Compiled(signature, self.lowered, report, self.rewritten.text(), proof, certificate)

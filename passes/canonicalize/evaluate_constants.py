@@ -80,7 +80,9 @@ class EvaluateConstants(Pass):
         if any(source not in values for source in node.all_input_nodes):
             return False
         if node.target is aten.expand.default and values[node.args[0]].is_floating_point():
-            return node.meta["val"].numel() == values[node.args[0]].numel()  # copies of a parameter would be trained apart
+            return (
+                node.meta["val"].numel() == values[node.args[0]].numel()
+            )  # copies of a parameter would be trained apart
         if isinstance(node.target, torch._ops.OpOverload) and RANDOM in node.target.tags:
             return False
         if not is_tensor(node):
