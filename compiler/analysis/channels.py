@@ -7,7 +7,7 @@ Forward, :func:`known_facts` finds the elements that are constant; backward, :fu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
@@ -112,6 +112,22 @@ class ChannelAnalysis:
             ties[tie.node] = [*ties.get(tie.node, []), tie]
         analysis = ChannelAnalysis(self.program, self.facts, self.read, ties, {}, self.cuttable)
         analysis._choose()
+        return analysis
+
+    def padded(self, keys: Iterable[Key], multiple: int, slack: float) -> ChannelAnalysis:
+        """A smaller cut: each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live."""
+        wanted: dict[Key, Tensor] = {}
+        component = self.components()
+        for key in {component[key]: key for key in keys if not self.full(*key)}.values():
+            keep = self.keep[key]
+            count = int(keep.sum())
+            missing = min(-(-count // multiple) * multiple, keep.numel()) - count
+            if 0 < missing <= slack * count:
+                wanted[key] = keep.clone().index_fill_(0, (~keep).nonzero().reshape(-1)[:missing], True)
+        if not wanted:
+            return self
+        analysis = replace(self, keep=self.keep | wanted, blame=dict(self.blame))
+        close_all(analysis.all_ties(), analysis.keep, analysis.blame)
         return analysis
 
     def needed(self, source: fx.Node, user: fx.Node) -> Tensor:

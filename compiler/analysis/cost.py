@@ -70,9 +70,10 @@ class Machine:
     bandwidth: float  # bytes read or written by a plain elementwise operator
     gathered: float  # bytes written by a gather of single elements
     launch: float  # seconds that one more operator costs
+    width: int  # channels in a tile: what does not fill its last one pays for it all the same
 
 
-MACHINES = {"cpu": Machine(1e11, 1.2e10, 4e9, 3e-6), "cuda": Machine(3e13, 2e12, 1e12, 4e-6)}
+MACHINES = {"cpu": Machine(1e11, 1.2e10, 4e9, 3e-6, 16), "cuda": Machine(3e13, 2e12, 1e12, 4e-6, 8)}
 
 
 def machine_of(target: str) -> Machine:

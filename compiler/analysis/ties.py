@@ -53,7 +53,7 @@ class Tie:
 
 
 class Equal(Tie):
-    """Two dimensions that keep the same indices."""
+    """Two dimensions that keep the same indices. The operator treats all indices alike: both may be permuted."""
 
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
         a, b = self.left[0], self.right[0]
@@ -71,6 +71,10 @@ def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
     return Equal(node, (a,), (b,), (size,), (size,), torch.arange(size))
 
 
+class Ordered(Equal):
+    """Two dimensions that keep the same indices in the same order: their places mean something (groups of a norm)."""
+
+
 class Free(Tie):
     """Two dimensions that the operator can cut as it likes, each for itself."""
 
@@ -80,6 +84,11 @@ class Free(Tie):
     @property
     def joins(self) -> bool:
         return False
+
+
+def ordered(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+    """Two dimensions that keep the same indices and must not be permuted."""
+    return Ordered(node, (a,), (b,), (size,), (size,), torch.arange(size))
 
 
 def free(node: fx.Node, a: Key, b: Key, size: int) -> Tie:

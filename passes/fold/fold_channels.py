@@ -46,6 +46,8 @@ class FoldChannels(Pass):
 
     name: ClassVar[str] = "fold-channels"
     strict: bool = False
+    round_to: int = 0  # keep dead channels up to a multiple of this (0: the target's tile, 1: never) ...
+    slack: float = 0.125  # ... where that is at most this fraction more: a part-filled tile costs as much as a full one
     gain: float = (
         1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
     )
@@ -73,12 +75,15 @@ class FoldChannels(Pass):
     def fold_once(self, program: Program, context: Context) -> _Round:
         work = program.clone()
         facts, constants, claims = _replace_known_values(work)
-        analysis = ChannelAnalysis.of(work, facts)
+        analysis, machine = ChannelAnalysis.of(work, facts), machine_of(context.target)
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
             analysis, markers = adapters.insert(analysis)
-            analysis = adapters.choose(analysis, markers, machine_of(context.target), self.gain)
-        rewrites, refusals = constants + _describe(analysis), _refusals(analysis)
+            analysis = adapters.choose(analysis, markers, machine, self.gain)
+        refusals = _refusals(analysis)
+        outputs = [(n, row(n).channel(n)) for n in work.calls() if isinstance(row(n), Weighted)]
+        analysis = analysis.padded(outputs, self.round_to or machine.width, self.slack)
+        rewrites = constants + _describe(analysis)
         if not rewrites:
             return _Round(program, [], refusals, [], False)
         again = analysis.vanished or any(not analysis.full(m, m.args[1]) for m in markers)

@@ -279,6 +279,13 @@ def _slice(layout: _Layout, node: fx.Node) -> bool:
     )
 
 
+def _index_select(layout: _Layout, node: fx.Node) -> bool:
+    x, dim, index = node.args
+    if x not in layout.last or not _rank4(x):
+        return False
+    return layout.emit(node, node.target, (layout.last[x], PLACE[dim % 4], index))
+
+
 def _reshape(layout: _Layout, node: fx.Node) -> bool:
     """[N, C, 1, 1] -> [N, C] reads the twin as it is; [N, C, H, W] -> [N, C, H W] -> (tokens) [N, H W, C] too."""
     x = node.args[0]
@@ -320,5 +327,6 @@ RULES: dict[Any, Rule] = {
     aten.amax.default: _reduce,
     aten.constant_pad_nd.default: _pad,
     aten.slice.Tensor: _slice,
+    aten.index_select.default: _index_select,
     aten.reshape.default: _reshape,
 }

@@ -63,28 +63,31 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
 # ---------------------------------------------------------------------- preparing
 
 
-def settle(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights with which the output depends on the input: random batch-norm statistics, layer scales that are not almost 0."""
+def settle(model: nn.Module, args: tuple = (), seed: int = 0) -> nn.Module:
+    """Weights with which the output depends on the input and rounding does not grow: batch norms that normalise what they see (on a batch
+    of random variants of ``args``), random affine parameters, layer scales that are not almost 0."""
     generator = torch.Generator().manual_seed(seed)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                n = module.num_features
-                module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))
-                module.running_var.copy_(0.5 + torch.rand(n, generator=generator))
-                if module.affine:
-                    module.weight.copy_(0.5 + torch.rand(n, generator=generator))
-                    module.bias.copy_(0.1 * torch.randn(n, generator=generator))
-            if isinstance(
-                module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-            ):  # variance kept, so that depth does not kill the signal
-                fan_in = module.weight[0].numel()
-                module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+                module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1, generator=generator)
+        for module in norms:
+            if module.affine:
+                module.weight.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+                module.bias.copy_(0.1 * torch.randn(module.num_features, generator=generator))
         for name, parameter in model.named_parameters():
             if "layer_scale" in name or name.endswith("gamma"):
                 parameter.fill_(0.5)
+        if norms and args:
+            model.eval()
+            for module in norms:
+                module.train()
+                module.momentum = None  # the statistics of this one batch
+                module.reset_running_stats()
+            model(*(torch.randn(4, *a.shape[1:], generator=generator) if a.is_floating_point() else a for a in args))
     return model.eval()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 import thresher.ops.norms  # noqa: F401  (registers the operators)
 from thresher.analysis.facts import Known, known, sizes, slices
 from thresher.analysis.rows.base import Facts, Row, argument, aten, evaluate, is_constant, mask_of
-from thresher.analysis.ties import Key, Tie, equal
+from thresher.analysis.ties import Key, Tie, equal, ordered
 from thresher.program import dtype_of
 from thresher.unfold import Restore, moved
 
@@ -46,6 +46,9 @@ class Norm(Row):
 
     def channel(self, node: fx.Node) -> int:
         raise NotImplementedError
+
+    def tie(self, node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+        return equal(node, a, b, size)
 
     def parameters(self, node: fx.Node) -> Parameters | None:
         """None for a form that is not cut along its channels."""
@@ -105,8 +108,8 @@ class Norm(Row):
         if self.usable(node, facts):
             channel = self.channel(node)
             count = sizes(node)[channel]
-            found.append(equal(node, (node, channel), (operand, channel), count))
-            found += [equal(node, (node, channel), (n, 0), count) for n in self.affine(node)]
+            found.append(self.tie(node, (node, channel), (operand, channel), count))
+            found += [self.tie(node, (node, channel), (n, 0), count) for n in self.affine(node)]
         return found
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
@@ -209,6 +212,9 @@ class GroupNorm(Norm):
 
     def mixed(self, node: fx.Node) -> list[int]:
         return list(range(1, len(sizes(node))))
+
+    def tie(self, node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+        return ordered(node, a, b, size)
 
     def parameters(self, node: fx.Node) -> Parameters | None:
         if not all(isinstance(d, int) for d in node.meta["val"].shape[1:]):

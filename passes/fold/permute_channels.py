@@ -1,0 +1,112 @@
+"""Put the dead channels of one side of a residual sum at the end, so that the other side is a plain narrow add.
+
+The order of the channels of a coupled set is free: permuting the rows of everything that writes them and the columns of everything that
+reads them changes nothing,
+
+    W2 f(W1 x) = (W2 P^T) f((P W1) x)        for any permutation P and any f that treats channels alike.
+
+A branch that is dead on a set D of channels may be computed without them (``fold-channels``, adapters); where D is a range, what is
+left is added to a part of the sum by a slice or a padding instead of a gather by index. Of several branches the one that saves most
+decides first, then the next within what the first leaves equal. (Permutations for structure: Pool & Yu, NeurIPS 2021.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thresher.analysis.channels import ChannelAnalysis
+from thresher.analysis.cost import flops_of
+from thresher.analysis.facts import slices
+from thresher.analysis.operators import row
+from thresher.analysis.rows.weighted import Weighted
+from thresher.analysis.ties import Equal, Key
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, is_tensor
+from thresher.unfold import moved
+
+
+@register_pass
+@dataclass(frozen=True)
+class PermuteChannels(Pass):
+    """Order coupled channels so that those dead on one side form a range."""
+
+    name: ClassVar[str] = "permute-channels"
+    requires: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        analysis = ChannelAnalysis.of(program)
+        sets = _coupled_sets(analysis)
+        orders: dict[int, Tensor] = {}
+        for number, partial_dead in _one_sided(analysis).items():
+            if number in sets:
+                order = _order(partial_dead)
+                if not torch.equal(order, torch.arange(order.numel())):
+                    orders[number] = order
+        if not orders:
+            return PassResult(program)
+        work, notes = program.clone(), []
+        for number, order in orders.items():
+            constants = [(node, dim) for node, dim in sets[number] if node.op == "get_attr"]
+            for node, dim in constants:
+                name, old = str(node.target), work.constants[node.target]
+                move = partial(torch.index_select, dim=dim, index=order)
+                work.constants[name] = move(old)
+                work.lineage.append(moved(name, name, old, move))
+            first = next(node for node, _ in sets[number] if node.op == "call_function")
+            notes.append(Note.at(first, f"{order.numel()} coupled channels permuted in {len(constants)} constants"))
+        return PassResult(work, notes)
+
+
+def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
+    """The sets whose order is free: every operator on the way treats their indices alike, and neither inputs nor outputs are in it."""
+    component = analysis.components()
+    rigid: set[int] = set()
+    members: dict[int, list[Key]] = defaultdict(list)
+    for key, number in component.items():
+        members[number].append(key)
+    for tie in analysis.all_ties():
+        if type(tie) is not Equal:
+            rigid |= {component[key] for key in tie.keys}
+    for node in analysis.program.graph.nodes:
+        if not is_tensor(node):
+            values = [n for n in node.all_input_nodes if is_tensor(n)]
+            mentioned: set[Key] = set()
+        else:
+            values = [node, *(n for n in node.all_input_nodes if is_tensor(n))] if node.op != "get_attr" else []
+            mentioned = {key for tie in analysis.ties.get(node, ()) for key in tie.keys}
+        for value in values:
+            for dim, size in enumerate(value.meta["val"].shape):
+                if size != 1 and (value, dim) not in mentioned:
+                    rigid.add(component[(value, dim)])
+    return {number: keys for number, keys in members.items() if number not in rigid}
+
+
+def _one_sided(analysis: ChannelAnalysis) -> dict[int, list[Tensor]]:
+    """Per coupled set, what single operators could do without, those that save most first."""
+    component = analysis.components()
+    found: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
+    for node in analysis.program.calls():
+        operator = row(node)
+        if not isinstance(operator, Weighted) or node not in analysis.read:
+            continue
+        channel, source = operator.channel(node), node.args[0]
+        needed = slices(analysis.needed(source, node), channel, analysis.keep[(source, channel)].numel(), every=False)
+        unread = analysis.keep[(source, channel)] & ~needed
+        for key, dead in (((node, channel), analysis.held((node, channel))), ((source, channel), unread)):
+            if bool(dead.any()):
+                found[component[key]].append((flops_of(node) * float(dead.float().mean()), dead))
+    return {number: [d for _, d in sorted(sets, key=lambda s: -s[0])] for number, sets in found.items()}
+
+
+def _order(dead: list[Tensor]) -> Tensor:
+    """Sorted by the first set (live before dead), within it by the second, and so on; otherwise as it was."""
+    order = torch.arange(dead[0].numel())
+    for which in reversed(dead):
+        order = order[which[order].to(torch.uint8).argsort(stable=True)]
+    return order
