@@ -35,6 +35,9 @@ def kill(weight: Tensor, *rows: int, dim: int = 0) -> None:
         weight.index_fill_(dim, torch.tensor(rows), 0.0)
 
 
+IMAGE = (2, 3, 9, 9)
+
+
 class Net(nn.Module):
     """Layers by name, and the function that uses them."""
 

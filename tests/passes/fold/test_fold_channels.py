@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fold_kit import Net, fold, kill, shapes
+from fold_kit import IMAGE, Net, fold, kill, shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from thresher.passes import pipelines
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-IMAGE = (2, 3, 9, 9)
 
 
 def test_hidden_units_of_an_mlp() -> None:
