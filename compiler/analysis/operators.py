@@ -16,8 +16,8 @@ from thresher.analysis.facts import of_constant
 from thresher.analysis.rows.adapter import Adapter, adapter
 from thresher.analysis.rows.attention import Attention, Matmul
 from thresher.analysis.rows.base import Facts, Row, aten
-from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient
-from thresher.analysis.rows.mixing import Mixing, along, reduced, spatial
+from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient, Sum
+from thresher.analysis.rows.mixing import Mixing, Softmax, along, reduced, spatial
 from thresher.analysis.rows.movement import (
     Gather,
     Movement,
@@ -30,7 +30,7 @@ from thresher.analysis.rows.movement import (
     fix_squeeze,
 )
 from thresher.analysis.rows.norms import GroupNorm, LayerNorm
-from thresher.analysis.rows.weighted import Convolution, Embedding, Linear
+from thresher.analysis.rows.weighted import Bilinear, Convolution, Embedding, Linear
 from thresher.program import Program
 
 ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone contiguous cos cosh detach alias elu erf erfc exp
@@ -44,7 +44,7 @@ MOVEMENT = (
 )
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
-SOFTMAX = "softmax _softmax log_softmax _log_softmax cumsum".split()
+SOFTMAX, ROWS = ("softmax", "_softmax"), ("log_softmax", "_log_softmax", "cumsum")
 REDUCTIONS = [
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.argmax.default,
     aten.argmin.default, aten.any.dim, aten.all.dim, aten.prod.dim_int, aten.var.correction,
@@ -73,6 +73,7 @@ def _table() -> dict[Any, Row]:
     add(Elementwise(), *ELEMENTWISE)
     add(Filled(), *FILLED)
     add(Product(), "mul")
+    add(Sum(), "add")
     add(Quotient(), "div")
     add(Movement(), *MOVEMENT)
     add(Movement(fix_sizes(1)), "reshape", "view", "expand")
@@ -82,7 +83,8 @@ def _table() -> dict[Any, Row]:
     add(Slice(fix_slice), "slice")
     add(Pad(), "constant_pad_nd")
     add(Mixing(spatial), *POOLS)
-    add(Mixing(along(1)), *SOFTMAX)
+    add(Softmax(along(1)), *SOFTMAX)
+    add(Mixing(along(1)), *ROWS)
     table.update(dict.fromkeys(REDUCTIONS, Mixing(reduced)))
     add(LayerNorm(), "layer_norm", "rms_norm")
     add(GroupNorm(), "group_norm")
@@ -91,6 +93,7 @@ def _table() -> dict[Any, Row]:
         add(Convolution(dims), f"conv{suffix}")
         add(Convolution(dims, transposed=True), f"conv_transpose{suffix}")
     add(Embedding(), "embedding")
+    add(Bilinear(), "bilinear")
     add(Matmul(), "matmul", "bmm")
     add(Attention(), "scaled_dot_product_attention")
     return table

@@ -79,16 +79,18 @@ def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
 
 def _remember_affine(program: Program, node: fx.Node, scale: str, shift: str) -> None:
     """gamma = s sqrt(var + eps), beta = h + s mean."""
-    gamma, beta, mean, var = (None if n is None else str(n.target) for n in node.args[1:5])
+    if node.args[1] is None or node.args[2] is None:
+        return
+    gamma, beta, mean, var = (str(n.target) for n in node.args[1:5])
     m, deviation = program.constants[mean].double(), (program.constants[var].double() + node.args[6]).sqrt()
 
     def back(values: Values) -> Values:
-        s, h = values[scale].reshape(-1), values[shift].reshape(-1)
-        found = {gamma: s * deviation, beta: h + s * m}
-        return {name: value for name, value in found.items() if name is not None}
+        return {
+            gamma: values[scale].reshape(-1) * deviation,
+            beta: values[shift].reshape(-1) + values[scale].reshape(-1) * m,
+        }
 
-    if gamma is not None and beta is not None:
-        program.lineage.append(Restore((scale, shift), back))
+    program.lineage.append(Restore((scale, shift), back))
 
 
 def _divided(value: Tensor, factor: Tensor, original: Tensor) -> Tensor:
@@ -111,20 +113,19 @@ def _into_producer(program: Program, norm: fx.Node, source: fx.Node, scale: Tens
         factor = per_output.reshape(*per_output.shape, *[1] * (weight.dim() - 2))
     else:
         factor = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    names = [None if n is None else str(n.target) for n in (source.args[1], argument(source, 2, "bias"), norm.args[2])]
+    name, offset = str(source.args[1].target), argument(source, 2, "bias") if bias is not None else norm.args[2]
     mean = program.constants[norm.args[3].target].double()
     made = set_weights(
         program, source, weight.double() * factor, scale * bias.double() + shift if bias is not None else shift
     )
 
     def back(values: Values) -> Values:
+        """W = W' / s; the new bias is the layer's own, b = (b' - h) / s, or else the norm's, beta = b' + s mean."""
         w, b = values[made[0]], values[made[1]]
-        found = {names[0]: _divided(w, factor, weight)}
-        if bias is not None:
-            return found | {names[1]: _divided(b - shift, scale, bias)}
-        return found | {names[2]: b + scale * mean}
+        rest = _divided(b - shift, scale, bias) if bias is not None else b + scale * mean
+        return {name: _divided(w, factor, weight), str(offset.target): rest}
 
-    if bias is not None or names[2] is not None:
+    if offset is not None:
         program.lineage.append(Restore(made, back))
     return True
 

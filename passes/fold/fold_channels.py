@@ -81,7 +81,7 @@ class FoldChannels(Pass):
             analysis, markers = adapters.insert(analysis)
             analysis = adapters.choose(analysis, markers, machine, self.gain)
         refusals = _refusals(analysis)
-        outputs = [(n, row(n).channel(n)) for n in work.calls() if isinstance(row(n), Weighted)]
+        outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
         analysis = analysis.padded(outputs, self.round_to or machine.width, self.slack)
         rewrites = constants + _describe(analysis)
         if not rewrites:

@@ -60,6 +60,71 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
     return model.eval(), (torch.randn(1, 3, size, size),)
 
 
+# ---------------------------------------------------------------------- timm
+
+TIMM = """vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_224 poolformer_s12 mobilenetv3_small_100 repvgg_a0
+    mobileone_s0 convnext_atto levit_128s pvt_v2_b0 efficientvit_m0 cait_xxs24_224 xcit_nano_12_p16_224 mixer_s32_224 resmlp_12_224
+    ghostnet_100 hrnet_w18_small dla34 res2net50_26w_4s skresnet18 ecaresnet26t resnest14d botnet26t_256 coatnet_pico_rw_224
+    edgenext_xx_small fastvit_t8 tiny_vit_5m_224 twins_pcpvt_small gmlp_s16_224 visformer_tiny mambaout_femto regnetz_b16 rexnet_100
+    tinynet_e lcnet_050 crossvit_tiny_240""".split()
+
+
+def timm_model(name: str) -> tuple[nn.Module, tuple]:
+    _shim_torchvision()
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    size = model.default_cfg["input_size"][-1]
+    return model.eval(), (torch.randn(1, 3, size, size),)
+
+
+# ---------------------------------------------------------------------- transformers
+
+TEXT = """Bert DistilBert Roberta Albert Electra MPNet GPT2 GPTNeoX OPT Llama Mistral Qwen2 Gemma Phi Bloom Falcon Cohere
+    XLMRoberta Camembert ConvBert DebertaV2 MobileBert Starcoder2 StableLm Olmo""".split()
+IMAGES = "ViT DeiT Swin ConvNext Dinov2 Segformer PoolFormer ResNet MobileNetV2 Beit CLIPVision SiglipVision".split()
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "vocab_size": 200, "max_position_embeddings": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "dim": 64, "n_layers": 2, "n_heads": 4,
+    "hidden_dim": 96, "ffn_dim": 96, "embedding_size": 64, "word_embed_proj_dim": 64, "pad_token_id": 0, "image_size": 64,
+    "head_dim": 16, "num_labels": 5,
+}  # fmt: skip
+
+
+def transformers_model(name: str) -> tuple[nn.Module, tuple]:
+    _shim_torchvision()
+    import transformers
+
+    config_class = getattr(transformers, f"{name}Config")
+    default = config_class()
+    image = name in IMAGES
+    keep_shape = ("Swin", "ConvNext", "Segformer", "PoolFormer", "ResNet", "MobileNetV2")
+    chosen = {k: v for k, v in SMALL.items() if hasattr(default, k) and not (name in keep_shape and k != "image_size")}
+    model = getattr(transformers, f"{name}Model")(config_class(**chosen)).eval()
+    model.config.return_dict = True
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if image:
+        size = default.image_size if name == "Swin" else 64
+        return model, (torch.randn(1, 3, size, size),)
+    return model, (torch.randint(1, 200, (1, 12), generator=torch.Generator().manual_seed(0)),)
+
+
+def names() -> list[tuple[str, str]]:
+    """(library, name) of every architecture."""
+    return (
+        [("torchvision", n) for n in torchvision_names()]
+        + [("timm", n) for n in TIMM]
+        + [("transformers", n) for n in [*TEXT, *IMAGES]]
+    )
+
+
+def build(library: str, name: str) -> tuple[nn.Module, tuple]:
+    torch.manual_seed(0)
+    makers = {"torchvision": torchvision_model, "timm": timm_model, "transformers": transformers_model}
+    return makers[library](name)
+
+
 # ---------------------------------------------------------------------- preparing
 
 
@@ -97,10 +162,12 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.C
 def zero_channels(model: nn.Module, amount: float, seed: int = 0) -> nn.Module:
     """Set ``amount`` of the output channels of every convolution and linear layer to zero (weight and bias), but for the classifier."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [m for m in model.modules() if isinstance(m, WEIGHTED)]
+    layers = [m for m in model.modules() if isinstance(m, WEIGHTED) or type(m).__name__ == "Conv1D"]
     with torch.no_grad():
         for module in layers[:-1]:
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or not isinstance(
+                module, WEIGHTED
+            )  # Conv1D: [in, out]
             count = module.weight.shape[1 if transposed else 0]
             dead = torch.randperm(count, generator=generator)[: int(amount * count)]
             module.weight.index_fill_(1 if transposed else 0, dead, 0)

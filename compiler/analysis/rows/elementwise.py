@@ -89,6 +89,23 @@ class Product(Elementwise):
         return ~facts[others[0]].zero() if others and others[0] in facts else None
 
 
+class Sum(Elementwise):
+    """``a + b``: minus infinity on either side decides (an attention mask, a route that is closed)."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        found = super().known(node, facts)
+        closed = None
+        for n in tensors(node):
+            if n in facts and bool((facts[n].content == -torch.inf).any()):
+                here = facts[n].mask & (facts[n].content == -torch.inf)
+                here = here.reshape([1] * (len(sizes(node)) - here.dim()) + list(here.shape))
+                closed = here if closed is None else closed | here
+        if closed is None or node.kwargs.get("alpha", 1) != 1:
+            return found
+        mask, value = (torch.zeros_like(closed), torch.tensor(0.0)) if found is None else (found.mask, found.value)
+        return known(mask | closed, torch.where(closed, torch.tensor(-torch.inf, dtype=torch.float64), value.double()))
+
+
 class Quotient(Elementwise):
     """``a / b``: a zero numerator decides."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, known, sizes
@@ -54,6 +55,19 @@ class Mixing(Row):
         kept = [d for d in range(len(sizes(operand))) if d not in mixed]
         places = range(len(kept)) if removed else kept
         return [equal(node, (node, e), (operand, d), sizes(operand)[d]) for d, e in zip(kept, places)]
+
+
+class Softmax(Mixing):
+    """What is minus infinity before is 0 after, whatever the rest of its row is (unless all of it is minus infinity)."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        operand: fx.Node = node.args[0]
+        if operand not in facts or not bool((facts[operand].content == -torch.inf).any()):
+            return super().known(node, facts)
+        dim = self.dims(node)[0][0]
+        closed = facts[operand].mask & (facts[operand].content == -torch.inf)
+        whole = closed.expand([s if d == dim else closed.shape[d] for d, s in enumerate(sizes(operand))])
+        return known(whole & ~whole.all(dim, keepdim=True), torch.zeros([1] * closed.dim(), dtype=torch.float64))
 
 
 def spatial(node: fx.Node) -> tuple[list[int], bool]:

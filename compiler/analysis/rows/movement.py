@@ -201,7 +201,9 @@ def _map_of(node: fx.Node, operands: list[fx.Node], indices: dict[fx.Node, Tenso
         inside = None if len(shapes) == 1 else (source >= first) & (source < first + count)
         parts += _parts_of(number, shape, source - first, inside)
         first += count
-    onto = source.numel() >= start and source.unique().numel() == start
+    onto = source.numel() >= start and bool(
+        torch.zeros(start, dtype=torch.bool).index_fill_(0, source.reshape(-1), True).all()
+    )
     found = _Map(source, start, onto, tuple(parts))
     if source.numel() <= _CACHED:
         if len(_MAPS) > 1000:

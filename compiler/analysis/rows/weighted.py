@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from thresher.analysis.facts import Known, compress, known, sizes, slices
 from thresher.analysis.rows.base import Facts, Row, argument, concrete, is_constant, mask_of
-from thresher.analysis.ties import Tie, balanced, equal
+from thresher.analysis.ties import Key, Tie, balanced, equal
 
 
 class Weighted(Row):
@@ -83,7 +85,7 @@ class Linear(Weighted):
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
         w = facts[weight].content
-        mask = ~_reached(~mask_of(x, facts), facts[weight].nonzero)
+        mask = ~_reached(~mask_of(x, facts), facts[weight].connections.rows_from, w.shape[1])
         if not bool(mask.any()):
             return None
         value = torch.zeros([1] * mask.dim(), dtype=torch.float64)
@@ -97,7 +99,7 @@ class Linear(Weighted):
         result = super().read(node, wanted, facts)
         x, weight = node.args[:2]
         if is_constant(weight, facts):
-            result[x] = compress(_reached(wanted, facts[weight].nonzero.T))
+            result[x] = compress(_reached(wanted, facts[weight].connections.columns_from, sizes(weight)[0]))
         return result
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
@@ -112,21 +114,14 @@ class Linear(Weighted):
         return found
 
 
-def _reached(sources: Tensor, used: Tensor) -> Tensor:
-    """sources [..., I] (narrow), used [O, I] -> [..., O]: is any source of the row used."""
-    if sources.numel() == 1 or sources.shape[-1] == 1:
-        return sources & used.any(1)
-    if sources.numel() == sources.shape[-1]:
-        columns = sources.reshape(-1)
-        reached = used.any(1) if bool(columns.all()) else used[:, columns].any(1)
-        return reached.reshape(*[1] * (sources.dim() - 1), -1)
-    rows, which = sources.reshape(-1, sources.shape[-1]).unique(
-        dim=0, return_inverse=True
-    )  # few: the class token, and the rest
-    reached = (
-        torch.stack([used[:, row].any(1) for row in rows]) if len(rows) <= 16 else (rows.float() @ used.float().T) > 0
-    )
-    return reached[which].reshape(*sources.shape[:-1], -1)
+def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """``across`` (a vector of connections to a vector of what they reach) for every row of a narrow fact whose last dimension has ``size``
+    indices."""
+    rows = sources.expand(*sources.shape[:-1], size).reshape(-1, size)
+    if len(rows) > 1:  # few are different: the class token, and the rest
+        rows, which = rows.unique(dim=0, return_inverse=True)
+        return torch.stack([across(row.contiguous()) for row in rows])[which].reshape(*sources.shape[:-1], -1)
+    return across(rows[0].contiguous()).reshape(*sources.shape[:-1], -1)
 
 
 class Convolution(Weighted):
@@ -157,9 +152,9 @@ class Convolution(Weighted):
 
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
         """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
-        used = facts[node.args[1]].nonzero
-        used = used.flatten(2).any(2) if used.shape[2:].numel() > 1 else used.flatten(1)
-        return self.by_group(used, self.groups(node))
+        used = facts[node.args[1]].connections
+        bits = torch.from_numpy(np.unpackbits(used.bits, axis=1, count=used.columns).astype(bool))
+        return self.by_group(bits, self.groups(node))
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         operand: fx.Node = node.args[0]
@@ -260,3 +255,63 @@ class Embedding(Row):
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         last = len(sizes(node)) - 1
         return [equal(node, (node, last), (node.args[0], 1), sizes(node)[last])]
+
+
+class Bilinear(Row):
+    """``aten.bilinear``: x1 [..., I], x2 [..., J], weight [O, I, J], bias [O]. Of a known input channel only zeros go."""
+
+    supported = True
+
+    def parts(self, node: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None] | None:
+        x1, x2, weight = node.args[:3]
+        bias = argument(node, 3, "bias")
+        usable = is_constant(weight, facts) and (bias is None or is_constant(bias, facts)) and x1 is not x2
+        return (x1, x2, weight, bias) if usable else None
+
+    def live(self, x: fx.Node, facts: Facts) -> Tensor:
+        """Which channels are not known to be 0."""
+        size, last = sizes(x)[-1], len(sizes(x)) - 1
+        return ~slices(facts[x].zero(), last, size, True) if x in facts else torch.ones(size, dtype=torch.bool)
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        found = self.parts(node, facts)
+        if found is None:
+            return None
+        x1, x2, weight, bias = found
+        used = (facts[weight].content != 0) & self.live(x1, facts)[:, None] & self.live(x2, facts)
+        shape = [1] * (len(sizes(node)) - 1) + [-1]
+        value = facts[bias].value if bias is not None else torch.zeros(1, dtype=torch.float64)
+        return known(~used.flatten(1).any(1).reshape(shape), value.reshape(shape))
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result, found = super().read(node, wanted, facts), self.parts(node, facts)
+        if found is not None:
+            x1, x2, weight, _ = found
+            rows = slices(wanted, wanted.dim() - 1, sizes(weight)[0], every=False)
+            used = (facts[weight].content != 0)[rows].any(0)
+            shape = [1] * (wanted.dim() - 1) + [-1]
+            result[x1] = (used & self.live(x2, facts)).any(1).reshape(shape)
+            result[x2] = (used & self.live(x1, facts)[:, None]).any(0).reshape(shape)
+        return result
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        found = self.parts(node, facts)
+        if found is None:
+            return []
+        x1, x2, weight, bias = found
+        last, (rows, left, right) = len(sizes(node)) - 1, sizes(weight)
+        ties = [equal(node, (x1, last), (weight, 1), left), equal(node, (x2, last), (weight, 2), right)]
+        ties += [equal(node, (node, last), (weight, 0), rows)]
+        ties += [equal(node, (node, d), (x, d), sizes(node)[d]) for x in (x1, x2) for d in range(last)]
+        return ties + ([equal(node, (node, last), (bias, 0), rows)] if bias is not None else [])
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        """A constant other than 0 would leave a linear layer behind: it stays."""
+        found = self.parts(node, facts)
+        if found is None:
+            return []
+        pinned = []
+        for x in found[:2]:
+            size, last = sizes(x)[-1], len(sizes(x)) - 1
+            pinned.append(((x, last), slices(mask_of(x, facts), last, size, every=False) & self.live(x, facts)))
+        return pinned

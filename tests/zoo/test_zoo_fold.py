@@ -1,0 +1,53 @@
+"""The fold on architectures of torchvision, timm and transformers: equal in float64, smaller, certified. A sample; ``-m slow`` runs all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import build, names, settle, zero_channels
+
+from thresher.capture import capture
+from thresher.errors import CaptureError
+from thresher.pass_manager import PassManager
+from thresher.passes import pipelines
+from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.verify import verify
+
+SAMPLE = [
+    ("torchvision", "resnext50_32x4d"),
+    ("torchvision", "shufflenet_v2_x0_5"),
+    ("torchvision", "regnet_y_400mf"),
+    ("torchvision", "swin_t"),
+    ("timm", "convnext_atto"),
+    ("timm", "cait_xxs24_224"),
+    ("transformers", "Bert"),
+    ("transformers", "GPT2"),
+    ("transformers", "Llama"),
+]
+
+
+def folds(library: str, name: str, certified: bool) -> None:
+    model, args = build(library, name)
+    program = capture(zero_channels(settle(model, args), 0.3), args)
+    manager = PassManager(pipelines.exact, "off")
+    folded = manager.run(program)
+    assert [r.failure for r in manager.records if r.status == "reverted"] == []
+    assert not compare_programs(observe(program), folded).exceeds(EXACT_TOLERANCE)
+    assert folded.parameter_count() < program.notes["parameters"]
+    if certified:
+        assert verify(folded.notes["certificate"]).removed > 0
+
+
+@pytest.mark.parametrize(("library", "name"), SAMPLE)
+def test_sample(library: str, name: str) -> None:
+    torch.set_num_threads(1)
+    folds(library, name, certified=library == "transformers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name"), names())
+def test_all(library: str, name: str) -> None:
+    try:
+        folds(library, name, certified=False)
+    except CaptureError as error:  # not ours: torch.export says why
+        pytest.skip(str(error).splitlines()[0])
