@@ -14,8 +14,8 @@ fold for models with floating inputs, because any of them could be infinite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -24,14 +24,15 @@ from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.cost import machine_of
-from thresher.analysis.facts import sizes, slices
+from thresher.analysis.facts import sizes
 from thresher.analysis.operators import row
 from thresher.analysis.rows.base import Facts, argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
-from thresher.certificate import Certificate, Reason, Step, indices_of
+from thresher.certificate import Certificate, Step
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.fold import adapters
+from thresher.passes.fold.claims import Claims
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 from thresher.unfold import Restore, moved
 
@@ -89,7 +90,7 @@ class FoldChannels(Pass):
         again = analysis.vanished or any(not analysis.full(m, m.args[1]) for m in markers)
         plan = _Plan(work, analysis)
         plan.carry_out()
-        return _Round(work, rewrites, refusals, [claims.step(program, plan)], again)
+        return _Round(work, rewrites, refusals, [claims.step(program, analysis, plan.stands_for)], again)
 
 
 @dataclass
@@ -106,12 +107,12 @@ class _Round:
 # ---------------------------------------------------------------------- values that are constant as a whole
 
 
-def _replace_known_values(program: Program) -> tuple[Facts, list[Note], _Claims]:
+def _replace_known_values(program: Program) -> tuple[Facts, list[Note], Claims]:
     """Dead branches: a computed value all of whose elements are known becomes a constant. Also returns the facts of the result, and
     what is claimed of the program as it was."""
     notes = []
     facts = known_facts(program)
-    claims = _Claims({n.name: (f.mask, f.content) for n, f in facts.items() if n.op == "call_function"})
+    claims = Claims({n.name: (f.mask, f.content) for n, f in facts.items() if n.op == "call_function"})
     for node in list(program.calls()):
         fact = facts.get(node)
         if fact is None or not fact.all() or not any(_needs(user, facts) for user in node.users):
@@ -244,55 +245,6 @@ class _Plan:
             self.facts[total] = self.facts[node]
         self.stands_for[node.name] = total.name
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-
-
-# ---------------------------------------------------------------------- proving
-
-
-@dataclass
-class _Claims:
-    """What the certificate will say: what was known at first, and which values stand for others."""
-
-    known: dict[str, tuple[Tensor, Tensor]]
-    stands_for: dict[str, str] = field(default_factory=dict)
-
-    def step(self, before: Program, plan: _Plan) -> Step:
-        analysis, kept = plan.analysis, {}
-        there = {n.name for n in analysis.program.graph.nodes}
-        values = {n.name for n in before.graph.nodes if n.op in ("call_function", "placeholder")}
-        read = {n.name: torch.tensor(True) for n in before.output.all_input_nodes}
-        read |= {n.name: wanted for n, wanted in analysis.read.items() if n.name in values}
-        for node in {node: None for node, _ in analysis.cuttable}:
-            name = plan.stands_for.get(node.name, node.name)
-            if node.name in values and name in there:
-                cut = [d for d in range(len(node.meta["val"].shape)) if not analysis.full(node, d)]
-                kept[node.name] = (name, {d: analysis.keep[(node, d)].nonzero().reshape(-1) for d in cut})
-        for name, other in self.stands_for.items():
-            while other in self.stands_for:
-                other = self.stands_for[other]
-            if other in kept:
-                kept[name], read[name] = kept[other], read.get(other, torch.tensor(False))
-        return Step(before, analysis.program, self.known, read, kept, list(self.reasons(before, kept)))
-
-    def reasons(self, before: Program, kept: dict[str, tuple[str, dict[int, Tensor]]]) -> Iterator[Reason]:
-        """Why each index went that is not kept: known from the arguments, or unread by the users."""
-        for node in before.calls():
-            for dim, indices in kept[node.name][1].items() if node.name in kept else ():
-                size = sizes(node)[dim]
-                gone = torch.ones(size, dtype=torch.bool).index_fill_(0, indices, False)
-                mask, content = self.known.get(node.name, (torch.tensor([False]), torch.tensor([0.0])))
-                constant = slices(mask, dim, size, every=True) if mask.dim() > dim else gone & False
-                zero = constant & slices(mask & (content == 0), dim, size, every=True) if mask.dim() > dim else constant
-                sources = tuple(n.name for n in node.all_input_nodes)
-                users = tuple(n.name for n in node.users)
-                rule = type(row(node)).__name__
-                for kind, which, names in (
-                    ("zero", gone & zero, sources),
-                    ("constant", gone & constant & ~zero, sources),
-                    ("unread", gone & ~constant, users),
-                ):
-                    if bool(which.any()):
-                        yield Reason(node.name, dim, indices_of(which), kind, str(node.target), rule, names)
 
 
 # ---------------------------------------------------------------------- telling

@@ -310,7 +310,7 @@ class Bilinear(Row):
         found = self.parts(node, facts)
         if found is None:
             return []
-        pinned = []
+        pinned: list[tuple[Key, Tensor]] = []
         for x in found[:2]:
             size, last = sizes(x)[-1], len(sizes(x)) - 1
             pinned.append(((x, last), slices(mask_of(x, facts), last, size, every=False) & self.live(x, facts)))

@@ -1,0 +1,52 @@
+"""Folded widths written to a config: the folded weights load into the architecture's own class."""
+
+from __future__ import annotations
+
+import torch
+from architectures import build
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import thresher
+from thresher.huggingface import folded_config
+from thresher.validation import compare
+
+EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,gain=1e999}"]
+
+
+def pruned(counts: list[int]) -> tuple[nn.Module, tuple]:
+    """A small Llama; ``counts`` hidden units of each layer are dead."""
+    model, args = build("transformers", "Llama")
+    for layer, count in zip(model.layers, counts):
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            with torch.no_grad():
+                projection.weight[:count] = 0
+    return model, args
+
+
+def test_equal_widths_are_written() -> None:
+    model, args = pruned([16, 16])
+    small = thresher.rewrite(model, args, passes=EXACT)
+    config, problems = folded_config(model.config, small)
+    assert problems == []
+    assert config.intermediate_size == 80
+    narrow = type(model)(config).eval()
+    narrow.load_state_dict({k: v for k, v in small.program.rounded().constants.items() if k in narrow.state_dict()})
+    with torch.no_grad():
+        assert not compare(tree_leaves(model(*args)), tree_leaves(narrow(*args))).exceeds(1e-5)
+    assert model.config.intermediate_size == 96
+
+
+def test_different_widths_are_reported() -> None:
+    model, args = pruned([16, 8])
+    config, problems = folded_config(model.config, thresher.rewrite(model, args, passes=EXACT))
+    assert problems == ["intermediate_size = 96: layers now have 80, 88; the config has one number"]
+    assert config.intermediate_size == 96
+
+
+def test_what_has_no_field_is_reported() -> None:
+    model, args = pruned([0, 0])
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight[:, :32] = 0  # the query heads of one key head
+    _, problems = folded_config(model.config, thresher.rewrite(model, args, passes=EXACT))
+    assert any("has no field for it" in p or "the config has one number" in p for p in problems)
