@@ -136,7 +136,12 @@ def split_passes(text: str) -> str | list[str]:
 def _build(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input)
     compiled = thresher.compile(
-        model, inputs, target=options.target, passes=split_passes(options.passes), validate=options.validate
+        model,
+        inputs,
+        target=options.target,
+        passes=split_passes(options.passes),
+        validate=options.validate,
+        certificate=bool(options.certificate),
     )
     compiled.save(options.output)
     if options.html:

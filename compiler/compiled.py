@@ -28,8 +28,8 @@ class Proof:
 class Compiled:
     """A compiled model. Takes and returns the structure of the original; inputs must have the shapes and dtypes it was built for.
 
-    ``text`` is the rewritten graph in readable form, ``report`` says what was done, ``certificate`` proves what was folded (None where
-    nothing was, and after loading: it is saved on its own). Calls from several threads are safe.
+    ``text`` is the rewritten graph in readable form, ``report`` says what was done, ``certificate`` proves what was folded (None unless
+    it was asked for, and after loading: it is saved on its own). Calls from several threads are safe.
     """
 
     def __init__(

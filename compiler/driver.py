@@ -42,6 +42,7 @@ def compile(
     masks: Masks | None = None,
     validate: Validate = "error",
     verify: Literal["each", "final", "off"] = "final",
+    certificate: bool = False,
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -56,6 +57,7 @@ def compile(
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.masks`. The reference is then the masked model.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
+        certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
         progress: a progress bar; default: on a terminal.
 
     Raises:
@@ -71,7 +73,7 @@ def compile(
         build.lower()
         if validate != "off":
             build.validate(validate)
-    return build.finish()
+    return build.finish(certificate)
 
 
 def rewrite(
@@ -209,7 +211,7 @@ class _Build:
         found = first_wrong_operator(self.rewritten, self.backend, self.target)
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
-    def finish(self) -> Compiled:
+    def finish(self, certified: bool) -> Compiled:
         before = dataclasses.replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
@@ -217,5 +219,6 @@ class _Build:
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe
-        proof, certificate = Proof(list(flat), self.eager(flat)), self.rewritten.notes.get("certificate")
+        proof = Proof(list(flat), self.eager(flat))
+        certificate = self.rewritten.notes.get("certificate") if certified else None
         return Compiled(signature, self.lowered, report, self.rewritten.text(), proof, certificate)

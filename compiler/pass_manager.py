@@ -127,7 +127,7 @@ def _parse_options(cls: type[Pass], text: str) -> dict[str, Any]:
         if key not in fields or not equals:
             known = ", ".join(fields) or "none"
             raise PassError(f"pass {cls.name!r} has no option {item!r}; its options: {known}")
-        raw = {"true": "True", "false": "False", "none": "None"}.get(raw.strip().lower(), raw.strip())
+        raw = {"true": "True", "false": "False", "none": "None", "inf": "1e999"}.get(raw.strip().lower(), raw.strip())
         try:
             value = ast.literal_eval(raw)
         except (ValueError, SyntaxError):

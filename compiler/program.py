@@ -338,6 +338,14 @@ class SmallModule(fx.GraphModule):
 
     program: Program
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SmallModule:
+        """A module of its own on the same program: fx's copy would be a plain GraphModule that has forgotten the way back."""
+        module = self.program.to_module()
+        module.load_state_dict(self.state_dict())
+        for mine, its in zip(self.parameters(), module.parameters(), strict=True):
+            its.requires_grad_(mine.requires_grad)
+        return module.train(self.training)
+
     def unfold(self) -> Values:
         """The ``state_dict`` of the original model, in its shapes: what was cut as it was, everything else as it is here now.
 

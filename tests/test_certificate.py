@@ -180,3 +180,11 @@ def test_the_zoo_is_certified(name: str) -> None:
         assert "certificate" not in program.notes
     else:
         assert verify(program.notes["certificate"]).removed > 10
+
+
+def test_compile_keeps_it_where_asked() -> None:
+    model, x = Net().eval(), torch.randn(1, 3, 7, 7)
+    compiled = thresher.compile(model, (x,), target="cpu", backend="eager", certificate=True)
+    assert compiled.certificate is not None
+    assert verify(compiled.certificate).steps == 1
+    assert thresher.compile(model, (x,), target="cpu", backend="eager").certificate is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import ZOO, mask_channels, settle
@@ -59,3 +61,15 @@ def test_what_has_no_way_back_is_named() -> None:
         small.get_parameter(new[0]).add_(1.0)
     with pytest.raises(thresher.ProgramError, match=new[0]):
         small.unfold()
+
+
+def test_a_copy_knows_the_way_back() -> None:
+    model, args = masked("resnet18")
+    small = thresher.rewrite(model, args)
+    with torch.no_grad():
+        next(small.parameters()).mul_(1.5)
+    twin = copy.deepcopy(small)
+    assert all(torch.equal(a, b) for a, b in zip(small.unfold().values(), twin.unfold().values()))
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    assert bool(next(small.parameters()).any())

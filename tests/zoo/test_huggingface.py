@@ -11,7 +11,7 @@ import thresher
 from thresher.huggingface import folded_config
 from thresher.validation import compare
 
-EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,gain=1e999}"]
+EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,gain=inf}"]
 
 
 def pruned(counts: list[int]) -> tuple[nn.Module, tuple]:
