@@ -99,7 +99,9 @@ def transformers_model(name: str) -> tuple[nn.Module, tuple]:
     default = config_class()
     image = name in IMAGES
     keep_shape = ("Swin", "ConvNext", "Segformer", "PoolFormer", "ResNet", "MobileNetV2")
-    chosen = {k: v for k, v in SMALL.items() if hasattr(default, k) and not (name in keep_shape and k != "image_size")}
+    fixed = {k for k in SMALL if isinstance(getattr(config_class, k, None), property)}  # computed from others
+    chosen = {k: v for k, v in SMALL.items() if hasattr(default, k) and k not in fixed}
+    chosen = {k: v for k, v in chosen.items() if not (name in keep_shape and k != "image_size")}
     model = getattr(transformers, f"{name}Model")(config_class(**chosen)).eval()
     model.config.return_dict = True
     if hasattr(model.config, "use_cache"):
