@@ -64,6 +64,15 @@ def lost_map(step: Step) -> Step:
     return dataclasses.replace(step, after=after.clean(), kept=kept)
 
 
+def doubled_output(step: Step) -> Step:
+    """Everything inside is right, and the result is doubled on the way out."""
+    after = step.after.clone()
+    result = after.output_nodes[0]
+    twice = after.insert_call(after.output, torch.ops.aten.mul.Tensor, (result, 2.0))
+    after.output.args = ((twice,),)
+    return dataclasses.replace(step, after=after)
+
+
 def other_indices(step: Step) -> Step:
     name, (stands, dims) = next((k, v) for k, v in step.kept.items() if v[1])
     return dataclasses.replace(step, kept=change(step.kept, name, (stands, {d: i.flip(0) for d, i in dims.items()})))
@@ -106,6 +115,7 @@ LIES: dict[Callable[[Step], Step], str] = {
     other_weight: "has another value in the new program",
     other_bias_map: "has another value in the new program",
     lost_map: "has another value in the new program",
+    doubled_output: "is another value in the new program",
     other_indices: "has another value in the new program",
     other_content: "does not have the content",
     more_known: "does not have the content",

@@ -22,8 +22,8 @@ from thresher.analysis.rows.movement import (
     Gather,
     Movement,
     Pad,
+    Roll,
     Slice,
-    fix_roll,
     fix_select,
     fix_sizes,
     fix_slice,
@@ -39,9 +39,7 @@ ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone c
     trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
     logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
 FILLED = "zeros_like ones_like full_like zeros ones full".split()
-MOVEMENT = (
-    "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle channel_shuffle movedim".split()
-)
+MOVEMENT = "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle movedim".split()
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
 SOFTMAX, ROWS = ("softmax", "_softmax"), ("log_softmax", "_log_softmax", "cumsum")
@@ -79,7 +77,7 @@ def _table() -> dict[Any, Row]:
     add(Movement(fix_sizes(1)), "reshape", "view", "expand")
     add(Movement(fix_select), "select")
     add(Movement(fix_squeeze), "squeeze")
-    add(Movement(fix_roll), "roll")
+    add(Roll(), "roll")
     add(Slice(fix_slice), "slice")
     add(Pad(), "constant_pad_nd")
     add(Mixing(spatial), *POOLS)

@@ -3,7 +3,7 @@
 * no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices and expands of everything;
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
-* ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm;
+* ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped.
 """
 
@@ -39,7 +39,15 @@ class Simplify(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         for node in list(work.calls()):
-            for rule in (drop_no_op, name_each_part, name_linear, spell_out_prelu, name_instance_norm, drop_empty_mask):
+            for rule in (
+                drop_no_op,
+                name_each_part,
+                name_linear,
+                spell_out_prelu,
+                name_instance_norm,
+                spell_out_shuffle,
+                drop_empty_mask,
+            ):
                 message = rule(work, node)
                 if message:
                     notes.append(Note.at(node, message))
@@ -166,6 +174,23 @@ def name_instance_norm(program: Program, node: fx.Node) -> str:
     new = program.insert_call(node, aten.group_norm.default, (x, channels, weight, bias, node.args[7]), like=node)
     node.replace_all_uses_with(new)
     return "written as group_norm"
+
+
+def spell_out_shuffle(program: Program, node: fx.Node) -> str:
+    """``channel_shuffle(x, g)`` is a reshape into groups, a transposition and a reshape back."""
+    if node.target is not aten.channel_shuffle.default:
+        return ""
+    x, groups = node.args
+    batch, channels, *rest = shape_of(x)
+    if any(isinstance(d, torch.SymInt) for d in (batch, channels, *rest)):
+        return ""
+    value = program.insert_call(node, aten.reshape.default, (x, [batch, groups, channels // groups, *rest]), like=node)
+    order = [0, 2, 1, *range(3, len(rest) + 3)]
+    value = program.insert_call(node, aten.permute.default, (value, order), like=node)
+    node.replace_all_uses_with(
+        program.insert_call(node, aten.reshape.default, (value, [batch, channels, *rest]), like=node)
+    )
+    return "written as reshape, permute, reshape"
 
 
 def drop_empty_mask(program: Program, node: fx.Node) -> str:

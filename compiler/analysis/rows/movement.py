@@ -318,17 +318,6 @@ def fix_slice(node: fx.Node, plan: Any) -> None:
     node.kwargs = {}
 
 
-def fix_roll(node: fx.Node, plan: Any) -> None:
-    """roll: as many places as kept indices come around the end."""
-    operand, shifts, dims = node.args[0], node.args[1], argument(node, 2, "dims", [])
-    places = []
-    for shift, dim in zip(shifts, dims):
-        keep = plan.keep[(operand, dim % len(sizes(operand)))]
-        places.append(int(keep[len(keep) - shift % len(keep) :].sum()))
-    if dims:
-        node.args, node.kwargs = (operand, places, dims), {}
-
-
 def fix_squeeze(node: fx.Node, plan: Any) -> None:
     """squeeze: only what had one index before; a dimension that was cut down to one index stays."""
     before = sizes(node.args[0])
@@ -356,6 +345,19 @@ class Slice(Movement):
             return found
         dim = argument(node, 1, "dim", 0) % len(sizes(node))
         return [t for t in found if (node, dim) not in t.keys]
+
+
+class Roll(Movement):
+    """roll along dimensions: by as many places as kept indices come around the end. Of the flattened value: nothing is cut."""
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        return super().ties(node, facts) if argument(node, 2, "dims", []) else []
+
+    def shrink(self, node: fx.Node, plan: Any) -> None:
+        operand, shifts, dims = node.args[0], node.args[1], argument(node, 2, "dims", [])
+        keeps = [plan.keep[(operand, dim % len(sizes(operand)))] for dim in dims]
+        places = [int(keep[len(keep) - shift % len(keep) :].sum()) for keep, shift in zip(keeps, shifts)]
+        node.args, node.kwargs = (operand, places, dims), {}
 
 
 class Gather(Movement):

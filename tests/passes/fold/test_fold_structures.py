@@ -187,3 +187,23 @@ def test_widths_are_padded_up_to_the_tile(dead: int, kept: int) -> None:
     program = capture(net.eval(), (torch.randn(3, 8),))
     folded = FoldChannels().apply(program, Context()).program
     assert shapes(folded)["a.weight"][0] == kept
+
+
+@pytest.mark.parametrize("dead", [(0, 4), (1, 2, 6)])
+def test_channel_shuffle_as_one_operator(dead: tuple[int, ...]) -> None:
+    """Cut where the groups stay balanced; right wherever it cannot be."""
+    net = Net(
+        lambda s, x: s.b(s.m(s.a(x))), a=nn.Conv2d(3, 8, 1, bias=False), m=nn.ChannelShuffle(2), b=nn.Conv2d(8, 4, 1)
+    )
+    kill(net.a.weight, *dead)
+    folded, _ = fold(net, torch.randn(*IMAGE))
+    assert shapes(folded)["a.weight"][0] == 6
+
+
+@pytest.mark.parametrize("dims", [(1,), None])
+def test_roll_over_dead_channels(dims: tuple[int, ...] | None) -> None:
+    """It follows what is kept, also where export writes the flattened value as a roll of its own."""
+    net = Net(lambda s, x: s.b(torch.roll(s.a(x), 3, dims)), a=nn.Linear(6, 8, bias=False), b=nn.Linear(8, 4))
+    kill(net.a.weight, 1, 6, 7)
+    folded, _ = fold(net, torch.randn(1, 6))
+    assert shapes(folded)["a.weight"][0] == 5
