@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import zipfile
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 from thresher.backends.base import find_backend
 from thresher.compiled import Compiled, Proof
 from thresher.errors import ArtifactError
+from thresher.files import new_zip
 from thresher.report import Report
 from thresher.signature import Signature
 
@@ -57,28 +57,11 @@ def save(compiled: Compiled, path: Path) -> Path:
             "proof": proof,
             "hashes": {name: _hash((directory / name).read_bytes()) for name in sorted(MEMBERS)},
         }
-        _write_zip(path, directory, json.dumps(manifest, indent=1))
-    return path
-
-
-def _write_zip(path: Path, directory: Path, manifest: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}") from error
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as package:
-            package.writestr("manifest.json", manifest)
+        with new_zip(path) as package:
+            package.writestr("manifest.json", json.dumps(manifest, indent=1))
             for name in sorted(MEMBERS):
                 package.write(directory / name, name)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    return path
 
 
 def load(path: str | Path) -> Compiled:

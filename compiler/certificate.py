@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from thresher.errors import ArtifactError
-from thresher.program import Program
+from thresher.files import new_zip
+from thresher.program import Program, is_tensor, shape_of
 from thresher.text import parse, render
 
 FORMAT = 1
@@ -88,8 +88,18 @@ class Certificate:
     # ------------------------------------------------------------------ on disk
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the certificate, with both programs of every step, to one file. Static shapes only."""
+        """Write the certificate, with both programs of every step, to one file.
+
+        Raises :class:`ArtifactError` where the file cannot be written, or a program has a dynamic shape: its text cannot be read back.
+        """
         path, tensors, steps = Path(path), _Tensors(), []
+        for program in (p for step in self.steps for p in (step.before, step.after)):
+            for node in program.placeholders:
+                if is_tensor(node) and any(isinstance(d, torch.SymInt) for d in shape_of(node)):
+                    raise ArtifactError(
+                        f"input {node.name} has the dynamic shape {tuple(shape_of(node))}: a certificate is saved for static shapes; "
+                        "build without dynamic_shapes, or check it in this process with thresher.verify.verify"
+                    )
         for step in self.steps:
             steps.append(
                 {
@@ -104,15 +114,9 @@ class Certificate:
                     "reasons": [vars(r) for r in step.reasons],
                 }
             )
-        try:
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as package:
-                package.writestr("certificate.json", json.dumps({"format": FORMAT, "steps": steps}))
-                package.writestr("tensors.safetensors", save_tensors(tensors.found))
-            os.replace(partial, path)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {path}: {error}") from error
+        with new_zip(path) as package:
+            package.writestr("certificate.json", json.dumps({"format": FORMAT, "steps": steps}))
+            package.writestr("tensors.safetensors", save_tensors(tensors.found))
         return path
 
     @staticmethod

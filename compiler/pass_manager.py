@@ -256,7 +256,7 @@ def _check_order(chain: Iterable[Pass]) -> None:
 
 
 def _fingerprint(program: Program) -> tuple:
-    graph = tuple((n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in program.graph.nodes)
+    graph = tuple((n.op, n.name, n.target, str(n.args), str(n.kwargs)) for n in program.graph.nodes)
     return graph, tuple((name, id(t), t._version) for name, t in program.constants.items())
 
 

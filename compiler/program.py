@@ -24,6 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from thresher import metadata
 from thresher.errors import ProgramError
 from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
 from thresher.unfold import Restore, Values, unfold
@@ -189,8 +190,7 @@ class Program:
 
     def set_fake(self, node: fx.Node, dtype: torch.dtype) -> None:
         """Write the metadata of a ``get_attr`` node from its constant."""
-        with self.fake_mode:
-            node.meta["val"] = torch.empty(self.constants[node.target].shape, dtype=dtype)
+        node.meta["val"] = metadata.empty(self.constants[node.target].shape, dtype, self.fake_mode)
 
     def insert_call(
         self, before: fx.Node, target: Any, args: tuple, kwargs: dict | None = None, like: fx.Node | None = None
@@ -204,9 +204,7 @@ class Program:
 
     def refresh(self, node: fx.Node) -> None:
         """Recompute ``meta["val"]`` of one call from the metadata of its arguments."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = metadata.result_of(node, self.fake_mode)
 
     def propagate(self) -> Program:
         """Recompute all metadata from the inputs and constants on; returns self."""
@@ -267,6 +265,7 @@ class Program:
         return self
 
     def _verify_metadata(self) -> None:
+        mode = self.fake_mode
         for node in self.graph.nodes:
             if node.op == "get_attr" and self.constants[node.target].shape != shape_of(node):
                 found, said = tuple(self.constants[node.target].shape), shape_of(node)
@@ -275,12 +274,10 @@ class Program:
                 continue
             said = node.meta.get("val")
             try:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with self.fake_mode, torch.no_grad():
-                    found = node.target(*args, **kwargs)
+                found = metadata.result_of(node, mode)
             except Exception as error:
                 raise ProgramError(f"node {node.name} ({node.target}) does not fit its arguments: {error}") from error
-            if _signature(found) != _signature(said):
+            if found is not said and _signature(found) != _signature(said):
                 raise ProgramError(
                     f"node {node.name} ({node.target}) has metadata {_signature(said)}, but yields {_signature(found)}"
                 )

@@ -38,7 +38,10 @@ class Verdict:
 
 
 def verify(certificate: Certificate, seed: int = 0) -> Verdict:
-    """Check every step; raises :class:`ProgramError` naming the step, the value and the claim that does not hold."""
+    """Check every step; raises :class:`ProgramError` naming the step, the value and the claim that does not hold.
+
+    Integers and booleans may be indices, so they are not random: their claims are checked on the values of one run, that of the probe.
+    """
     checked = removed = 0
     previous: Program | None = None
     for number, step in enumerate(certificate.steps):
@@ -52,6 +55,8 @@ def verify(certificate: Certificate, seed: int = 0) -> Verdict:
             removed += check.reasons()
         except ProgramError as error:
             raise ProgramError(f"step {number} of the certificate does not hold: {error}") from error
+        except (IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:  # claims of another form than theirs
+            raise ProgramError(f"step {number} of the certificate is malformed: {type(error).__name__}: {error}") from error
         previous = step.after
     return Verdict(len(certificate.steps), checked, removed)
 

@@ -102,6 +102,11 @@ def no_reason(step: Step) -> Step:
     return dataclasses.replace(step, reasons=[r for r in step.reasons if r.value != "relu"])
 
 
+def wrong_dimension(step: Step) -> Step:
+    name, (stands, dims) = next((k, v) for k, v in step.kept.items() if v[1])
+    return dataclasses.replace(step, kept=change(step.kept, name, (stands, {9: i for i in dims.values()})))
+
+
 def wrong_kind(step: Step) -> Step:
     reasons = [dataclasses.replace(r, kind="zero") if r.kind == "constant" else r for r in step.reasons]
     return dataclasses.replace(step, reasons=reasons)
@@ -115,6 +120,7 @@ LIES: dict[Callable[[Step], Step], str] = {
     other_weight: "has another value in the new program",
     other_bias_map: "has another value in the new program",
     lost_map: "has another value in the new program",
+    wrong_dimension: "is malformed: IndexError",
     doubled_output: "is another value in the new program",
     other_indices: "has another value in the new program",
     other_content: "does not have the content",

@@ -64,9 +64,12 @@ class ChannelAnalysis:
     program: Program
     facts: Facts
     read: dict[fx.Node, Tensor]
-    ties: dict[fx.Node, list[Tie]]  # of each call
-    keep: dict[Key, Tensor]
-    cuttable: dict[Key, Tensor]
+    live: dict[Key, Tensor] = field(default_factory=dict)  # indices that are read and not known
+    whole: set[Key] = field(default_factory=set)  # of these dimensions that is every index: nothing can go
+    ties: dict[fx.Node, list[Tie]] = field(default_factory=dict)  # of each call
+    rigid: dict[fx.Node, list[Key]] = field(default_factory=dict)  # what each node does not tie, and so wants whole
+    pins: dict[fx.Node, list[tuple[Key, Tensor]]] = field(default_factory=dict)  # what each call wants although it is dead
+    keep: dict[Key, Tensor] = field(default_factory=dict)
     blame: dict[Key, fx.Node] = field(default_factory=dict)
     vanished: bool = False  # some dimension is dead as a whole; one index of it stays
 
@@ -74,45 +77,59 @@ class ChannelAnalysis:
     def of(program: Program, facts: Facts | None = None) -> ChannelAnalysis:
         """``facts``: those of the program, where they are known already."""
         facts = known_facts(program) if facts is None else facts
-        read = read_facts(program, facts)
-        ties = {node: row(node).ties(node, facts) for node in program.calls() if is_tensor(node)}
-        analysis = ChannelAnalysis(program, facts, read, ties, {}, {})
-        analysis._find_cuttable(node for node in program.graph.nodes if is_tensor(node))
+        analysis = ChannelAnalysis(program, facts, read_facts(program, facts))
+        for node in program.graph.nodes:
+            if is_tensor(node):
+                analysis._find_live(node)
+        for node in program.graph.nodes:
+            analysis._ask(node)
         analysis._choose()
         return analysis
 
-    def with_adapters(self, edges: Iterable[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
+    def with_adapters(self, edges: list[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
         """Put an adapter on each edge ``(source, user, dim)`` of the program, and what is found anew then."""
-        facts, read, ties, made = dict(self.facts), dict(self.read), dict(self.ties), []
+        found = ChannelAnalysis(
+            self.program,
+            dict(self.facts),
+            dict(self.read),
+            dict(self.live),
+            set(self.whole),
+            dict(self.ties),
+            dict(self.rigid),
+            dict(self.pins),
+        )
+        made: list[fx.Node] = []
         ends: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-        users: dict[fx.Node, None] = {}
         for source, user, dim in edges:
             end = ends.get((source, user), source)
             with self.program.graph.inserting_before(user):
                 marker = self.program.graph.call_function(adapter, (end, dim))
             marker.meta = dict(source.meta)
-            if source in facts:
-                facts[marker] = facts[source]
-            read[marker] = self.needed(source, user) if end is source else read[end]
+            if source in found.facts:
+                found.facts[marker] = found.facts[source]
+            found.read[marker] = self.needed(source, user) if end is source else found.read[end]
             user.replace_input_with(end, marker)
-            ties[marker] = row(marker).ties(marker, facts)
             ends[source, user] = marker
-            users[user] = None
             made.append(marker)
-        ties |= {user: row(user).ties(user, facts) for user in users if user in ties}
-        analysis = ChannelAnalysis(self.program, facts, read, ties, {}, dict(self.cuttable))
-        analysis._find_cuttable(made)
-        analysis._choose()
-        return analysis, made
+            found._find_live(marker)
+            found._ask(marker)
+        for user in dict.fromkeys(user for _, user, _ in edges):
+            found._ask(user)
+        found._choose()
+        return found, made
 
-    def with_ties(self, more: Iterable[Tie]) -> ChannelAnalysis:
+    def with_ties(self, more: list[Tie]) -> ChannelAnalysis:
         """The same facts with further ties: a smaller cut."""
         ties = dict(self.ties)
         for tie in more:
             ties[tie.node] = [*ties.get(tie.node, []), tie]
-        analysis = ChannelAnalysis(self.program, self.facts, self.read, ties, {}, self.cuttable)
-        analysis._choose()
-        return analysis
+        found = replace(self, ties=ties, keep=dict(self.keep), blame=dict(self.blame))
+        if self.vanished:  # the one index that stayed may not be needed any more
+            found.vanished, found.blame = False, {}
+            found._choose()
+        else:  # what was kept is kept
+            close_all(found._open_ties(), found.keep, found.blame, more)
+        return found
 
     def padded(self, keys: Iterable[Key], multiple: int, slack: float) -> ChannelAnalysis:
         """A smaller cut: each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live."""
@@ -127,7 +144,8 @@ class ChannelAnalysis:
         if not wanted:
             return self
         analysis = replace(self, keep=self.keep | wanted, blame=dict(self.blame))
-        close_all(analysis.all_ties(), analysis.keep, analysis.blame)
+        ties = analysis._open_ties()
+        close_all(ties, analysis.keep, analysis.blame, [t for t in ties if any(k in wanted for k in t.keys)])
         return analysis
 
     def needed(self, source: fx.Node, user: fx.Node) -> Tensor:
@@ -141,7 +159,7 @@ class ChannelAnalysis:
 
     def held(self, key: Key) -> Tensor:
         """The indices that could go but for a tie."""
-        return self.cuttable[key] & self.keep[key]
+        return ~self.live[key] & self.keep[key]
 
     def components(self) -> dict[Key, int]:
         """The coupled set of every key, by number."""
@@ -162,20 +180,21 @@ class ChannelAnalysis:
 
     def full(self, node: object, dim: int | str) -> bool:
         """Nothing is cut from this dimension."""
-        vector = self.keep.get((node, dim))
-        return vector is None or bool(vector.all())
+        key = (node, dim)
+        return key in self.whole or key not in self.keep or bool(self.keep[key].all())
 
     def count(self, node: fx.Node, dim: int | str) -> int:
         """How many indices of this dimension are kept."""
-        return int(self.keep[(node, dim)].sum())
+        key = (node, dim)
+        return self.keep[key].numel() if key in self.whole else int(self.keep[key].sum())
 
     @property
     def cuts(self) -> list[Key]:
         """The dimensions of real values that lose indices."""
         return [
             (node, dim)
-            for (node, dim), vector in self.keep.items()
-            if isinstance(dim, int) and node.target is not adapter and not bool(vector.all())
+            for node, dim in self.keep
+            if isinstance(dim, int) and node.target is not adapter and not self.full(node, dim)
         ]
 
     def all_ties(self) -> Iterator[Tie]:
@@ -184,50 +203,61 @@ class ChannelAnalysis:
     def coupling(self) -> nx.Graph:
         return coupling_graph(self.all_ties())
 
+    # ------------------------------------------------------------------ what the nodes want
+
+    def _find_live(self, node: fx.Node) -> None:
+        """The dimensions of a value: which indices cannot go, whatever the ties allow."""
+        shape = shape_of(node)
+        for dim, size in enumerate(sizes(node)):
+            if node.op == "placeholder" or isinstance(shape[dim], torch.SymInt):
+                live = torch.ones(size, dtype=torch.bool)
+            elif node.op != "call_function" or node not in self.read:  # a constant has nothing to say for itself
+                live = torch.zeros(size, dtype=torch.bool)
+            else:
+                wanted = self.read[node] & ~self.facts[node].mask if node in self.facts else self.read[node]
+                live = slices(wanted, dim, size, every=False)
+            self.live[(node, dim)] = live
+            if bool(live.all()):
+                self.whole.add((node, dim))
+
+    def _ask(self, node: fx.Node) -> None:
+        """The ties of an operator, and the dimensions of its arguments and its result that it does not tie."""
+        if node.op not in ("call_function", "output"):
+            return
+        values = [n for n in node.all_input_nodes if is_tensor(n)]
+        tied: set[Key] = set()
+        if is_tensor(node) and node.op == "call_function":
+            values.append(node)
+            self.ties[node] = row(node).ties(node, self.facts)
+            self.pins[node] = row(node).pins(node, self.facts)
+            tied = {key for tie in self.ties[node] for key in tie.keys}
+        self.rigid[node] = [(v, d) for v in values for d in range(len(shape_of(v))) if (v, d) not in tied]
+
     # ------------------------------------------------------------------ choosing the cut
 
+    def _open_ties(self) -> list[Tie]:
+        """The ties that have something to say: some index of a dimension of theirs could go."""
+        return [tie for tie in self.all_ties() if not all(key in self.whole for key in tie.keys)]
+
     def _choose(self) -> None:
-        mentioned = {node: {key for tie in ties for key in tie.keys} for node, ties in self.ties.items()}
-        self.keep = {key: ~vector for key, vector in self.cuttable.items()}
-        for tie in self.all_ties():  # virtual dimensions start empty: only real ones ask for something
+        ties = self._open_ties()
+        self.keep = dict(self.live)
+        for tie in ties:  # virtual dimensions start empty: only real ones ask for something
             for key, size in zip(tie.keys, tie.left_sizes + tie.right_sizes):
-                self.keep.setdefault(key, torch.zeros(size, dtype=torch.bool))
-        for node in self.program.graph.nodes:
-            if node.op in ("call_function", "output"):
-                self._pin_rigid(node, mentioned.get(node, set()))
-        for node in self.program.calls():
-            if is_tensor(node):
-                for key, indices in row(node).pins(node, self.facts):
-                    self.keep[key] = self.keep[key] | indices
-        close_all(self.all_ties(), self.keep, self.blame)
-        while empty := [key for key, vector in self.keep.items() if not bool(vector.any()) and vector.numel()]:
+                if key not in self.keep:
+                    self.keep[key] = torch.zeros(size, dtype=torch.bool)
+        for node, keys in self.rigid.items():
+            for key in keys:
+                if key not in self.whole:
+                    self.keep[key] = torch.ones_like(self.keep[key])
+                    self.blame[key] = node
+        for wanted in self.pins.values():
+            for key, indices in wanted:
+                self.keep[key] = self.keep[key] | indices
+        close_all(ties, self.keep, self.blame)
+        open_keys = [key for key, vector in self.keep.items() if key not in self.whole and vector.numel()]
+        while empty := [key for key in open_keys if not bool(self.keep[key].any())]:
             self.vanished = True
             for key in empty:  # a dimension never vanishes: one index stays
                 self.keep[key] = torch.arange(self.keep[key].numel()) == 0
-            close_all(self.all_ties(), self.keep, self.blame)
-
-    def _find_cuttable(self, nodes: Iterable[fx.Node]) -> None:
-        for node in nodes:
-            shape = shape_of(node)
-            fixed = node.op == "placeholder"
-            dead = torch.ones([1] * len(shape), dtype=torch.bool)  # a constant has nothing to say for itself
-            if node.op == "call_function" and node in self.read:
-                dead = ~self.read[node]
-                if node in self.facts:
-                    dead = dead | self.facts[node].mask
-            for dim, size in enumerate(sizes(node)):
-                stays = fixed or isinstance(shape[dim], torch.SymInt)
-                cut = slices(dead, dim, size, every=True) if not stays else torch.zeros(size, dtype=torch.bool)
-                self.cuttable[(node, dim)] = cut
-
-    def _pin_rigid(self, node: fx.Node, mentioned: set[Key]) -> None:
-        """Dimensions that the operator does not tie stay whole, in its arguments and in its result."""
-        values = [n for n in node.all_input_nodes if is_tensor(n)] + (
-            [node] if is_tensor(node) and node.op != "output" else []
-        )
-        for value in values:
-            for dim, size in enumerate(sizes(value)):
-                key = (value, dim)
-                if key not in mentioned and not bool(self.keep[key].all()):
-                    self.keep[key] = torch.ones(size, dtype=torch.bool)
-                    self.blame[key] = node
+            close_all(ties, self.keep, self.blame)

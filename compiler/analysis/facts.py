@@ -121,7 +121,7 @@ def reduce_to(fact: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def slices(fact: Tensor, dim: int, size: int, every: bool) -> Tensor:
     """Per index of ``dim``: does the fact hold for every (or for any) element of the slice. Shape ``[size]``."""
-    others = [d for d in range(fact.dim()) if d != dim]
+    others = [d for d in range(fact.dim()) if d != dim and fact.shape[d] != 1]
     if others:
         fact = fact.all(others) if every else fact.any(others)
     return fact.reshape(-1).expand(size) if fact.numel() == 1 else fact.reshape(-1)

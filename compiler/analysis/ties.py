@@ -153,18 +153,20 @@ def _grow(keep: dict[Key, Tensor], keys: tuple[Key, ...], wanted: Tensor) -> lis
     return grown
 
 
-def close_all(ties: Iterable[Tie], keep: dict[Key, Tensor], blame: dict[Key, fx.Node]) -> None:
-    """Grow ``keep`` in place to the fixed point of all ties.
+def close_all(
+    ties: list[Tie], keep: dict[Key, Tensor], blame: dict[Key, fx.Node], first: list[Tie] | None = None
+) -> None:
+    """Grow ``keep`` in place to the fixed point of all ties. ``first``: those that may not be closed yet (default: all).
 
     ``blame`` gets, for each key that grew, the operator at the root of it: the one that is already blamed for a neighbour, or
     else the one whose tie asked for it.
     """
-    ties = list(ties)
     incident: dict[Key, list[Tie]] = {}
     for tie in ties:
         for key in tie.keys:
             incident.setdefault(key, []).append(tie)
-    queue, queued = deque(ties), set(ties)
+    queue = deque(ties if first is None else first)
+    queued = set(queue)
     while queue:
         tie = queue.popleft()
         queued.discard(tie)

@@ -39,15 +39,20 @@ class EvaluateConstants(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         values: dict[fx.Node, Any] = {}
+        fixed = set(work.notes.get("fixed", ()))
+        still: set[fx.Node] = set()  # values that training does not change
         same: dict[
             tuple, fx.Node
         ] = {}  # one constant for equal calls: a mask is multiplied anew at each use of its layer
         for node in list(work.graph.nodes):
             if node.op == "get_attr":
                 values[node] = work.constants[node.target]
+                if node.target in fixed:
+                    still.add(node)
             elif node.op == "call_function" and node.target in FILLED and self.static(node):
                 values[node] = torch.full(node.meta["val"].shape, FILLED[node.target](node), dtype=dtype_of(node))
-            elif node.op == "call_function" and self.evaluable(node, values):
+                still.add(node)
+            elif node.op == "call_function" and self.evaluable(node, values, still):
                 first = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
                 if first is not node:
                     node.replace_all_uses_with(first)
@@ -57,11 +62,9 @@ class EvaluateConstants(Pass):
                 )
                 with torch.no_grad():
                     values[node] = node.target(*self._widened(args), **kwargs)
-        fixed = set(work.notes.get("fixed", ()))
-        still = {n for n in values if n.op == "get_attr" and n.target in fixed}
+                if all(n in still for n in node.all_input_nodes):
+                    still.add(node)
         for node in values:
-            if node.op == "call_function" and all(n in still for n in node.all_input_nodes):
-                still.add(node)
             outside = [user for user in node.users if user not in values]
             if node.op != "call_function" or not outside or not isinstance(values[node], Tensor):
                 continue
@@ -76,13 +79,13 @@ class EvaluateConstants(Pass):
         work.notes["fixed"] = frozenset(fixed)
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
-    def evaluable(self, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    def evaluable(self, node: fx.Node, values: dict[fx.Node, Any], still: set[fx.Node]) -> bool:
         if any(source not in values for source in node.all_input_nodes):
             return False
-        if node.target is aten.expand.default and values[node.args[0]].is_floating_point():
-            return (
-                node.meta["val"].numel() == values[node.args[0]].numel()
-            )  # copies of a parameter would be trained apart
+        if node.target is aten.expand.default and node.args[0] not in still:  # copies of a parameter would be trained apart
+            learned = values[node.args[0]]
+            if learned.is_floating_point() and node.meta["val"].numel() != learned.numel():
+                return False
         if isinstance(node.target, torch._ops.OpOverload) and RANDOM in node.target.tags:
             return False
         if not is_tensor(node):

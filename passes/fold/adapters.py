@@ -33,17 +33,23 @@ NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # t
 
 
 Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
+Named = tuple[str, str, int]
 
 
-def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
-    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads.
+def _named(edge: Edge) -> Named:
+    """The edge in this and every copy of its program."""
+    return edge[0].name, edge[1].name, edge[2]
+
+
+def insert(analysis: ChannelAnalysis, tried: set[Named]) -> tuple[ChannelAnalysis, list[fx.Node]]:
+    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads, but for those that
+    were ``tried`` before. They are added to it.
 
     Behind one holder there may be another: until nothing new is found.
     """
-    done: set[Edge] = set()
     markers: list[fx.Node] = []
-    while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if e not in done]:
-        done.update(edges)
+    while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if _named(e) not in tried]:
+        tried.update(_named(e) for e in edges)
         analysis, made = analysis.with_adapters(edges)
         markers += made
     return analysis, markers

@@ -29,7 +29,7 @@ class Claims:
         values = {n.name for n in before.graph.nodes if n.op in ("call_function", "placeholder")}
         read = {n.name: torch.tensor(True) for n in before.output.all_input_nodes}
         read |= {n.name: wanted for n, wanted in analysis.read.items() if n.name in values}
-        for node in {node: None for node, _ in analysis.cuttable}:
+        for node in {node: None for node, _ in analysis.live}:
             name = renamed.get(node.name, node.name)
             if node.name in values and name in there:
                 cut = [d for d in range(len(node.meta["val"].shape)) if not analysis.full(node, d)]

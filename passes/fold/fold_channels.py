@@ -60,8 +60,9 @@ class FoldChannels(Pass):
             result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
             return result
         proof: list[Step] = []
+        tried: set[adapters.Named] = set()
         for _ in range(ROUNDS):
-            step = self.fold_once(result.program, context)
+            step = self.fold_once(result.program, context, tried)
             result.refusals = result.refusals or step.refusals  # of the program as it was given
             if not step.rewrites:
                 break
@@ -73,13 +74,13 @@ class FoldChannels(Pass):
             result.program.notes["certificate"] = Certificate(proof)
         return result
 
-    def fold_once(self, program: Program, context: Context) -> _Round:
+    def fold_once(self, program: Program, context: Context, tried: set[adapters.Named]) -> _Round:
         work = program.clone()
         facts, constants, claims = _replace_known_values(work)
         analysis, machine = ChannelAnalysis.of(work, facts), machine_of(context.target)
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
-            analysis, markers = adapters.insert(analysis)
+            analysis, markers = adapters.insert(analysis, tried)
             analysis = adapters.choose(analysis, markers, machine, self.gain)
         refusals = _refusals(analysis)
         outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
@@ -276,7 +277,7 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
         operator = row(node)
         if isinstance(operator, Weighted):
             key = (node, operator.channel(node))
-            count = int((analysis.cuttable[key] & analysis.keep[key]).sum())
+            count = int(analysis.held(key).sum())
             if count:
                 held[node, analysis.blame.get(key)] = count, analysis.keep[key].numel()
     notes = []

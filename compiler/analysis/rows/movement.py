@@ -75,10 +75,9 @@ class Movement(Row):
         result = {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}  # an index is no value
         if found.onto and bool(wanted.all()):
             return result | {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in operands}
-        if len(operands) == 1:
-            back = found.backward(wanted, len(sizes(operands[0])))
-            if back is not None:
-                return result | {operands[0]: back}
+        back = [found.backward(wanted, number, len(sizes(n))) for number, n in enumerate(operands)]
+        if all(part is not None for part in back):
+            return result | dict(zip(operands, back))
         flat = torch.zeros(found.total, dtype=torch.bool)
         flat[found.source[wanted.expand(found.source.shape)]] = True
         parts = flat.split([math.prod(sizes(n)) for n in operands])
@@ -140,17 +139,19 @@ class _Map:
         flat = fact.reshape([fact.shape[d] for d in part.dims]).expand(part.left_sizes).reshape(-1)
         return compress(_in_place(flat[part.index], part.outs, rank))
 
-    def backward(self, wanted: Tensor, rank: int) -> Tensor | None:
-        """Which elements of the only argument the wanted ones of the result are, if these vary within one part; else None."""
+    def backward(self, wanted: Tensor, operand: int, rank: int) -> Tensor | None:
+        """Which elements of one argument the wanted ones of the result are, if these vary within one part of it; else None."""
         varying = {d for d, size in enumerate(wanted.shape) if size > 1}
-        holding = self._holding(varying, lambda p: p.outs)
-        if any(part.start is not None for part in self.parts) or (varying and holding is None):
+        parts = [part for part in self.parts if part.operand == operand]
+        holding = [part for part in parts if varying & set(part.outs)]
+        if varying and not (len(holding) == 1 and varying <= set(holding[0].outs)):
             return None
-        result = wanted.any().reshape([1] * rank)
-        for part in self.parts:
-            here = torch.ones(part.right_sizes, dtype=torch.bool)
-            if part is holding:
+        result = torch.ones([1] * rank, dtype=torch.bool) if varying else wanted.reshape([1] * rank)
+        for part in parts:
+            here = torch.ones(part.index.shape, dtype=torch.bool)
+            if holding and part is holding[0]:
                 here = wanted.reshape([wanted.shape[d] for d in part.outs]).expand(part.right_sizes)
+                here = here if part.start is None else here[part.start : part.start + part.index.shape[0]]
             read = torch.zeros(math.prod(part.left_sizes), dtype=torch.bool)
             read[part.index[here]] = True
             result = result & compress(_in_place(read.reshape(part.left_sizes), part.dims, rank))
