@@ -55,8 +55,16 @@ def verify(certificate: Certificate, seed: int = 0) -> Verdict:
             removed += check.reasons()
         except ProgramError as error:
             raise ProgramError(f"step {number} of the certificate does not hold: {error}") from error
-        except (IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:  # claims of another form than theirs
-            raise ProgramError(f"step {number} of the certificate is malformed: {type(error).__name__}: {error}") from error
+        except (
+            IndexError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # claims of another form than theirs
+            raise ProgramError(
+                f"step {number} of the certificate is malformed: {type(error).__name__}: {error}"
+            ) from error
         previous = step.after
     return Verdict(len(certificate.steps), checked, removed)
 

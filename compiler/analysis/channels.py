@@ -68,7 +68,9 @@ class ChannelAnalysis:
     whole: set[Key] = field(default_factory=set)  # of these dimensions that is every index: nothing can go
     ties: dict[fx.Node, list[Tie]] = field(default_factory=dict)  # of each call
     rigid: dict[fx.Node, list[Key]] = field(default_factory=dict)  # what each node does not tie, and so wants whole
-    pins: dict[fx.Node, list[tuple[Key, Tensor]]] = field(default_factory=dict)  # what each call wants although it is dead
+    pins: dict[fx.Node, list[tuple[Key, Tensor]]] = field(
+        default_factory=dict
+    )  # what each call wants although it is dead
     keep: dict[Key, Tensor] = field(default_factory=dict)
     blame: dict[Key, fx.Node] = field(default_factory=dict)
     vanished: bool = False  # some dimension is dead as a whole; one index of it stays

@@ -82,7 +82,9 @@ class EvaluateConstants(Pass):
     def evaluable(self, node: fx.Node, values: dict[fx.Node, Any], still: set[fx.Node]) -> bool:
         if any(source not in values for source in node.all_input_nodes):
             return False
-        if node.target is aten.expand.default and node.args[0] not in still:  # copies of a parameter would be trained apart
+        if (
+            node.target is aten.expand.default and node.args[0] not in still
+        ):  # copies of a parameter would be trained apart
             learned = values[node.args[0]]
             if learned.is_floating_point() and node.meta["val"].numel() != learned.numel():
                 return False
