@@ -8,8 +8,9 @@ an input) or *unread* (no output depends on it). With ``y = W x + b`` and ``x`` 
 so narrower tensors give the same function. Which indices must go together (residual adds, concatenations, heads, groups) is decided
 by the ties of ``thresher.analysis``; a dead channel that a tie keeps alive is reported, with the operator that holds it.
 
-Zero times anything counts as zero, also for NaN and infinity, where the unpruned product would be NaN; ``strict=True`` refuses to
-fold for models with floating inputs, because any of them could be infinite.
+Zero times anything counts as zero, also for NaN and infinity, where the unpruned product would be NaN, and minus infinity plus anything
+as minus infinity (a closed attention mask, a route to an expert that no input takes); ``strict=True`` refuses to fold for models with
+floating inputs, because any of them could be infinite.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from thresher.certificate import Certificate, Step
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.fold import adapters
 from thresher.passes.fold.claims import Claims
+from thresher.passes.fold.take import take
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 from thresher.unfold import Restore, moved
 
@@ -202,10 +204,8 @@ class _Plan:
 
     def cut(self, node: fx.Node, tensor: Tensor) -> Tensor:
         """What is kept of ``node``, of another tensor of its shape."""
-        for dim in range(tensor.dim()):
-            if not self.full(node, dim):
-                tensor = tensor.index_select(dim, self.keep[(node, dim)].nonzero().reshape(-1))
-        return tensor
+        cut = [dim for dim in range(tensor.dim()) if not self.full(node, dim)]
+        return take(tensor, {dim: self.keep[(node, dim)].nonzero().reshape(-1) for dim in cut})
 
     def replace_constant(self, node: fx.Node, place: int, move: Callable[[Tensor], Tensor]) -> None:
         """Give ``node`` another constant argument, made by moving elements of the old; one that others use too stays for them."""

@@ -12,6 +12,7 @@ decides first, then the next within what the first leaves equal. (Permutations f
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from thresher.analysis.channels import ChannelAnalysis
-from thresher.analysis.cost import flops_of
-from thresher.analysis.facts import slices
+from thresher.analysis.cost import Machine, flops_of, machine_of
+from thresher.analysis.facts import sizes, slices
 from thresher.analysis.operators import row
 from thresher.analysis.rows.weighted import Weighted
 from thresher.analysis.ties import Equal, Key
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, is_tensor
+from thresher.passes.fold.take import take
+from thresher.program import Program, dtype_of, is_tensor
 from thresher.unfold import moved
 
 
@@ -38,12 +40,15 @@ class PermuteChannels(Pass):
 
     name: ClassVar[str] = "permute-channels"
     requires: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
+    gain: float = 1.25  # only for what would save this many times what adding or taking a range costs; inf: never
 
     def apply(self, program: Program, context: Context) -> PassResult:
+        if self.gain == float("inf"):
+            return PassResult(program)
         analysis = ChannelAnalysis.of(program)
         sets = _coupled_sets(analysis)
         orders: dict[int, Tensor] = {}
-        for number, partial_dead in _one_sided(analysis).items():
+        for number, partial_dead in _one_sided(analysis, machine_of(context.target), self.gain).items():
             if number in sets:
                 order = _order(partial_dead)
                 if not torch.equal(order, torch.arange(order.numel())):
@@ -51,15 +56,17 @@ class PermuteChannels(Pass):
         if not orders:
             return PassResult(program)
         work, notes = program.clone(), []
+        moves: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for number, order in orders.items():
             constants = [(node, dim) for node, dim in sets[number] if node.op == "get_attr"]
             for node, dim in constants:
-                name, old = str(node.target), work.constants[node.target]
-                move = partial(torch.index_select, dim=dim, index=order)
-                work.constants[name] = move(old)
-                work.lineage.append(moved(name, name, old, move))
+                moves[str(node.target)][dim] = order
             first = next(node for node, _ in sets[number] if node.op == "call_function")
             notes.append(Note.at(first, f"{order.numel()} coupled channels permuted in {len(constants)} constants"))
+        for name, indices in moves.items():
+            old, move = work.constants[name], partial(take, indices=indices)
+            work.constants[name] = move(old)
+            work.lineage.append(moved(name, name, old, move))
         return PassResult(work, notes)
 
 
@@ -87,8 +94,8 @@ def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
     return {number: keys for number, keys in members.items() if number not in rigid}
 
 
-def _one_sided(analysis: ChannelAnalysis) -> dict[int, list[Tensor]]:
-    """Per coupled set, what single operators could do without, those that save most first."""
+def _one_sided(analysis: ChannelAnalysis, machine: Machine, gain: float) -> dict[int, list[Tensor]]:
+    """Per coupled set, what single operators could do without, those that save most first; only what is worth an adapter at all."""
     component = analysis.components()
     found: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
     for node in analysis.program.calls():
@@ -100,7 +107,10 @@ def _one_sided(analysis: ChannelAnalysis) -> dict[int, list[Tensor]]:
         unread = analysis.keep[(source, channel)] & ~needed
         for key, dead in (((node, channel), analysis.held((node, channel))), ((source, channel), unread)):
             if bool(dead.any()):
-                found[component[key]].append((flops_of(node) * float(dead.float().mean()), dead))
+                seconds = flops_of(node) * float(dead.float().mean()) / machine.flops
+                moved_bytes = 2 * math.prod(sizes(key[0])) * dtype_of(key[0]).itemsize
+                if seconds > gain * (moved_bytes / machine.bandwidth + machine.launch):
+                    found[component[key]].append((seconds, dead))
     return {number: [d for _, d in sorted(sets, key=lambda s: -s[0])] for number, sets in found.items()}
 
 

@@ -24,7 +24,7 @@ programs = st.builds(
 
 def check(program: Program, fold: FoldChannels) -> None:
     """Equal in float64 on two inputs, the certificate holds, and folding again changes nothing."""
-    permuted = PermuteChannels().apply(program, Context()).program.verify()
+    permuted = PermuteChannels(gain=0.0).apply(program, Context()).program.verify()
     result = fold.apply(permuted, Context())
     folded = result.program.verify()
     assert count_flops(folded) <= count_flops(program)
