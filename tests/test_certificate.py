@@ -104,7 +104,7 @@ def no_reason(step: Step) -> Step:
 
 def wrong_dimension(step: Step) -> Step:
     name, (stands, dims) = next((k, v) for k, v in step.kept.items() if v[1])
-    return dataclasses.replace(step, kept=change(step.kept, name, (stands, {9: i for i in dims.values()})))
+    return dataclasses.replace(step, kept=change(step.kept, name, (stands, {9: next(iter(dims.values()))})))
 
 
 def wrong_kind(step: Step) -> Step:

@@ -57,7 +57,7 @@ class Connections:
     def of(weight: Tensor) -> Connections:
         """Nonzero elements of a weight ``[rows, columns, *taps]``, any tap."""
         packed = []
-        for part in weight.split(max(1, (1 << 22) // max(1, weight[:1].numel()))):
+        for part in weight.split(max(1, (1 << 20) // max(1, weight[:1].numel()))):
             used = part != 0
             packed.append(np.packbits(used.flatten(2).any(2).numpy() if used.dim() > 2 else used.numpy(), axis=1))
         return Connections(np.concatenate(packed), weight.shape[1])

@@ -19,9 +19,11 @@ from thresher.analysis.rows.base import Facts, Row, aten
 from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient, Sum
 from thresher.analysis.rows.mixing import Mixing, Softmax, along, reduced, spatial
 from thresher.analysis.rows.movement import (
+    Concat,
     Gather,
     Movement,
     Pad,
+    PixelShuffle,
     Roll,
     Slice,
     fix_select,
@@ -39,7 +41,7 @@ ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone c
     trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
     logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
 FILLED = "zeros_like ones_like full_like zeros ones full".split()
-MOVEMENT = "permute transpose t unsqueeze flip cat stack repeat pixel_shuffle pixel_unshuffle movedim".split()
+MOVEMENT = "permute transpose t unsqueeze flip repeat movedim".split()
 POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
 SOFTMAX, ROWS = ("softmax", "_softmax"), ("log_softmax", "_log_softmax", "cumsum")
@@ -78,6 +80,8 @@ def _table() -> dict[Any, Row]:
     add(Movement(fix_select), "select")
     add(Movement(fix_squeeze), "squeeze")
     add(Roll(), "roll")
+    add(Concat(), "cat", "stack")
+    add(PixelShuffle(), "pixel_shuffle", "pixel_unshuffle")
     add(Slice(fix_slice), "slice")
     add(Pad(), "constant_pad_nd")
     add(Mixing(spatial), *POOLS)

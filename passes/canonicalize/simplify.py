@@ -1,6 +1,6 @@
 """Remove what does nothing and give each remaining thing one spelling, exactly.
 
-* no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices and expands of everything;
+* no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices, expands and concatenations of one value;
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
 * ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
@@ -58,6 +58,8 @@ class Simplify(Pass):
 def drop_no_op(program: Program, node: fx.Node) -> str:
     """``node`` returns its first argument unchanged."""
     source = node.args[0] if node.args else None
+    if node.target is aten.cat.default and len(node.args[0]) == 1:
+        source = node.args[0][0]
     if (
         not is_tensor(source)
         or not is_tensor(node)
@@ -69,6 +71,7 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
         (node.target in NO_OPS and not (node.target is aten.dropout.default and node.args[2]))
         or node.target in CONVERSIONS
         or (node.target in RESHAPES and _keeps_order(node))
+        or node.target is aten.cat.default
         or _neutral(program, node)
     )
     if not same:

@@ -90,15 +90,19 @@ class FoldChannels(Pass):
         rewrites = constants + _describe(analysis)
         if not rewrites:
             return _Round(program, [], refusals, [], False)
-        again = analysis.vanished or any(not analysis.full(m, m.args[1]) for m in markers)
+        again = any(not analysis.full(m, m.args[1]) for m in markers)
         plan = _Plan(work, analysis)
         plan.carry_out()
+        zeros = any(_without_zero_addend(work, node) for node in work.calls(aten.add.Tensor))
+        if analysis.vanished or plan.restructured or zeros:
+            again = True
+            tried.clear()  # what did not pay may now
         return _Round(work, rewrites, refusals, [claims.step(program, analysis, plan.stands_for)], again)
 
 
 @dataclass
 class _Round:
-    """``again``: what is left of a dead dimension, or an adapter, may let the next round cut more."""
+    """``again``: what is left of a dead dimension, an argument less or an adapter may let the next round cut more."""
 
     program: Program
     rewrites: list[Note]
@@ -178,6 +182,7 @@ class _Plan:
         self.program, self.analysis = program, analysis
         self.facts, self.keep, self.full, self.count = analysis.facts, analysis.keep, analysis.full, analysis.count
         self.stands_for: dict[str, str] = {}  # a value with its bias map, under the name of the value
+        self.restructured = False  # an operator has other arguments than before
 
     def carry_out(self) -> None:
         shapes = {n: sizes(n) for n in self.program.graph.nodes if is_tensor(n)}
@@ -206,6 +211,11 @@ class _Plan:
         """What is kept of ``node``, of another tensor of its shape."""
         cut = [dim for dim in range(tensor.dim()) if not self.full(node, dim)]
         return take(tensor, {dim: self.keep[(node, dim)].nonzero().reshape(-1) for dim in cut})
+
+    def leave_out(self, node: fx.Node, operands: set[fx.Node]) -> None:
+        """Drop arguments of a concatenation."""
+        node.update_arg(0, [n for n in node.args[0] if n not in operands])
+        self.restructured = True
 
     def replace_constant(self, node: fx.Node, place: int, move: Callable[[Tensor], Tensor]) -> None:
         """Give ``node`` another constant argument, made by moving elements of the old; one that others use too stays for them."""

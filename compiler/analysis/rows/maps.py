@@ -188,12 +188,12 @@ def _argument(node: fx.Node, operand: fx.Node, operands: list[fx.Node], indices:
 def _parts(shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], places: dict[int, Tensor]) -> list[Part]:
     found: list[Part] = []
     box = next(iter(places.values())).shape if places else torch.Size([1] * len(whole))
-    for dims, outs in _groups({d: _depends(p) for d, p in places.items()}):
-        corner = tuple(slice(None) if e in outs else 0 for e in range(len(whole)))
+    places = {d: _narrowed(place) for d, place in places.items()}
+    for dims, outs in _groups({d: {e for e, size in enumerate(p.shape) if size > 1} for d, p in places.items()}):
         left_sizes = tuple(shape[d] for d in dims)
         index = torch.zeros(tuple(box[e] for e in outs), dtype=torch.long)
         for d in dims:
-            index = index * shape[d] + places[d][corner]
+            index = index * shape[d] + places[d].squeeze([e for e in range(len(whole)) if e not in outs])
         hit = torch.zeros(math.prod(left_sizes), dtype=torch.bool).index_fill_(
             0, index.reshape(-1) % math.prod(left_sizes), True
         )
@@ -210,13 +210,13 @@ def _parts(shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], plac
     return found
 
 
-def _depends(place: Tensor) -> set[int]:
-    """The dimensions along which ``place`` varies."""
-    return {
-        e
-        for e in range(place.dim())
-        if place.shape[e] > 1 and place.stride(e) != 0 and bool((place != place.narrow(e, 0, 1)).any())
-    }
+def _narrowed(place: Tensor) -> Tensor:
+    """``place`` with size 1 along the dimensions in which it does not vary."""
+    for e in range(place.dim()):
+        first = place.narrow(e, 0, 1)
+        if torch.equal(first, place.narrow(e, place.shape[e] - 1, 1)) and bool((place == first).all()):
+            place = first
+    return place
 
 
 def _groups(depends: dict[int, set[int]]) -> list[tuple[list[int], list[int]]]:
@@ -240,7 +240,8 @@ def _is_range(index: Tensor) -> bool:
 
 
 class _Segment(Tie):
-    """A tie in which the result's dimension holds the left side as one of its segments, from ``start`` on."""
+    """A tie in which the result's dimension holds the left side as one of its segments, from ``start`` on. A segment of which nothing is
+    kept asks for nothing: the argument is left out."""
 
     def __init__(self, node, left, right, left_sizes, right_sizes, index, start):
         super().__init__(node, left, right, left_sizes, right_sizes, index)
@@ -248,6 +249,8 @@ class _Segment(Tie):
 
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
         key, stop = self.right[0], self.start + self.index.shape[0]
+        if not bool(keep[key][self.start : stop].any()):
+            return []
         inner = Tie(self.node, self.left, self.right, self.left_sizes, (stop - self.start,), self.index)
         part = {**{k: keep[k] for k in self.left}, key: keep[key][self.start : stop]}
         grown = inner.close(part)

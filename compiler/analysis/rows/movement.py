@@ -23,7 +23,7 @@ from thresher.analysis.rows.base import (
     tensors,
 )
 from thresher.analysis.rows.maps import Map, map_of
-from thresher.analysis.ties import Tie, equal
+from thresher.analysis.ties import Key, Tie, equal
 
 
 class Movement(Row):
@@ -162,6 +162,28 @@ class Roll(Movement):
         node.args, node.kwargs = (operand, places, dims), {}
 
 
+class Concat(Movement):
+    """cat, stack: an argument of which nothing is kept is left out."""
+
+    def shrink(self, node: fx.Node, plan: Any) -> None:
+        out = set()
+        for operand, argument_ in zip(tensors(node), self.map(node, plan.facts).arguments):
+            spans = zip(argument_.lows, argument_.highs, sizes(node))
+            joined = [(e, low, high) for e, (low, high, size) in enumerate(spans) if high - low < size]
+            if any(not bool(plan.keep[(node, e)][low:high].any()) for e, low, high in joined):
+                out.add(operand)
+        if out:
+            plan.leave_out(node, out)
+
+
+class PixelShuffle(Movement):
+    """pixel_shuffle, pixel_unshuffle: whole blocks of channels go. Rows and columns stay, or the blocks would have holes."""
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        values, rank = (node, node.args[0]), len(sizes(node))
+        return [((v, d), torch.ones(sizes(v)[d], dtype=torch.bool)) for v in values for d in (rank - 2, rank - 1)]
+
+
 class Gather(Movement):
     """index_select by a constant index: the index follows what is kept."""
 
@@ -185,19 +207,16 @@ class Pad(Movement):
     """constant_pad_nd: padded dimensions are never cut, the others pass."""
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
-        operand = node.args[0]
-        if operand not in facts:
-            return None
-        fill = argument(node, 2, "value", 0) or 0
-        shape = sizes(operand)
-        fact, padded = facts[operand], self.padded(node)
+        operand, fill = node.args[0], argument(node, 2, "value", 0) or 0
+        shape, padded = sizes(operand), self.padded(node)
+        value = facts[operand].value if operand in facts else nothing(operand)
 
         def whole(narrow: Tensor) -> Tensor:
-            return narrow.expand([s if d in padded else narrow.shape[d] for d, s in enumerate(shape)])
+            return narrow.expand([s if d in padded else narrow.shape[d] for d, s in enumerate(shape)]).contiguous()
 
-        mask = torch.nn.functional.pad(whole(fact.mask), node.args[1], value=True)
-        value = torch.nn.functional.pad(whole(fact.value).contiguous(), node.args[1], value=fill)
-        return known(mask, value)
+        amounts = node.args[1]
+        mask = torch.nn.functional.pad(whole(mask_of(operand, facts)), amounts, value=True)
+        return known(mask, torch.nn.functional.pad(whole(value), amounts, value=fill))
 
     def padded(self, node: fx.Node) -> set[int]:
         amounts, rank = list(node.args[1]), len(sizes(node))

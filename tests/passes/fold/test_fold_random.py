@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from random_graphs import KINDS, build
 
@@ -52,6 +52,10 @@ def test_random_programs(program: Program) -> None:
 
 @examples(500)
 @given(programs)
+@example(build(1437, 0.8, [("concat", 1, 5), ("pixels", 0, 34), ("flip", 2, 47), ("conv", 1, 39)]))  # holes in blocks
+@example(build(6663, 0.5, [("conv", 0, 12), ("residual", 1, 54), ("linear", 3, 5), ("concat", 2, 44)]))  # a dead part
+@example(build(6372, 0.8, [("concat", 1, 57), ("layer_norm", 3, 20), ("halves", 2, 11)]))  # ... which others wait for
+@example(build(3482, 0.8, [("gated_unit", 0, 31), ("block", 1, 41), ("attention", 0, 55)]))  # an addend becomes zero
 def test_random_programs_with_every_adapter(program: Program) -> None:
     """Adapters wherever they save anything at all: on these small programs the cost rule would take few."""
     torch.set_num_threads(1)
