@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a pipeline ({', '.join(pipelines.NAMED)}) or passes separated by ';', options in braces",
     )
     build.add_argument("--validate", default="error", choices=("error", "warn", "off"))
+    build.add_argument(
+        "--widths",
+        default="rule",
+        choices=("rule", "measured"),
+        help="measured: build folded to several widths and not folded, and keep what is fastest here",
+    )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
@@ -142,6 +148,7 @@ def _build(options: argparse.Namespace) -> int:
         passes=split_passes(options.passes),
         validate=options.validate,
         certificate=bool(options.certificate),
+        widths=options.widths,
     )
     compiled.save(options.output)
     if options.html:

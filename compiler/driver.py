@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch.export import ExportedProgram
 
 from thresher.analysis.cost import constant_bytes, count_flops
 from thresher.backends.base import Lowered, find_backend
+from thresher.benchmark import interleaved
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.errors import InputError, ThresherError, ValidationError
@@ -24,6 +26,7 @@ from thresher.program import Program, SmallModule
 from thresher.progress import Progress, show_progress
 from thresher.report import Check, Figures, Report
 from thresher.validation import probes
+from thresher.widths import variants
 
 Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike
 Passes = str | Sequence[str | Pass]
@@ -43,6 +46,7 @@ def compile(
     validate: Validate = "error",
     verify: Literal["each", "final", "off"] = "final",
     certificate: bool = False,
+    widths: Literal["rule", "measured"] = "rule",
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -57,6 +61,8 @@ def compile(
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.masks`. The reference is then the masked model.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
+        widths: ``measured`` builds the model folded to several widths and not folded, too, runs them in turn on the example inputs, and
+            keeps what is fastest (``report.widths``): four times the build. ``rule`` trusts the rule of ``fold-channels``.
         certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
         progress: a progress bar; default: on a terminal.
 
@@ -64,13 +70,17 @@ def compile(
         CaptureError, PassError, BackendError, ValidationError: each naming the place and what to do.
     """
     _one_of("validate", validate, ("error", "warn", "off"))
+    _one_of("widths", widths, ("rule", "measured"))
     target = target or default_target()
     model = _masked(model, masks, args, kwargs)
     with show_progress("thresher", progress) as step:
         build = _Build(model, tuple(args), kwargs or {}, target, backend, step)
         build.capture(dynamic_shapes)
-        build.transform(passes, verify)
-        build.lower()
+        if widths == "rule":
+            build.transform(resolve_passes(passes), verify)
+            build.lower()
+        else:
+            build.fastest(variants(resolve_passes(passes)), verify)
         if validate != "off":
             build.validate(validate)
     return build.finish(certificate)
@@ -140,6 +150,7 @@ class _Build:
         self.backend = find_backend(backend)
         self.seconds: dict[str, float] = {}
         self.checks: list[Check] = []
+        self.widths: dict[str, float] = {}
 
     def _timed(self, stage: str, start: float) -> None:
         self.seconds[stage] = time.perf_counter() - start
@@ -150,9 +161,9 @@ class _Build:
         self.captured = capture(self.model, self.args, self.kwargs, dynamic_shapes=dynamic_shapes)
         self._timed("capture", start)
 
-    def transform(self, passes: Passes, verify: Any) -> None:
+    def transform(self, passes: Sequence[str | Pass], verify: Any) -> None:
         start = time.perf_counter()
-        manager = PassManager(resolve_passes(passes), verify)
+        manager = PassManager(passes, verify)
         self.rewritten = manager.run(self.captured, Context(self.target, self.step)).rounded()
         self.records = manager.records
         self._timed("passes", start)
@@ -166,17 +177,37 @@ class _Build:
         self.lowered: Lowered = self.backend.lower(program, self.target, self.step)
         self._timed("lower", start)
 
+    def fastest(self, candidates: dict[str, list[Pass]], verify: Any) -> None:
+        """Build every candidate pipeline, and keep what runs fastest on the example inputs."""
+        if not self.runnable:
+            raise InputError(f"widths='measured' needs the target {self.target} on this machine")
+        built, start = {}, time.perf_counter()
+        for name, passes in candidates.items():
+            self.transform(passes, verify)
+            self.lower()
+            built[name] = self.rewritten, self.records, self.lowered
+        self.step("measuring widths")
+        flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
+        timings = interleaved({name: partial(lowered.run, flat) for name, (_, _, lowered) in built.items()})
+        self.widths = {name: timing.median for name, timing in timings.items()}
+        self.rewritten, self.records, self.lowered = built[min(self.widths, key=self.widths.__getitem__)]
+        self._timed("widths", start)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether the target is here."""
+        return self.target.startswith("cpu") or torch.cuda.is_available()
+
     def validate(self, mode: Validate) -> None:
         """The lowered code against the rewritten program, and against the eager model, on the user's inputs and on random ones."""
         start = time.perf_counter()
         self.step("validating")
-        runnable = self.target.startswith("cpu") or torch.cuda.is_available()
         signature = self.rewritten.signature(self.target.partition(":")[0])
         for label, flat in zip(("example", "random"), probes(self.rewritten)):
             reference = self.eager(flat)
             rewritten = self.rewritten.run(*flat)
             self.checks.append(check_outputs(f"rewritten = eager, {label} input", reference, rewritten))
-            if runnable:
+            if self.runnable:
                 outputs = signature.with_literals(self.lowered.run(signature.check(flat)))
                 self.checks.append(check_outputs(f"compiled = rewritten, {label} input", rewritten, outputs))
                 self.checks.append(check_outputs(f"compiled = eager, {label} input", reference, outputs))
@@ -215,7 +246,7 @@ class _Build:
         before = dataclasses.replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
-            self.records, self.checks, self.seconds,
+            self.records, self.checks, self.seconds, widths=self.widths,
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -175,6 +177,10 @@ class PassManager:
         _check_order(chain)
         if self.verify not in ("each", "final", "off"):
             raise PassError(f"verify must be 'each', 'final' or 'off', not {self.verify!r}")
+        with _no_collections():
+            return self._run_and_check(chain, program, context)
+
+    def _run_and_check(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
         before = observe(program) if self.verify != "off" else None
         result = self._run(chain, program, context, before if self.verify == "each" else None)
         if before is not None and self.verify == "final" and any(r.status == "changed" for r in self.records):
@@ -237,6 +243,19 @@ class PassManager:
                 record.status, record.failure = "reverted", _describe(divergence, program, result.program)
                 return record, program
         return record, result.program
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without the cyclic garbage collector: each of its full collections walks every object of torch and of the model, 0.2 s, and
+    passes make enough nodes to start several."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _describe(divergence: Divergence, before: Program, after: Program) -> str:

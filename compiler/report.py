@@ -45,6 +45,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # build time per stage
     latency: dict[str, float] = field(default_factory=dict)  # milliseconds, where a benchmark was run
+    widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
 
     # ------------------------------------------------------------------ JSON
 
@@ -122,8 +123,9 @@ class Report:
                 "ok" if check.passed else f"FAILED {check.detail}",
             )
         console.print(checks)
-        if self.latency:
-            console.print("  ".join(f"{name}: {ms:.2f} ms" for name, ms in self.latency.items()))
+        for title, times in (("", self.latency), ("widths measured: ", self.widths)):
+            if times:
+                console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))
 
     # ------------------------------------------------------------------ HTML
 
@@ -133,7 +135,8 @@ class Report:
             f"<h1>Thresher: {html.escape(self.model)}</h1>",
             f"<p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
             _html_sizes(self),
-            _html_latency(self),
+            _html_times("Latency (medians, interleaved)", self.latency),
+            _html_times("Widths measured (medians, interleaved)", self.widths),
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
             _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
         ]
@@ -202,12 +205,12 @@ def _html_sizes(report: Report) -> str:
     return "".join(parts)
 
 
-def _html_latency(report: Report) -> str:
-    if not report.latency:
+def _html_times(title: str, times: dict[str, float]) -> str:
+    if not times:
         return ""
-    largest = max(report.latency.values())
-    bars = (_bar(name, ms, largest, f"{ms:.2f} ms", "thresher" in name.lower()) for name, ms in report.latency.items())
-    return "<h2>Latency (medians, interleaved)</h2>" + "".join(bars)
+    largest = max(times.values())
+    bars = (_bar(name, ms, largest, f"{ms:.2f} ms", "thresher" in name.lower()) for name, ms in times.items())
+    return f"<h2>{title}</h2>" + "".join(bars)
 
 
 def _html_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> str:

@@ -66,6 +66,43 @@ def test_bad_options(options: dict, error: type, message: str) -> None:
         thresher.compile(mlp(), (X,), **{"target": "cpu", **options})
 
 
+def half_dead() -> nn.Module:
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[::2] = 0
+        model[0].bias[::2] = 0
+    return model
+
+
+@pytest.mark.parametrize(("fastest", "hidden"), [("folded", 3), ("not folded", 6), ("to the last channel", 3)])
+def test_measured_widths_keep_the_fastest(fastest: str, hidden: int, monkeypatch) -> None:
+    """Whichever candidate the clock prefers is what comes back, and all times are told."""
+    from thresher import driver
+    from thresher.benchmark import Timing
+
+    def clock(contenders: dict) -> dict:
+        for call in contenders.values():
+            call()
+        return {name: Timing(1.0 if name == fastest else 2.0, 0.0, 3.0) for name in contenders}
+
+    monkeypatch.setattr(driver, "interleaved", clock)
+    model = half_dead()
+    compiled = thresher.compile(model, (X,), target="cpu", backend="eager", widths="measured")
+    assert compiled.report.widths[fastest] == min(compiled.report.widths.values())
+    assert compiled.report.after.parameters == hidden * 4 + hidden + 2 * hidden + 2
+    assert torch.allclose(compiled(X), model(X), atol=1e-6)
+    assert "widths measured" in str(compiled.report)
+    assert "Widths measured" in compiled.report.to_html()
+
+
+def test_measured_widths_by_the_real_clock() -> None:
+    compiled = thresher.compile(half_dead(), (X,), target="cpu", widths="measured")
+    assert set(compiled.report.widths) == {"folded", "to the last channel", "to whole tiles", "not folded"}
+    assert torch.allclose(compiled(X), half_dead()(X), atol=1e-6)
+    with pytest.raises(PassError, match="needs the pass fold-channels"):
+        thresher.compile(half_dead(), (X,), target="cpu", passes="canonicalize", widths="measured")
+
+
 def test_pipelines_and_passes_mix() -> None:
     compiled = thresher.compile(mlp(), (X,), target="cpu", passes=["canonicalize", "fold-channels"])
     assert [r.name for r in compiled.report.passes][-1] == "fold-channels"

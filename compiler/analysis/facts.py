@@ -18,6 +18,8 @@ from torch import Tensor, fx
 
 from thresher.program import shape_of
 
+BLOCK = 1 << 20  # bytes (or, of what is asked about, elements) that stay in the cache between two steps
+
 
 @dataclass(frozen=True)
 class Known:
@@ -57,7 +59,7 @@ class Connections:
     def of(weight: Tensor) -> Connections:
         """Nonzero elements of a weight ``[rows, columns, *taps]``, any tap."""
         packed = []
-        for part in weight.split(max(1, (1 << 20) // max(1, weight[:1].numel()))):
+        for part in weight.split(max(1, BLOCK // max(1, weight[:1].numel()))):
             used = part != 0
             packed.append(np.packbits(used.flatten(2).any(2).numpy() if used.dim() > 2 else used.numpy(), axis=1))
         return Connections(np.concatenate(packed), weight.shape[1])
@@ -125,3 +127,26 @@ def slices(fact: Tensor, dim: int, size: int, every: bool) -> Tensor:
     if others:
         fact = fact.all(others) if every else fact.any(others)
     return fact.reshape(-1).expand(size) if fact.numel() == 1 else fact.reshape(-1)
+
+
+def take(tensor: Tensor, indices: dict[int, Tensor]) -> Tensor:
+    """``tensor`` with only the given indices of the given dimensions, in their order.
+
+    Selecting from one dimension after the other would write, and let the system provide, the memory of each step: block by block only the
+    result is.
+    """
+    if len(indices) < 2:
+        for dim, index in indices.items():
+            tensor = tensor.index_select(dim, index)
+        return tensor
+    first, *rest = sorted(indices)
+    result = tensor.new_empty([indices[d].numel() if d in indices else size for d, size in enumerate(tensor.shape)])
+    row = tensor.numel() // max(tensor.shape[first], 1) * tensor.element_size()
+    start = 0
+    for block in indices[first].split(max(1, BLOCK // max(row, 1))):
+        part = tensor.index_select(first, block)
+        for dim in rest:
+            part = part.index_select(dim, indices[dim])
+        result.narrow(first, start, block.numel()).copy_(part)
+        start += block.numel()
+    return result

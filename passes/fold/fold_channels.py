@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.cost import machine_of
-from thresher.analysis.facts import sizes
+from thresher.analysis.facts import sizes, take
 from thresher.analysis.operators import row
 from thresher.analysis.rows.base import Facts, argument
 from thresher.analysis.rows.elementwise import Elementwise
@@ -34,7 +34,6 @@ from thresher.certificate import Certificate, Step
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.fold import adapters
 from thresher.passes.fold.claims import Claims
-from thresher.passes.fold.take import take
 from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
 from thresher.unfold import Restore, moved
 

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from thresher.analysis.channels import ChannelAnalysis
 from thresher.analysis.cost import Machine, flops_of, machine_of
-from thresher.analysis.facts import sizes, slices
+from thresher.analysis.facts import sizes, slices, take
 from thresher.analysis.operators import row
 from thresher.analysis.rows.weighted import Weighted
 from thresher.analysis.ties import Equal, Key
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.fold.take import take
 from thresher.program import Program, dtype_of, is_tensor
 from thresher.unfold import moved
 
@@ -58,7 +57,7 @@ class PermuteChannels(Pass):
         work, notes = program.clone(), []
         moves: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for number, order in orders.items():
-            constants = [(node, dim) for node, dim in sets[number] if node.op == "get_attr"]
+            constants = [(node, dim) for node, dim in sets[number] if node.op == "get_attr" and isinstance(dim, int)]
             for node, dim in constants:
                 moves[str(node.target)][dim] = order
             first = next(node for node, _ in sets[number] if node.op == "call_function")

@@ -167,7 +167,7 @@ class Concat(Movement):
 
     def shrink(self, node: fx.Node, plan: Any) -> None:
         out = set()
-        for operand, argument_ in zip(tensors(node), self.map(node, plan.facts).arguments):
+        for operand, argument_ in zip(tensors(node), map_of(node, tensors(node), {}).arguments):
             spans = zip(argument_.lows, argument_.highs, sizes(node))
             joined = [(e, low, high) for e, (low, high, size) in enumerate(spans) if high - low < size]
             if any(not bool(plan.keep[(node, e)][low:high].any()) for e, low, high in joined):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.facts import Known, compress, known, sizes, slices
+from thresher.analysis.facts import Known, compress, known, sizes, slices, take
 from thresher.analysis.rows.base import Facts, Row, argument, concrete, is_constant, mask_of
 from thresher.analysis.ties import Key, Tie, balanced, equal
 
@@ -77,7 +77,7 @@ class Linear(Weighted):
         x = x.expand(*x.shape[:-1], weight.shape[1])
         columns, kept = _nonzero_along(x, x.dim() - 1), rows.nonzero().reshape(-1)
         term = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float64)
-        term[..., kept] = x[..., columns] @ weight[kept][:, columns].double().T
+        term[..., kept] = x[..., columns] @ take(weight, {0: kept, 1: columns}).double().T
         return compress(term)
 
     def known(self, node: fx.Node, facts: Facts) -> Known | None:
@@ -119,8 +119,10 @@ def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> 
     indices."""
     rows = sources.expand(*sources.shape[:-1], size).reshape(-1, size)
     if len(rows) > 1:  # few are different: the class token, and the rest
-        rows, which = rows.unique(dim=0, return_inverse=True)
-        return torch.stack([across(row.contiguous()) for row in rows])[which].reshape(*sources.shape[:-1], -1)
+        packed = np.packbits(rows.numpy(), axis=1)
+        _, first, which = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True, return_inverse=True)
+        found = torch.stack([across(rows[i].contiguous()) for i in first.tolist()])
+        return found[torch.from_numpy(which.reshape(-1))].reshape(*sources.shape[:-1], -1)
     return across(rows[0].contiguous()).reshape(*sources.shape[:-1], -1)
 
 
