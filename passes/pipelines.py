@@ -6,6 +6,7 @@ from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
 from thresher.passes.canonicalize.simplify import Simplify
 from thresher.passes.fold.fold_batch_norm import FoldBatchNorm
 from thresher.passes.fold.fold_channels import FoldChannels
+from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
 from thresher.passes.specialize.channels_last import ChannelsLast
@@ -23,6 +24,7 @@ exact = (
     *canonicalize,
     FoldBatchNorm(),  # batch norm into its neighbours
     MergeDuplicates(),  # equal channels are read once
+    FoldVocabulary(),  # equal rows of embeddings are stored once
     PermuteChannels(),  # what is dead on one side to the end
     FoldChannels(),  # what pruning left behind
     Simplify(),  # what folding left behind

@@ -71,7 +71,7 @@ def _classes(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -
     plain = _plain(node)
     if plain is not None:
         found = _weights(program, node)
-        return (plain.channel(node), _equal_rows(*found)) if found is not None else None
+        return (plain.channel(node), equal_rows(*found)) if found is not None else None
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     if isinstance(operator, Mixing) and sources[0] in classes:
         dim, first = classes[sources[0]]
@@ -94,7 +94,7 @@ def _through_elementwise(program: Program, node: fx.Node, classes: dict[fx.Node,
             continue
         constant = program.constant(source)
         if constant is not None:
-            first = _equal_rows(constant.movedim(place, 0), None)
+            first = equal_rows(constant.movedim(place, 0), None)
         elif source in classes and classes[source][0] == place:
             first = classes[source][1]
         else:
@@ -116,7 +116,7 @@ def _first(rows: Tensor) -> Tensor:
     return torch.full((count,), len(group)).scatter_reduce(0, group, number, "amin")[group]
 
 
-def _equal_rows(weight: Tensor, bias: Tensor | None) -> Tensor:
+def equal_rows(weight: Tensor, bias: Tensor | None) -> Tensor:
     """Classes of equal rows. A random projection finds the candidates, a comparison decides; rows of zeros are left to the fold."""
     rows, count = weight.reshape(len(weight), -1), len(weight)
     probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows.dtype)

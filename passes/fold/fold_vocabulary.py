@@ -1,0 +1,127 @@
+"""Rows of an embedding that are equal are stored once, and rows that no token asks for not at all.
+
+    table[tokens]  ->  small_table[place[tokens]]        place: for every token the row that holds its values
+
+A pruned vocabulary (rows set to zero, or to the row of the unknown token) leaves equal rows: exact, nothing to be declared. With ``tokens``
+the caller promises that no others occur; the rows of all others go. (Vocabulary trimming: Abdaoui et al., SustaiNLP 2020.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from thresher.errors import PassError
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.fold.merge_duplicates import equal_rows
+from thresher.program import Program, shape_of
+from thresher.unfold import Restore
+
+aten = torch.ops.aten
+
+
+@register_pass
+@dataclass(frozen=True)
+class FoldVocabulary(Pass):
+    """Store equal rows of an embedding once; with ``tokens``, only the rows that occur."""
+
+    name: ClassVar[str] = "fold-vocabulary"
+    target_ops: ClassVar[tuple] = (aten.embedding.default,)
+    tokens: Sequence[int] | str | None = None  # the only ones that occur: numbers, or a file with one number a line
+    input: str = ""  # the input that holds the tokens; default: the one that reads the longest table
+    least: float = 0.1  # at least this fraction of the rows must go: reading ``place`` costs, too
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work, result = program.clone(), PassResult(program)
+        limited = self.limited(work)
+        for node in list(work.calls(aten.embedding.default)):
+            table = work.constant(node.args[0])
+            if table is None:
+                continue
+            held = _held(work, node.args[0])
+            row = _rows(table, self.occurring(len(table)) if node in limited else None)
+            kept = row.unique()
+            if len(kept) > (1 - self.least) * len(table):
+                continue
+            if held:
+                result.refusals.append(Note.at(node, f"{len(table) - len(kept)} rows kept: held by {held}"))
+                continue
+            _shorten(work, node, table, kept, torch.searchsorted(kept, row))
+            result.rewrites.append(Note.at(node, f"rows {len(table)} -> {len(kept)}"))
+        if result.rewrites:
+            result.program = work.clean()
+        return result
+
+    def limited(self, program: Program) -> list[fx.Node]:
+        """The embeddings that ``tokens`` speaks of: those of the named input, or of the one that reads the longest table."""
+        if self.tokens is None:
+            return []
+        by_input: dict[fx.Node, list[fx.Node]] = {}
+        for node in program.calls(aten.embedding.default):
+            if node.args[1].op == "placeholder":
+                by_input.setdefault(node.args[1], []).append(node)
+        if self.input:
+            by_input = {n: calls for n, calls in by_input.items() if n.name == self.input}
+        if not by_input:
+            what = f"input {self.input!r}" if self.input else "input"
+            raise PassError(f"fold-vocabulary: no embedding reads an {what}")
+        chosen = max(by_input, key=lambda n: max(shape_of(call.args[0])[0] for call in by_input[n]))
+        example = program.probe[program.placeholders.index(chosen)]
+        missing = sorted(set(example.reshape(-1).tolist()) - set(self.occurring(1 << 62)))
+        if missing:
+            raise PassError(
+                f"fold-vocabulary: the example's {chosen.name} holds {missing[:5]}, which tokens does not name"
+            )
+        return by_input[chosen]
+
+    def occurring(self, rows: int) -> list[int]:
+        """``tokens`` as numbers; an error where one of them has no row."""
+        tokens = self.tokens
+        if isinstance(tokens, str):
+            try:
+                tokens = [int(line) for line in Path(tokens).read_text().split()]
+            except (OSError, ValueError) as error:
+                raise PassError(f"fold-vocabulary: cannot read the tokens in {self.tokens}: {error}") from error
+        found = sorted({int(t) for t in tokens or ()})
+        if not found or found[0] < 0 or found[-1] >= rows:
+            raise PassError(f"fold-vocabulary: tokens must be numbers from 0 to {rows - 1}, at least one")
+        return found
+
+
+def _held(program: Program, table: fx.Node) -> str:
+    """What else reads the table or is tied to it, by name."""
+    value = program.constants[str(table.target)]
+    readers = [user.name for user in table.users if user.target is not aten.embedding.default]
+    tied = [str(name) for name, other in program.constants.items() if other is value and name != table.target]
+    return ", ".join(readers + tied)
+
+
+def _rows(table: Tensor, tokens: list[int] | None) -> Tensor:
+    """For every token the first row with its values; for one that does not occur, that of the first that does."""
+    row = equal_rows(table, None)
+    zero = (table == 0).all(1).nonzero().reshape(-1)
+    row[zero] = zero[:1]
+    if tokens is not None:
+        occurs = torch.zeros(len(table), dtype=torch.bool).index_fill_(0, torch.tensor(tokens), True)
+        row = torch.where(occurs, row, row[tokens[0]])
+    return row
+
+
+def _shorten(program: Program, node: fx.Node, table: Tensor, kept: Tensor, place: Tensor) -> None:
+    old, tokens = node.args[:2]
+    name = str(old.target)
+    short = program.add_constant(table[kept], name, old.meta["val"].dtype, like=old)
+    places = program.add_constant(place, f"{name}_place", like=old)
+    program.notes["fixed"] = frozenset(program.notes.get("fixed", ())) | {str(places.target)}
+    flat = program.insert_call(node, aten.reshape.default, (tokens, [-1]), like=node)
+    looked_up = program.insert_call(node, aten.index_select.default, (places, 0, flat), like=node)
+    shaped = program.insert_call(node, aten.reshape.default, (looked_up, list(shape_of(tokens))), like=node)
+    found = program.insert_call(node, aten.embedding.default, (short, shaped), like=node)
+    node.replace_all_uses_with(found)
+    made = str(short.target)
+    program.lineage.append(Restore((made,), lambda values: {name: values[made][place]}))

@@ -1,0 +1,87 @@
+"""fold-vocabulary: equal rows once, rows that do not occur not at all, ties respected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thresher
+from thresher.capture import capture
+from thresher.errors import PassError
+from thresher.pass_manager import Context
+from thresher.passes.fold.fold_vocabulary import FoldVocabulary
+
+TOKENS = torch.tensor([[3, 7, 0, 11], [5, 3, 3, 19]])
+
+
+class Reader(nn.Module):
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.kinds = nn.Embedding(20, 6), nn.Embedding(2, 6)
+        self.head = nn.Linear(6, 20, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor, kinds: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(tokens) + self.kinds(kinds)))
+
+
+ARGS = (TOKENS, torch.zeros_like(TOKENS))
+
+
+def trimmed(model: nn.Module) -> nn.Module:
+    """Tokens 4 to 15 but 7 and 11 look like token 3, tokens 16 to 18 are zero."""
+    with torch.no_grad():
+        model.words.weight[[4, 5, 6, 8, 9, 10, 12, 13, 14, 15]] = model.words.weight[3].clone()
+        model.words.weight[16:19] = 0
+    return model.eval()
+
+
+def test_equal_rows_are_stored_once() -> None:
+    model = trimmed(Reader())
+    small = thresher.rewrite(model, ARGS)
+    assert small.program.constants["words.weight_1"].shape == (20 - 10 - 2, 6)
+    everything = torch.arange(20).reshape(2, 10)[:, :4], torch.zeros(2, 4, dtype=torch.int64)
+    for args in (ARGS, everything, (torch.arange(16, 20).repeat(2, 1), torch.ones(2, 4, dtype=torch.int64))):
+        assert torch.equal(small(*args), model(*args))
+    compiled = thresher.compile(model, ARGS, target="cpu")
+    assert torch.allclose(compiled(*everything), model(*everything), atol=1e-6)
+    assert all(torch.equal(v, small.unfold()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_vocabulary_without_copies_stays() -> None:
+    program = capture(Reader().eval(), ARGS)
+    assert FoldVocabulary().apply(program, Context()).program is program
+
+
+def test_only_tokens_that_occur(tmp_path) -> None:
+    model = Reader().eval()
+    program = capture(model, ARGS)
+    listed = tmp_path / "tokens.txt"
+    listed.write_text("0\n3\n5\n7\n11\n19\n")
+    for tokens in ([0, 3, 5, 7, 11, 19], str(listed)):
+        small = FoldVocabulary(tokens=tokens).apply(program, Context()).program.verify()
+        assert sorted(tuple(t.shape) for t in small.constants.values()) == [(2, 6), (6, 6), (20,), (20, 6)]
+        assert torch.equal(small(*ARGS), model(*ARGS))
+
+
+def test_tied_rows_stay_and_say_why() -> None:
+    result = FoldVocabulary().apply(capture(trimmed(Reader(tied=True)), ARGS), Context())
+    assert result.rewrites == []
+    assert "12 rows kept: held by" in result.refusals[0].message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": [0, 3, 5]}, r"the example's tokens holds \[7, 11, 19\]"),
+        ({"tokens": [0, 3, 5, 7, 11, 19, 20]}, "from 0 to 19"),
+        ({"tokens": [0], "input": "words"}, "no embedding reads an input 'words'"),
+        ({"tokens": "/nowhere/tokens.txt"}, "cannot read the tokens"),
+    ],
+)
+def test_bad_tokens(options: dict, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        FoldVocabulary(**options).apply(capture(Reader().eval(), ARGS), Context())
