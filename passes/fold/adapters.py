@@ -33,12 +33,13 @@ NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # t
 
 
 Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
-Named = tuple[str, str, int]
+Named = tuple[str, str, int, tuple[int, ...], tuple[int, ...]]
 
 
 def _named(edge: Edge) -> Named:
-    """The edge in this and every copy of its program."""
-    return edge[0].name, edge[1].name, edge[2]
+    """The edge in this and every copy of its program in which neither end has another shape."""
+    source, user, dim = edge
+    return source.name, user.name, dim, sizes(source), sizes(user) if is_tensor(user) else ()
 
 
 def insert(analysis: ChannelAnalysis, tried: set[Named]) -> tuple[ChannelAnalysis, list[fx.Node]]:

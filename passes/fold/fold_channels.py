@@ -27,6 +27,7 @@ from thresher.analysis.channels import ChannelAnalysis, known_facts
 from thresher.analysis.cost import machine_of
 from thresher.analysis.facts import sizes, take
 from thresher.analysis.operators import row
+from thresher.analysis.rows.adapter import adapter
 from thresher.analysis.rows.base import Facts, argument
 from thresher.analysis.rows.elementwise import Elementwise
 from thresher.analysis.rows.weighted import Weighted
@@ -291,6 +292,13 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
                 held[node, analysis.blame.get(key)] = count, analysis.keep[key].numel()
     notes = []
     for (node, holder), (count, total) in held.items():
-        by = f"held by {holder.name} ({holder.target})" if holder is not None else "held by another use of the value"
-        notes.append(Note.at(node, f"{count} of {total} dead outputs kept: {by}"))
+        notes.append(Note.at(node, f"{count} of {total} dead outputs kept: held by {_holder(holder)}"))
     return notes
+
+
+def _holder(node: fx.Node | None) -> str:
+    if node is None:
+        return "another use of the value"
+    while node.target is adapter:  # closed: what it would move costs more than the dead channels
+        node = next(iter(node.users))
+    return f"{node.name} ({node.target})"

@@ -93,7 +93,7 @@ class Attention(Row):
     """scaled_dot_product_attention: q [.., H, L, E], k [.., H, S, E], v [.., H, S, F], mask [.., L, S] -> [.., H, L, F].
 
     A value channel that is the same constant for all keys comes out as that constant, because the weights of a row add to 1.
-    A head whose output is known needs neither its queries nor its keys.
+    A head whose output is known needs neither its queries nor its keys. All keys stay: also a known one has its weight in the sum.
     """
 
     supported = True
@@ -145,10 +145,7 @@ class Attention(Row):
             equal(node, (node, rank - 1), (v, rank - 1), out[-1]),
         ]
         if not causal:
-            found += [
-                equal(node, (node, rank - 2), (q, rank - 2), out[-2]),
-                equal(node, (k, rank - 2), (v, rank - 2), sizes(k)[-2]),
-            ]
+            found.append(equal(node, (node, rank - 2), (q, rank - 2), out[-2]))
         for d in range(rank - 2):
             found.append(equal(node, (node, d), (q, d), out[d]))
             group = self.grouped(node) if d == rank - 3 else 1
@@ -158,12 +155,10 @@ class Attention(Row):
                 elif sizes(operand)[d] == out[d]:
                     found.append(equal(node, (node, d), (operand, d), out[d]))
         if mask is not None and not causal:
-            places = {rank - 2: (node, rank - 2), rank - 1: (k, rank - 2)} | {d: (node, d) for d in range(rank - 2)}
             shift = rank - len(sizes(mask))
-            for d, size in enumerate(sizes(mask)):
-                key = places[d + shift]
-                if size > 1 and size == sizes(key[0])[key[1]]:
-                    found.append(equal(node, key, (mask, d), size))
+            for d, size in enumerate(sizes(mask)[:-1]):
+                if size > 1 and size == out[d + shift]:
+                    found.append(equal(node, (node, d + shift), (mask, d), size))
         return found
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
