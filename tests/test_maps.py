@@ -18,6 +18,7 @@ CALLS = [
     (aten.reshape.default, ([2, 6, 4],), ([3, 4, 4],)),
     (aten.reshape.default, ([2, 12],), ([2, 3, 2, 2],)),
     (aten.expand.default, ([1, 3, 1],), ([2, 3, 4],)),
+    (aten.expand.default, ([1, 1],), ([3, 2],)),
     (aten.slice.Tensor, ([5, 4],), (0, 1, 4)),
     (aten.select.int, ([5, 4],), (0, 3)),
     (aten.flip.default, ([3, 4],), ([1],)),

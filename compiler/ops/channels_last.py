@@ -5,7 +5,8 @@ Each is its ATen namesake between two permutations; weights keep ATen's layout a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,69 +21,41 @@ def _define(name: str, schema: str, reference: Callable[..., Tensor]) -> None:
 
 
 def _first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+    return x.movedim(-1, 1)
 
 
 def _last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+    return x.movedim(1, -1).contiguous()
 
 
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return _last(aten.conv2d.default(_first(x), weight, bias, stride, padding, dilation, groups))
+def _namesake(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An ATen operator as one on channels-last tensors."""
+
+    def reference(x: Tensor, *rest: Any) -> Tensor:
+        return _last(call(_first(x), *rest))
+
+    return reference
 
 
-def _conv_transpose2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    output_padding: Sequence[int], groups: int, dilation: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return _last(
-        aten.conv_transpose2d.input(_first(x), weight, bias, stride, padding, output_padding, groups, dilation)
-    )
+CONV = "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups)"
+TRANSPOSED = CONV.replace("int[] dilation, int groups", "int[] output_padding, int groups, int[] dilation")
+MAX_POOL = "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode)"
+AVG_POOL = "(Tensor x, int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, int? divisor)"
 
-
-def _max_pool2d(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
-    return _last(aten.max_pool2d.default(_first(x), kernel, stride, padding, dilation, ceil_mode))
-
-
-def _avg_pool2d(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    ceil_mode: bool, count_include_pad: bool, divisor: int | None,
-) -> Tensor:  # fmt: skip
-    return _last(aten.avg_pool2d.default(_first(x), kernel, stride, padding, ceil_mode, count_include_pad, divisor))
-
-
-_define(
-    "conv2d_nhwc",
-    "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups)",
-    _conv2d,
-)
-_define(
-    "conv_transpose2d_nhwc",
-    "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int groups, int[] dilation)",
-    _conv_transpose2d,
-)
-_define(
-    "max_pool2d_nhwc",
-    "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode)",
-    _max_pool2d,
-)
-_define(
-    "avg_pool2d_nhwc",
-    "(Tensor x, int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, int? divisor)",
-    _avg_pool2d,
-)
+for name, schema, call in (
+    ("conv2d_nhwc", CONV, aten.conv2d.default),
+    ("conv3d_ndhwc", CONV, aten.conv3d.default),
+    ("conv_transpose2d_nhwc", TRANSPOSED, aten.conv_transpose2d.input),
+    ("conv_transpose3d_ndhwc", TRANSPOSED, aten.conv_transpose3d.input),
+    ("max_pool2d_nhwc", MAX_POOL, aten.max_pool2d.default),
+    ("max_pool3d_ndhwc", MAX_POOL, aten.max_pool3d.default),
+    ("avg_pool2d_nhwc", AVG_POOL, aten.avg_pool2d.default),
+    ("avg_pool3d_ndhwc", AVG_POOL, aten.avg_pool3d.default),
+    ("upsample_nearest2d_nhwc", "(Tensor x, int[]? size, float[]? factors)", aten.upsample_nearest2d.vec),
+    (
+        "upsample_bilinear2d_nhwc",
+        "(Tensor x, int[]? size, bool corners, float[]? factors)",
+        aten.upsample_bilinear2d.vec,
+    ),
+):
+    _define(name, schema, _namesake(call))

@@ -1,7 +1,8 @@
 """Choose channels-last activations for the image part of the graph, once.
 
 A value ``[N, C, H, W]`` is held as ``[N, H, W, C]`` from the first convolution or pool to the last operator that can work on it that way:
-convolutions, pools, elementwise operators, concatenation, padding, reductions, and reshapes that flatten pixels to tokens.
+convolutions, pools, resizes, elementwise operators, concatenation, padding, reductions, and reshapes that flatten pixels to tokens.
+A sequence ``[N, C, L]`` is an image of height 1, ``[N, 1, L, C]``; a volume ``[N, C, D, H, W]`` becomes ``[N, D, H, W, C]``.
 Permutations stand only at the border of that region. Exact: an axis is renamed, nothing is computed differently.
 """
 
@@ -22,8 +23,18 @@ from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 
 aten, ops = torch.ops.aten, torch.ops.thresher
-TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # where an axis of NCHW stands in NHWC
+#: By rank: where an axis of the channels-first value stands in its twin.
+PLACE = {3: {0: 0, 1: 3, 2: 2}, 4: {0: 0, 1: 3, 2: 1, 3: 2}, 5: {0: 0, 1: 4, 2: 1, 3: 2, 4: 3}}
+
+
+def to_last(rank: int) -> list[int]:
+    """The permutation to channels-last."""
+    return [0, *range(2, rank), 1]
+
+
+def to_first(rank: int) -> list[int]:
+    """The permutation back."""
+    return [0, rank - 1, *range(1, rank - 1)]
 
 
 @register_pass
@@ -43,11 +54,12 @@ class ChannelsLast(Pass):
 
 
 class _Layout:
-    """``last[v]`` is the channels-last twin of a value ``[N, C, H, W]``."""
+    """``last[v]`` is the channels-last twin of a value; for those in ``computed`` it is the operator itself that yields it."""
 
     def __init__(self, program: Program):
         self.program = program
         self.last: dict[fx.Node, fx.Node] = {}
+        self.computed: set[fx.Node] = set()
 
     def rewrite(self, node: fx.Node) -> bool:
         """Give ``node`` a channels-last twin (or feed it from one) where its operator allows it."""
@@ -58,24 +70,34 @@ class _Layout:
 
     def emit(self, node: fx.Node, target: Any, args: tuple, kwargs: dict | None = None) -> bool:
         self.last[node] = self.program.insert_call(node, target, args, kwargs, like=node)
+        self.computed.add(node)
         return True
 
+    def constant(self, value: torch.Tensor, rank: int, like: fx.Node) -> fx.Node:
+        """A constant on the channels-last side; lower ranks are aligned to the right first."""
+        value = value.reshape([1] * (rank - value.dim()) + list(value.shape)).permute(to_last(rank))
+        value = value.unsqueeze(1) if rank == 3 else value
+        return self.program.add_constant(value.contiguous(), f"{like.target}_last", dtype_of(like), like=like)
+
+    def permuted(self, value: fx.Node, before: fx.Node) -> fx.Node:
+        """The twin of a computed value, by a permutation; of a value that is a permutation of its twin already, that."""
+        rank = len(shape_of(value))
+        if value.target is aten.permute.default and [d % rank for d in value.args[1]] == to_first(rank):
+            made = value.args[0]
+        else:
+            made = self.program.insert_call(before, aten.permute.default, (value, to_last(rank)), like=value)
+        return self.program.insert_call(before, aten.unsqueeze.default, (made, 1), like=value) if rank == 3 else made
+
     def twin(self, value: fx.Node, before: fx.Node) -> fx.Node:
-        """The channels-last twin of a rank-4 value, made by a permutation where it has none."""
+        """The channels-last twin of a value, made where it has none."""
         if value not in self.last:
             constant = self.program.constant(value)
-            if constant is not None:
-                name = f"{value.target}_nhwc"
-                self.last[value] = self.program.add_constant(
-                    constant.permute(TO_LAST).contiguous(), name, dtype_of(value), like=value
-                )
-            else:
-                following = value.next if value.op == "call_function" else before
-                if value.op == "placeholder":
-                    following = next(n for n in self.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-                self.last[value] = self.program.insert_call(
-                    following, aten.permute.default, (value, TO_LAST), like=value
-                )
+            following = value.next if value.op == "call_function" else before
+            if value.op == "placeholder":
+                following = next(n for n in self.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            self.last[value] = (
+                self.permuted(value, following) if constant is None else self.constant(constant, constant.dim(), value)
+            )
         return self.last[value]
 
     def operand(self, value: Any, rank: int, before: fx.Node) -> Any:
@@ -87,77 +109,94 @@ class _Layout:
             return self.twin(value, before)
         constant = self.program.constant(value)
         if constant is not None:
-            widened = constant.reshape([1] * missing + list(constant.shape)).permute(TO_LAST).contiguous()
-            return self.program.add_constant(widened, f"{value.target}_nhwc", dtype_of(value), like=value)
+            return self.constant(constant, rank, value)
         shape = [1] * missing + list(shape_of(value))
         wide = self.program.insert_call(before, aten.reshape.default, (value, shape), like=value)
-        return self.program.insert_call(before, aten.permute.default, (wide, TO_LAST), like=value)
+        return self.permuted(wide, before)
+
+    def first(self, value: fx.Node, before: fx.Node) -> fx.Node:
+        """``value`` from its twin, as it was."""
+        twin, rank = self.last[value], len(shape_of(value))
+        if rank == 3:
+            twin = self.program.insert_call(before, aten.squeeze.dims, (twin, [1]), like=value)
+        return self.program.insert_call(before, aten.permute.default, (twin, to_first(rank)), like=value)
 
     def back_to_first(self) -> None:
         """What still reads the old value gets a permutation of its twin."""
-        for value, twin in self.last.items():
-            if value.op != "call_function":
-                continue
-            readers = [u for u in value.users if u is not twin and u not in self.last]
-            if not readers or (twin.target is aten.permute.default and twin.args[0] is value):
-                continue
-            back = self.program.insert_call(value, aten.permute.default, (twin, TO_FIRST), like=value)
-            value.replace_all_uses_with(back, delete_user_cb=lambda user, made=back: user is not made)
+        for value in self.computed:
+            if not all(user in self.computed for user in value.users):
+                value.replace_all_uses_with(self.first(value, value))
 
 
 Rule = Callable[[_Layout, fx.Node], bool]
 
 
-def _rank4(value: Any) -> bool:
-    return is_tensor(value) and len(shape_of(value)) == 4
+def _image(value: Any) -> bool:
+    """A sequence, an image or a volume with a batch and channels in front."""
+    return is_tensor(value) and len(shape_of(value)) in PLACE
 
 
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
+def _sizes(value: Any, node: fx.Node, unit: int) -> list[int]:
+    """A parameter per spatial dimension of the twin: one number stands for all; the height of a sequence gets ``unit``."""
+    rank = len(shape_of(node))
+    found = [value] if isinstance(value, int) else list(value)
+    found = found * (rank - 2) if len(found) == 1 else found
+    return [unit, *found] if rank == 3 else found
+
+
+def _weights(layout: _Layout, node: fx.Node) -> torch.Tensor | None:
+    """The constant weight of a convolution whose bias is constant, too."""
+    bias = argument(node, 2, "bias")
+    if not _image(node.args[0]) or (bias is not None and layout.program.constant(bias) is None):
+        return None
+    return layout.program.constant(node.args[1])
+
+
+def _kernel(layout: _Layout, node: fx.Node, weight: torch.Tensor) -> fx.Node:
+    """The weight as that of an image; a sequence has kernels of height 1."""
+    old: fx.Node = node.args[1]
+    if weight.dim() > 3:
+        return old
+    return layout.program.add_constant(weight.unsqueeze(2), f"{old.target}_row", dtype_of(old), like=old)
 
 
 def _conv(layout: _Layout, node: fx.Node) -> bool:
-    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-    constant = layout.program.constant(weight)
-    if not _rank4(x) or constant is None or (bias is not None and layout.program.constant(bias) is None):
+    constant, bias = _weights(layout, node), argument(node, 2, "bias")
+    if constant is None:
         return False
-    stride, dilation, groups = (
-        _pair(argument(node, 3, "stride", 1)),
-        _pair(argument(node, 5, "dilation", 1)),
-        argument(node, 6, "groups", 1),
-    )
-    padding, value = argument(node, 4, "padding", 0), layout.twin(x, node)
+    stride, dilation = (_sizes(argument(node, i, k, 1), node, 1) for i, k in ((3, "stride"), (5, "dilation")))
+    padding, value = argument(node, 4, "padding", 0), layout.twin(node.args[0], node)
     if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, constant.shape[2:])]
-        padding = [0, 0]
+        kernel = _sizes(list(constant.shape[2:]), node, 1)
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel)]
+        padding = [0] * len(total)
         if any(total):
-            amounts = [0, 0, total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+            amounts = [0, 0, *(a for t in reversed(total) for a in (t // 2, t - t // 2))]
             value = layout.program.insert_call(node, aten.constant_pad_nd.default, (value, amounts), like=node)
-    return layout.emit(node, ops.conv2d_nhwc.default, (value, weight, bias, stride, _pair(padding), dilation, groups))
+    else:
+        padding = _sizes(padding, node, 0)
+    call = ops.conv3d_ndhwc.default if constant.dim() == 5 else ops.conv2d_nhwc.default
+    weight = _kernel(layout, node, constant)
+    return layout.emit(node, call, (value, weight, bias, stride, padding, dilation, argument(node, 6, "groups", 1)))
 
 
 def _conv_transpose(layout: _Layout, node: fx.Node) -> bool:
-    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-    constant = layout.program.constant(weight)
-    if not _rank4(x) or constant is None or (bias is not None and layout.program.constant(bias) is None):
+    constant, bias = _weights(layout, node), argument(node, 2, "bias")
+    if constant is None:
         return False
     stride, padding, extra = (
-        _pair(argument(node, i, k, d)) for i, k, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+        _sizes(argument(node, i, k, d), node, d)
+        for i, k, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
     )
-    groups, dilation = argument(node, 6, "groups", 1), _pair(argument(node, 7, "dilation", 1))
-    value = layout.twin(x, node)
-    static = all(isinstance(d, int) for d in shape_of(node))
-    if (
-        static
-        and stride == list(constant.shape[2:])
-        and padding == extra == [0, 0]
-        and dilation == [1, 1]
-        and groups == 1
-    ):
-        return _spread(layout, node, value, constant, bias)
-    return layout.emit(
-        node, ops.conv_transpose2d_nhwc.default, (value, weight, bias, stride, padding, extra, groups, dilation)
-    )
+    groups, dilation = argument(node, 6, "groups", 1), _sizes(argument(node, 7, "dilation", 1), node, 1)
+    value, weight = layout.twin(node.args[0], node), _kernel(layout, node, constant)
+    kernel = layout.program.constants[str(weight.target)]
+    static = all(isinstance(d, int) for d in shape_of(node)) and kernel.dim() == 4
+    alone = stride == list(kernel.shape[2:]) and padding == extra == [0, 0] and dilation == [1, 1] and groups == 1
+    if static and alone:
+        return _spread(layout, node, value, kernel, bias)
+    call = ops.conv_transpose3d_ndhwc.default if constant.dim() == 5 else ops.conv_transpose2d_nhwc.default
+    return layout.emit(node, call, (value, weight, bias, stride, padding, extra, groups, dilation))
 
 
 def _spread(layout: _Layout, node: fx.Node, value: fx.Node, weight: torch.Tensor, bias: fx.Node | None) -> bool:
@@ -181,81 +220,98 @@ def _spread(layout: _Layout, node: fx.Node, value: fx.Node, weight: torch.Tensor
 
 
 def _max_pool(layout: _Layout, node: fx.Node) -> bool:
-    if not _rank4(node.args[0]):
+    if not _image(node.args[0]):
         return False
-    kernel = _pair(node.args[1])
-    stride = _pair(argument(node, 2, "stride") or kernel)
-    rest = (
-        _pair(argument(node, 3, "padding", 0)),
-        _pair(argument(node, 4, "dilation", 1)),
-        bool(argument(node, 5, "ceil_mode", False)),
+    kernel = _sizes(node.args[1], node, 1)
+    stride = _sizes(argument(node, 2, "stride") or node.args[1], node, 1)
+    padding, dilation = (
+        _sizes(argument(node, 3, "padding", 0), node, 0),
+        _sizes(argument(node, 4, "dilation", 1), node, 1),
     )
-    return layout.emit(node, ops.max_pool2d_nhwc.default, (layout.twin(node.args[0], node), kernel, stride, *rest))
+    call = ops.max_pool3d_ndhwc.default if len(kernel) == 3 else ops.max_pool2d_nhwc.default
+    rest = (kernel, stride, padding, dilation, bool(argument(node, 5, "ceil_mode", False)))
+    return layout.emit(node, call, (layout.twin(node.args[0], node), *rest))
 
 
 def _avg_pool(layout: _Layout, node: fx.Node) -> bool:
-    if not _rank4(node.args[0]):
+    if not _image(node.args[0]):
         return False
-    kernel = _pair(node.args[1])
-    stride = _pair(argument(node, 2, "stride") or kernel)
+    kernel = _sizes(node.args[1], node, 1)
+    stride = _sizes(argument(node, 2, "stride") or node.args[1], node, 1)
     flags = (
         bool(argument(node, 4, "ceil_mode", False)),
         bool(argument(node, 5, "count_include_pad", True)),
         argument(node, 6, "divisor_override"),
     )
-    return layout.emit(
-        node,
-        ops.avg_pool2d_nhwc.default,
-        (layout.twin(node.args[0], node), kernel, stride, _pair(argument(node, 3, "padding", 0)), *flags),
-    )
+    padding = _sizes(argument(node, 3, "padding", 0), node, 0)
+    return _averaged(layout, node, kernel, stride, padding, *flags)
+
+
+def _averaged(layout: _Layout, node: fx.Node, kernel: list[int], *rest: Any) -> bool:
+    call = ops.avg_pool3d_ndhwc.default if len(kernel) == 3 else ops.avg_pool2d_nhwc.default
+    return layout.emit(node, call, (layout.twin(node.args[0], node), kernel, *rest))
 
 
 def _adaptive_pool(layout: _Layout, node: fx.Node) -> bool:
     """To one pixel: a mean. To a divisor of the size: a plain pool. Anything else stays."""
     x: fx.Node = node.args[0]
-    out = _pair(node.args[1])
-    if not _rank4(x) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
+    if not _image(x) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
         return False
-    size = [int(d) for d in shape_of(x)[2:]]
-    if out == [1, 1]:
-        return layout.emit(node, aten.mean.dim, (layout.twin(x, node), [1, 2], True))
+    out, size = _sizes(node.args[1], node, 1), _sizes([int(d) for d in shape_of(x)[2:]], node, 1)
+    if all(o == 1 for o in out):
+        return layout.emit(node, aten.mean.dim, (layout.twin(x, node), list(range(1, len(out) + 1)), True))
     if any(o is None or s % o for s, o in zip(size, out)):
         return False
     kernel = [s // o for s, o in zip(size, out)]
-    return layout.emit(
-        node, ops.avg_pool2d_nhwc.default, (layout.twin(x, node), kernel, kernel, [0, 0], False, True, None)
-    )
+    return _averaged(layout, node, kernel, kernel, [0] * len(kernel), False, True, None)
+
+
+def _resize(layout: _Layout, node: fx.Node) -> bool:
+    """Nearest and bilinear, where the image is on channels-last already."""
+    x, size, *rest = node.args
+    if x not in layout.last or len(shape_of(x)) != 4:
+        return False
+    call = ops.upsample_nearest2d_nhwc if node.target is aten.upsample_nearest2d.vec else ops.upsample_bilinear2d_nhwc
+    return layout.emit(node, call.default, (layout.last[x], size, *rest))
 
 
 def _elementwise(layout: _Layout, node: fx.Node) -> bool:
-    if not _rank4(node) or not any(n in layout.last for n in node.all_input_nodes if _rank4(n)):
+    if not _image(node) or node.target is aten.prelu.default:
         return False
-    if node.target in (aten.prelu.default,) or any(is_tensor(n) and len(shape_of(n)) > 4 for n in node.all_input_nodes):
+    rank = len(shape_of(node))
+    if not any(n in layout.last for n in node.all_input_nodes if is_tensor(n) and len(shape_of(n)) == rank):
         return False
     args, kwargs = fx.node.map_aggregate(
-        (node.args, node.kwargs), lambda a: layout.operand(a, 4, node) if isinstance(a, fx.Node) else a
+        (node.args, node.kwargs), lambda a: layout.operand(a, rank, node) if isinstance(a, fx.Node) else a
     )
     return layout.emit(node, node.target, args, {k: v for k, v in kwargs.items() if k != "memory_format"})
 
 
 def _cat(layout: _Layout, node: fx.Node) -> bool:
     values = node.args[0]
-    if not all(_rank4(v) for v in values) or not any(v in layout.last for v in values):
+    if not all(_image(v) for v in values) or not any(v in layout.last for v in values):
         return False
-    dim = argument(node, 1, "dim", 0) % 4
-    return layout.emit(node, node.target, ([layout.twin(v, node) for v in values], PLACE[dim]))
+    place = _place(node, argument(node, 1, "dim", 0))
+    return layout.emit(node, node.target, ([layout.twin(v, node) for v in values], place))
+
+
+def _place(value: fx.Node, dim: int) -> int:
+    """Where a dimension of ``value`` stands in its twin."""
+    rank = len(shape_of(value))
+    return PLACE[rank][dim % rank]
 
 
 def _reduce(layout: _Layout, node: fx.Node) -> bool:
     x, dims, keepdim = node.args[0], argument(node, 1, "dim"), bool(argument(node, 2, "keepdim", False))
     if x not in layout.last or dims is None:
         return False
-    places = sorted(PLACE[d % 4] for d in ([dims] if isinstance(dims, int) else dims))
+    places = sorted(_place(x, d) for d in ([dims] if isinstance(dims, int) else dims))
     if keepdim:
         return layout.emit(node, node.target, (layout.last[x], places, True), dict(node.kwargs))
-    if places != [1, 2]:
+    spatial = list(range(1, len(shape_of(layout.last[x])) - 1))
+    if places != (spatial if len(shape_of(x)) > 3 else [2]):
         return False
-    new = layout.program.insert_call(node, node.target, (layout.last[x], places, False), dict(node.kwargs), like=node)
+    new = layout.program.insert_call(node, node.target, (layout.last[x], spatial, False), dict(node.kwargs), like=node)
     node.replace_all_uses_with(new)
     return True
 
@@ -264,35 +320,36 @@ def _pad(layout: _Layout, node: fx.Node) -> bool:
     x, amounts = node.args[0], list(node.args[1])
     if x not in layout.last:
         return False
-    amounts += [0] * (8 - len(amounts))
-    per_axis = {3 - i: amounts[2 * i : 2 * i + 2] for i in range(4)}
-    moved = [a for place in (1, 3, 2, 0) for a in per_axis[place]]  # last axis first: C, W, H, N
-    return layout.emit(node, node.target, (layout.last[x], moved, *node.args[2:]))
+    rank, twin = len(shape_of(x)), layout.last[x]
+    amounts += [0] * (2 * rank - len(amounts))
+    per_place = {_place(x, rank - 1 - i): amounts[2 * i : 2 * i + 2] for i in range(rank)}
+    last_first = reversed(range(len(shape_of(twin))))
+    moved = [a for place in last_first for a in per_place.get(place, (0, 0))]
+    return layout.emit(node, node.target, (twin, moved, *node.args[2:]))
 
 
 def _slice(layout: _Layout, node: fx.Node) -> bool:
     x = node.args[0]
-    if x not in layout.last or not _rank4(x):
+    if x not in layout.last:
         return False
-    return layout.emit(
-        node, node.target, (layout.last[x], PLACE[argument(node, 1, "dim", 0) % 4], *node.args[2:]), dict(node.kwargs)
-    )
+    place = _place(x, argument(node, 1, "dim", 0))
+    return layout.emit(node, node.target, (layout.last[x], place, *node.args[2:]), dict(node.kwargs))
 
 
 def _index_select(layout: _Layout, node: fx.Node) -> bool:
     x, dim, index = node.args
-    if x not in layout.last or not _rank4(x):
+    if x not in layout.last:
         return False
-    return layout.emit(node, node.target, (layout.last[x], PLACE[dim % 4], index))
+    return layout.emit(node, node.target, (layout.last[x], _place(x, dim), index))
 
 
 def _reshape(layout: _Layout, node: fx.Node) -> bool:
     """[N, C, 1, 1] -> [N, C] reads the twin as it is; [N, C, H, W] -> [N, C, H W] -> (tokens) [N, H W, C] too."""
     x = node.args[0]
-    if x not in layout.last or not _rank4(x):
+    if x not in layout.last:
         return False
     program, shape, twin = layout.program, shape_of(x), layout.last[x]
-    if shape[2] == shape[3] == 1 and len(shape_of(node)) == 2:
+    if all(d == 1 for d in shape[2:]) and len(shape_of(node)) == 2:
         node.replace_all_uses_with(program.insert_call(node, aten.reshape.default, (twin, node.args[1]), like=node))
         return True
     tokens = [u for u in node.users if _swaps_tokens(u)]
@@ -307,6 +364,16 @@ def _reshape(layout: _Layout, node: fx.Node) -> bool:
     return True
 
 
+def _to_tokens(layout: _Layout, node: fx.Node) -> bool:
+    """[N, C, L] -> (tokens) [N, L, C] reads the twin as it is."""
+    x = node.args[0]
+    if x not in layout.last or len(shape_of(x)) != 3 or not _swaps_tokens(node):
+        return False
+    new = layout.program.insert_call(node, aten.squeeze.dims, (layout.last[x], [1]), like=node)
+    node.replace_all_uses_with(new)
+    return True
+
+
 def _swaps_tokens(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
         return {d % 3 for d in node.args[1:3]} == {1, 2}
@@ -314,13 +381,16 @@ def _swaps_tokens(node: fx.Node) -> bool:
 
 
 RULES: dict[Any, Rule] = {
-    aten.conv2d.default: _conv,
-    aten.conv2d.padding: _conv,
-    aten.conv_transpose2d.input: _conv_transpose,
-    aten.max_pool2d.default: _max_pool,
-    aten.avg_pool2d.default: _avg_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_pool,
-    aten._adaptive_avg_pool2d.default: _adaptive_pool,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _conv),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), _conv),
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), _conv_transpose
+    ),
+    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default), _max_pool),
+    **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), _avg_pool),
+    **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default), _adaptive_pool),
+    **dict.fromkeys((aten._adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default), _adaptive_pool),
+    **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), _resize),
     aten.cat.default: _cat,
     aten.mean.dim: _reduce,
     aten.sum.dim_IntList: _reduce,
@@ -329,4 +399,6 @@ RULES: dict[Any, Rule] = {
     aten.slice.Tensor: _slice,
     aten.index_select.default: _index_select,
     aten.reshape.default: _reshape,
+    aten.permute.default: _to_tokens,
+    aten.transpose.int: _to_tokens,
 }

@@ -448,6 +448,67 @@ layer(
     (rand(1, 3, 5, 6, 7),),
     (rand(4, 3, 3, 3, 3, seed=1), rand(4, seed=2)),
 )
+layer(
+    "conv3d-stride",
+    lambda x, w, b: F.relu(F.conv3d(x, w, b, stride=(1, 2, 2), padding=(0, 1, 1), groups=2)),
+    (rand(1, 4, 5, 6, 7),),
+    (rand(6, 2, 3, 3, 3, seed=1), rand(6, seed=2)),
+)
+layer(
+    "conv1d-chain",
+    lambda x, w, b, v: F.max_pool1d(F.gelu(F.conv1d(F.relu(F.conv1d(x, w, b, padding=1)), v, dilation=2)), 2),
+    (rand(2, 5, 21),),
+    (rand(7, 5, 3, seed=1), rand(7, seed=2), rand(4, 7, 3, seed=3)),
+)
+layer(
+    "conv1d-to-tokens",
+    lambda x, w, v: F.linear(F.conv1d(x.transpose(1, 2), w, padding="same").transpose(1, 2), v),
+    (rand(2, 9, 6),),
+    (rand(6, 3, 3, seed=1)[:, :3].repeat(1, 2, 1), rand(5, 6, seed=2)),
+)
+layer(
+    "conv1d-mean",
+    lambda x, w, s: (F.conv1d(x, w) * s).mean(-1),
+    (rand(2, 5, 11),),
+    (rand(7, 5, 3, seed=1), rand(7, 1, seed=2)),
+)
+layer(
+    "conv1d-pad-cat-slice",
+    lambda x, w: torch.cat([F.pad(F.conv1d(x, w), (1, 2), value=0.5)[:, 1:], x[:, :2]], 1).amax(1, keepdim=True),
+    (rand(2, 5, 11),),
+    (rand(7, 5, 4, seed=1),),
+)
+layer("conv1d-double", lambda x, w: F.conv1d(x, w), (rand(1, 3, 9, dtype=torch.float64),), (rand(4, 3, 3).double(),))
+layer(
+    "conv3d-pool-mean",
+    lambda x, w: F.avg_pool3d(F.max_pool3d(F.conv3d(x, w, padding=1), 2, ceil_mode=True), 2).mean((2, 3, 4)),
+    (rand(1, 3, 5, 8, 9),),
+    (rand(4, 3, 3, 3, 3, seed=1),),
+)
+layer(
+    "conv3d-elementwise",
+    lambda x, w, s: torch.sigmoid(F.conv3d(x, w)) * s + 1,
+    (rand(1, 3, 5, 6, 7),),
+    (rand(4, 3, 2, 2, 2, seed=1), rand(4, 1, 1, 1, seed=2)),
+)
+layer(
+    "conv_transpose1d",
+    lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2, padding=1, output_padding=1),
+    (rand(1, 4, 7),),
+    (rand(4, 5, 3, seed=1), rand(5, seed=2)),
+)
+layer(
+    "conv_transpose1d-steps",
+    lambda x, w, b: F.conv_transpose1d(x, w, b, stride=4),
+    (rand(2, 4, 7),),
+    (rand(4, 5, 4, seed=1), rand(5, seed=2)),
+)
+layer(
+    "conv_transpose3d",
+    lambda x, w, b: F.conv_transpose3d(x, w, b, stride=2, padding=1),
+    (rand(1, 4, 3, 4, 5),),
+    (rand(4, 3, 3, 3, 3, seed=1), rand(3, seed=2)),
+)
 TRANSPOSED = {
     "2x2": ((1, 8, 5, 5), (8, 6, 2, 2), {"stride": 2}),
     "3x3": ((1, 4, 5, 6), (4, 5, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
@@ -494,10 +555,20 @@ for _name, _f in POOLS.items():
     )
 case("max_pool1d", lambda x: F.max_pool1d(x, 3, 2, 1), rand(2, 4, 13))
 case("avg_pool1d", lambda x: F.avg_pool1d(x, 3, 2, 1), rand(2, 4, 13))
+case("adaptive_avg_pool1d", lambda x: F.adaptive_avg_pool1d(x, 3), rand(2, 4, 12))
+case("max_pool3d", lambda x: F.max_pool3d(x, 3, 2, 1), rand(2, 4, 7, 8, 9))
+case("avg_pool3d", lambda x: F.avg_pool3d(x, 3, 2, 1, count_include_pad=False), rand(2, 4, 7, 8, 9))
+case("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x, (1, 1, 1)), rand(2, 4, 7, 8, 9))
 for _mode, _options in (("nearest", {}), ("bilinear", {"align_corners": False}), ("bilinear", {"align_corners": True})):
     _tag = f"{_mode}{'-corners' if _options.get('align_corners') else ''}"
     case(f"resize-{_tag}-double", lambda x, m=_mode, o=_options: F.interpolate(x, scale_factor=2, mode=m, **o), IMAGE)
     case(f"resize-{_tag}-odd", lambda x, m=_mode, o=_options: F.interpolate(x, size=(17, 9), mode=m, **o), IMAGE)
+    layer(
+        f"resize-{_tag}-between-convs",
+        lambda x, w, m=_mode, o=_options: F.conv2d(F.interpolate(F.conv2d(x, w), scale_factor=2, mode=m, **o), w),
+        (IMAGE,),
+        (rand(6, 6, 1, 1, seed=1),),
+    )
 
 # ---------------------------------------------------------------------- attention
 

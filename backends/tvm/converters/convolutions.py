@@ -31,25 +31,23 @@ from thresher.program import shape_of
 
 
 def _padded(importer: Importer, x: Any, padding: list[int]) -> Any:
-    """[B, H, W, C] with zeros around the image."""
+    """[B, *spatial, C] with zeros around the image."""
     if not any(padding):
         return x
-    return importer.emit_te(
-        "pad", lambda t: pad(t, (0, padding[0], padding[1], 0), (0, padding[0], padding[1], 0), 0), x
-    )
+    return importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *padding, 0), 0), x)
 
 
-@cpu_kernel(ops.conv2d_nhwc.default)
-def conv2d_kernel(importer: Importer, node: fx.Node) -> Any:
+@cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
+def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     """Channels-last convolution: depthwise by its own kernel, else as a packed product per group."""
     x, weight, bias, stride, padding, dilation, groups = node.args
-    array, (batch, out_h, out_w, outputs) = importer.array(weight), sizes(node)
+    array, (*out, outputs) = importer.array(weight), sizes(node)
     image = _padded(importer, importer.value(x), padding)
-    if groups == shape_of(x)[3] and array.shape[1] == 1 and outputs == groups:
+    if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
         w = importer.weight(np.ascontiguousarray(array[:, 0].transpose(1, 2, 0)), (weight, "depthwise"))
 
         def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-            return depthwise.convolution(image, w, (out_h, out_w), stride, dilation)
+            return depthwise.convolution(image, w, (out[1], out[2]), stride, dilation)
 
         return add_bias(importer, importer.emit_te("depthwise", compute, image, w), bias)
     parts = []
@@ -57,11 +55,9 @@ def conv2d_kernel(importer: Importer, node: fx.Node) -> Any:
     for group in range(groups):
         rows_of_group = array[group * per_out : (group + 1) * per_out]
         parts.append(
-            _conv_group(
-                importer, image, rows_of_group, (weight, group), group * per_in, (batch, out_h, out_w), stride, dilation
-            )
+            _conv_group(importer, image, rows_of_group, (weight, group), group * per_in, out, stride, dilation)
         )
-    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, 3))
+    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
     return add_bias(importer, value, bias)
 
 
@@ -75,88 +71,93 @@ def _conv_group(
     stride: Any,
     dilation: Any,
 ) -> Any:
-    outputs, inputs, kh, kw = array.shape
-    tile = gemm.choose_tile(math.prod(out), outputs, inputs * kh * kw, importer.cpu)
-    packed = importer.weight(gemm.pack(np.ascontiguousarray(array.transpose(0, 2, 3, 1)), tile), (key, tile))
+    """One group as a product: rows are the output pixels ``out`` (batch first), the sum goes over the taps and the input channels from
+    ``first`` on. ``array``: [O, I, *taps]."""
+    outputs, inputs, *taps = array.shape
+    tile = gemm.choose_tile(math.prod(out), outputs, inputs * math.prod(taps), importer.cpu)
+    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (key, tile))
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-        def read(m: Any, i: Any, j: Any, c: Any) -> Any:
-            b, y, z = gemm.unravel(m, out)
-            return image[b, y * stride[0] + i * dilation[0], z * stride[1] + j * dilation[1], first + c if first else c]
+        def read(m: Any, *k: Any) -> Any:
+            b, *place = gemm.unravel(m, out)
+            *tap, c = k
+            at = [p * s + t * d for p, t, s, d in zip(place, tap, stride, dilation)]
+            return image[(b, *at, first + c if first else c)]
 
-        return gemm.product(read, w, (kh, kw, inputs), out, outputs, tile)
+        return gemm.product(read, w, (*taps, inputs), out, outputs, tile)
 
-    return importer.emit_te("conv2d", compute, image, packed)
+    return importer.emit_te("conv", compute, image, packed)
 
 
-@semantics(ops.conv_transpose2d_nhwc.default)
-def conv_transpose2d(importer: Importer, node: fx.Node) -> Any:
+@semantics(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
+def conv_transpose(importer: Importer, node: fx.Node) -> Any:
     """As a convolution over the image with zeros between its pixels (weights flipped)."""
     x, weight, bias, stride, padding, extra, groups, dilation = node.args
     array = importer.array(weight)
-    inputs, per_out, kh, kw = array.shape
-    flipped = array.reshape(groups, inputs // groups, per_out, kh, kw)[..., ::-1, ::-1]
-    before = [dilation[d] * (k - 1) - padding[d] for d, k in enumerate((kh, kw))]
+    inputs, per_out, *taps = array.shape
+    rank, width = len(taps), inputs // groups
+    flipped = np.flip(array.reshape(groups, width, per_out, *taps), axis=tuple(range(3, 3 + rank)))
+    before = [dilation[d] * (k - 1) - padding[d] for d, k in enumerate(taps)]
     after = [b + extra[d] for d, b in enumerate(before)]
 
     def spread(t: te.Tensor) -> te.Tensor:
-        wide = topi.nn.dilate(t, (1, stride[0], stride[1], 1))
-        low, high = [max(b, 0) for b in before], [max(a, 0) for a in after]
-        wide = pad(wide, (0, *low, 0), (0, *high, 0), 0)
+        wide = topi.nn.dilate(t, (1, *stride, 1))
+        wide = pad(wide, (0, *(max(b, 0) for b in before), 0), (0, *(max(a, 0) for a in after), 0), 0)
         if min(before + after) >= 0:
             return wide
-        h, w = (int(wide.shape[d + 1]) for d in (0, 1))
-        begin = [0, max(-before[0], 0), max(-before[1], 0), 0]
-        end = [int(wide.shape[0]), h - max(-after[0], 0), w - max(-after[1], 0), int(wide.shape[3])]
+        shape = [int(d) for d in wide.shape]
+        begin = [0, *(max(-b, 0) for b in before), 0]
+        end = [shape[0], *(size - max(-a, 0) for size, a in zip(shape[1:], after)), shape[-1]]
         return topi.strided_slice(wide, begin, end)
 
     image = importer.emit_te("spread", spread, importer.value(x))
+    ours = importer.machine is not None and fits_kernels(node)
     parts = []
     for group in range(groups):
-        kernel = np.ascontiguousarray(flipped[group].transpose(1, 0, 2, 3))
-        if importer.machine is not None and fits_kernels(node):
-            parts.append(
-                _conv_group(
-                    importer,
-                    image,
-                    kernel,
-                    (weight, group),
-                    group * inputs // groups,
-                    tuple(sizes(node)[:3]),
-                    (1, 1),
-                    dilation,
-                )
-            )
+        kernel = np.ascontiguousarray(flipped[group].swapaxes(0, 1))
+        if ours:
+            out = tuple(sizes(node)[:-1])
+            part = _conv_group(importer, image, kernel, (weight, group), group * width, out, [1] * rank, dilation)
         else:
-            width = inputs // groups
-            part = importer.emit(R.strided_slice(image, [3], [group * width], [(group + 1) * width]))
-            w = importer.weight(np.ascontiguousarray(kernel.transpose(0, 2, 3, 1)), (weight, group))
-            parts.append(
-                importer.emit(R.nn.conv2d(part, w, dilation=dilation, data_layout="NHWC", kernel_layout="OHWI"))
-            )
-    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, 3))
+            section = importer.emit(R.strided_slice(image, [rank + 1], [group * width], [(group + 1) * width]))
+            w = importer.weight(np.ascontiguousarray(np.moveaxis(kernel, 1, -1)), (weight, group))
+            part = importer.emit(_stock(rank)(section, w, dilation=dilation, **_layouts(rank)))
+        parts.append(part)
+    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, rank + 1))
     return add_bias(importer, value, bias)
 
 
-@semantics(ops.conv2d_nhwc.default)
-def conv2d_nhwc(importer: Importer, node: fx.Node) -> Any:
+def _stock(rank: int) -> Any:
+    """TVM's convolution of ``rank`` spatial dimensions."""
+    return {1: R.nn.conv1d, 2: R.nn.conv2d, 3: R.nn.conv3d}[rank]
+
+
+def _layouts(rank: int) -> dict[str, str]:
+    """Channels-last images and weights."""
+    return {2: {"data_layout": "NHWC", "kernel_layout": "OHWI"}, 3: {"data_layout": "NDHWC", "kernel_layout": "ODHWI"}}[
+        rank
+    ]
+
+
+@semantics(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
+def conv_last(importer: Importer, node: fx.Node) -> Any:
     x, weight, bias, stride, padding, dilation, groups = node.args
-    w = importer.emit(R.permute_dims(importer.value(weight), [0, 2, 3, 1]))
-    value = R.nn.conv2d(
-        importer.value(x), w, stride, padding, dilation, groups, "NHWC", "OHWI", out_dtype=accumulator(node)
+    rank = len(stride)
+    w = importer.emit(R.permute_dims(importer.value(weight), [0, *range(2, rank + 2), 1]))
+    call = _stock(rank)(
+        importer.value(x), w, stride, padding, dilation, groups, **_layouts(rank), out_dtype=accumulator(node)
     )
-    return add_bias(importer, cast(importer, importer.emit(value), result_dtype(node)), bias)
+    return add_bias(importer, cast(importer, importer.emit(call), result_dtype(node)), bias)
 
 
 @semantics(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 def convolution(importer: Importer, node: fx.Node) -> Any:
     rank = len(shape_of(node)) - 2
-    call = {1: R.nn.conv1d, 2: R.nn.conv2d, 3: R.nn.conv3d}[rank]
     defaults = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     stride, padding, dilation = (
         [v] * rank if isinstance(v := argument(node, i, k, d), int) else list(v) for i, k, d in defaults
     )
-    value = call(
+    value = _stock(rank)(
         importer.value(node.args[0]),
         importer.value(node.args[1]),
         stride,

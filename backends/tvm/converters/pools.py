@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,79 +23,66 @@ from thresher.backends.tvm.converters.registry import (
 from thresher.backends.tvm.importer import Importer
 
 
-@semantics(ops.max_pool2d_nhwc.default)
-def max_pool2d_nhwc(importer: Importer, node: fx.Node) -> Any:
+@semantics(ops.max_pool2d_nhwc.default, ops.max_pool3d_ndhwc.default)
+def max_pool(importer: Importer, node: fx.Node) -> Any:
     x, kernel, stride, padding, dilation, _ = node.args
-    return importer.emit_te(
-        "max_pool",
-        lambda t: _pool(t, [t.shape[0], *sizes(node, 1)], kernel, stride, padding, dilation, "max", None, True),
-        importer.value(x),
-    )
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        out = [t.shape[0], *sizes(node, 1)]
+        at, taps = _window(t, out, kernel, stride, padding, dilation, te.min_value(t.dtype))
+        return te.compute(out, lambda *p: te.max(at(*p), axis=taps), name="max_pool")
+
+    return importer.emit_te("max_pool", compute, importer.value(x))
 
 
-@semantics(ops.avg_pool2d_nhwc.default)
-def avg_pool2d_nhwc(importer: Importer, node: fx.Node) -> Any:
+@semantics(ops.avg_pool2d_nhwc.default, ops.avg_pool3d_ndhwc.default)
+def avg_pool(importer: Importer, node: fx.Node) -> Any:
+    """With the divisors as torch counts them: of windows that leave the image, also of those that ceil_mode lets leave the padding."""
     x, kernel, stride, padding, _, include, divisor = node.args
-    return importer.emit_te(
-        "avg_pool",
-        lambda t: _pool(t, [t.shape[0], *sizes(node, 1)], kernel, stride, padding, (1, 1), "avg", divisor, include),
-        importer.value(x),
-    )
 
-
-def _pool(
-    x: te.Tensor,
-    out: list[int],
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    kind: str,
-    divisor: int | None,
-    include: bool,
-) -> te.Tensor:
-    """Pools of [B, H, W, C] with torch's rules: ceil_mode windows end at the padded border, divisors as torch counts them."""
-    height, width = int(x.shape[1]), int(x.shape[2])
-    i, j = te.reduce_axis((0, kernel[0]), name="i"), te.reduce_axis((0, kernel[1]), name="j")
-    empty = te.min_value(x.dtype) if kind == "max" else tirx.const(0, x.dtype)
-
-    def at(b: Any, y: Any, z: Any, c: Any) -> Any:
-        row, column = y * stride[0] - padding[0] + i * dilation[0], z * stride[1] - padding[1] + j * dilation[1]
-        inside = [
-            *_border(
-                row, padding[0], _overhangs(out[1], stride[0], padding[0], kernel[0], dilation[0], height), height
-            ),
-            *_border(
-                column, padding[1], _overhangs(out[2], stride[1], padding[1], kernel[1], dilation[1], width), width
-            ),
-        ]
-        if not inside:
-            return x[b, row, column, c]
-        return tirx.if_then_else(
-            te.all(*inside), x[b, te.max(te.min(row, height - 1), 0), te.max(te.min(column, width - 1), 0), c], empty
+    def compute(t: te.Tensor) -> te.Tensor:
+        out, spatial = [t.shape[0], *sizes(node, 1)], [int(d) for d in t.shape[1:-1]]
+        at, taps = _window(t, out, kernel, stride, padding, [1] * len(kernel), tirx.const(0, t.dtype))
+        total = te.compute(out, lambda *p: te.sum(at(*p), axis=taps), name="sum_pool")
+        inside = not any(padding) and all(
+            (o - 1) * s + k <= size for o, s, k, size in zip(out[1:-1], stride, kernel, spatial)
         )
 
-    if kind == "max":
-        return te.compute(out, lambda *p: te.max(at(*p), axis=[i, j]), name="max_pool")
-    total = te.compute(out, lambda *p: te.sum(at(*p), axis=[i, j]), name="sum_pool")
+        def mean(*p: Any) -> Any:
+            if divisor:
+                return total[p] / tirx.const(float(divisor), t.dtype)
+            if inside:
+                return total[p] * tirx.const(1.0 / math.prod(kernel), t.dtype)
+            count: Any = 1
+            for place, s, k, size, pad in zip(p[1:-1], stride, kernel, spatial, padding):
+                start, margin = place * s - pad, pad if include else 0
+                count = count * (te.min(start + k, size + margin) - te.max(start, -margin))
+            return total[p] / count.astype(t.dtype)
 
-    def mean(b: Any, y: Any, z: Any, c: Any) -> Any:
-        if divisor:
-            return total[b, y, z, c] / tirx.const(float(divisor), x.dtype)
-        if (
-            not any(padding)
-            and (out[1] - 1) * stride[0] + kernel[0] <= height
-            and (out[2] - 1) * stride[1] + kernel[1] <= width
-        ):
-            return total[b, y, z, c] * tirx.const(1.0 / (kernel[0] * kernel[1]), x.dtype)
-        low = [y * stride[0] - padding[0], z * stride[1] - padding[1]]
-        pads = padding if include else (0, 0)
-        counts = []
-        for start, k, size, pad in zip(low, kernel, (height, width), pads):
-            counts.append(te.min(start + k, size + pad) - te.max(start, -pad))
-        return total[b, y, z, c] / (counts[0] * counts[1]).astype(x.dtype)
+        return te.compute(out, mean, name="avg_pool")
 
-    return te.compute(out, mean, name="avg_pool")
+    return importer.emit_te("avg_pool", compute, importer.value(x))
+
+
+def _window(
+    x: te.Tensor, out: list[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, empty: Any
+) -> tuple[Callable[..., Any], list[Any]]:
+    """What a pool reads of x [B, *spatial, C]: the element at (batch, *place, channel) and a tap, ``empty`` outside; and the taps."""
+    taps = [te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(kernel)]
+    spatial = [int(d) for d in x.shape[1:-1]]
+
+    def at(b: Any, *rest: Any) -> Any:
+        *place, c = rest
+        read = [p * s - pad + t * d for p, s, pad, t, d in zip(place, stride, padding, taps, dilation)]
+        inside = []
+        for r, o, s, pad, k, d, size in zip(read, out[1:-1], stride, padding, kernel, dilation, spatial):
+            inside += _border(r, pad, _overhangs(o, s, pad, k, d, size), size)
+        if not inside:
+            return x[(b, *read, c)]
+        clamped = [te.max(te.min(r, size - 1), 0) for r, size in zip(read, spatial)]
+        return tirx.if_then_else(te.all(*inside), x[(b, *clamped, c)], empty)
+
+    return at, taps
 
 
 def _border(place: Any, before: int, after: bool, size: int) -> list[Any]:
@@ -105,21 +94,23 @@ def _overhangs(out: int, stride: int, padding: int, kernel: int, dilation: int, 
     return (out - 1) * stride - padding + (kernel - 1) * dilation >= size
 
 
-@semantics(aten.upsample_nearest2d.vec)
+@semantics(aten.upsample_nearest2d.vec, ops.upsample_nearest2d_nhwc.default)
 def resize_nearest(importer: Importer, node: fx.Node) -> Any:
     """Pixel floor(place * in / out), in float32 as torch computes it."""
+    first = _first_spatial(node)
     ratios = _ratios(node, argument(node, 2, "scale_factors"))
     picks = [
         np.minimum((np.arange(out, dtype=np.float32) * ratio).astype(np.int64), size - 1) for out, size, ratio in ratios
     ]
     rows_, columns = (importer.weight(p, ("nearest", node, d)) for d, p in enumerate(picks))
-    return importer.emit(R.take(importer.emit(R.take(importer.value(node.args[0]), rows_, axis=2)), columns, axis=3))
+    value = importer.emit(R.take(importer.value(node.args[0]), rows_, axis=first))
+    return importer.emit(R.take(value, columns, axis=first + 1))
 
 
-@semantics(aten.upsample_bilinear2d.vec)
+@semantics(aten.upsample_bilinear2d.vec, ops.upsample_bilinear2d_nhwc.default)
 def resize_bilinear(importer: Importer, node: fx.Node) -> Any:
     """Two neighbours per axis, weighted by distance; the tables are made here, in float32 as torch computes them."""
-    corners = bool(node.args[2])
+    corners, first = bool(node.args[2]), _first_spatial(node)
     value, dtype = importer.value(node.args[0]), result_dtype(node)
     for axis, (out, size, ratio) in enumerate(_ratios(node, argument(node, 3, "scale_factors"))):
         place = np.arange(out, dtype=np.float32)
@@ -128,18 +119,24 @@ def resize_bilinear(importer: Importer, node: fx.Node) -> Any:
         else:
             place = np.maximum((place + np.float32(0.5)) * ratio - np.float32(0.5), 0)
         low = np.minimum(place.astype(np.int64), size - 1)
-        part = (place - low).astype(np.float32).reshape([-1 if d == axis + 2 else 1 for d in range(4)])
+        part = (place - low).astype(np.float32).reshape([-1 if d == axis + first else 1 for d in range(4)])
         low_index = importer.weight(low, ("low", node, axis))
         high_index = importer.weight(np.minimum(low + 1, size - 1), ("high", node, axis))
         weight = cast(importer, importer.weight(part, ("part", node, axis)), dtype)
-        near, far = (importer.emit(R.take(value, i, axis=axis + 2)) for i in (low_index, high_index))
+        near, far = (importer.emit(R.take(value, i, axis=axis + first)) for i in (low_index, high_index))
         value = importer.emit(R.add(near, importer.emit(R.multiply(importer.emit(R.subtract(far, near)), weight))))
     return value
 
 
+def _first_spatial(node: fx.Node) -> int:
+    """The axis of the image's height."""
+    return 1 if node.target in (ops.upsample_nearest2d_nhwc.default, ops.upsample_bilinear2d_nhwc.default) else 2
+
+
 def _ratios(node: fx.Node, factors: Any) -> list[tuple[int, int, np.float32]]:
     """Per spatial axis: result size, argument size, argument pixels per result pixel."""
-    before, after = sizes(node.args[0], 2), sizes(node, 2)
+    first = _first_spatial(node)
+    before, after = (sizes(n, first)[:2] for n in (node.args[0], node))
     given = factors or (None, None)
     return [
         (o, s, np.float32(1.0 / f) if f else np.float32(s) / np.float32(o)) for o, s, f in zip(after, before, given)

@@ -180,14 +180,15 @@ def _argument(node: fx.Node, operand: fx.Node, operands: list[fx.Node], indices:
         exact = bool(inside[tuple(slice(a, b) for a, b in zip(lows, highs))].all())
     box = tuple(slice(a, b) for a, b in zip(lows, highs))
     places = {d: (first if d == varying[0] else place(d))[box] for d in varying}
-    parts = _parts(shape, tuple(first.shape), lows, places)
+    parts = _parts(shape, tuple(first.shape), lows, [b - a for a, b in zip(lows, highs)], places)
     exact = exact and set(varying) == {d for part in parts for d in part.dims}
     return Argument(shape, tuple(lows), tuple(highs), tuple(parts), exact)
 
 
-def _parts(shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], places: dict[int, Tensor]) -> list[Part]:
+def _parts(
+    shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], box: list[int], places: dict[int, Tensor]
+) -> list[Part]:
     found: list[Part] = []
-    box = next(iter(places.values())).shape if places else torch.Size([1] * len(whole))
     places = {d: _narrowed(place) for d, place in places.items()}
     for dims, outs in _groups({d: {e for e, size in enumerate(p.shape) if size > 1} for d, p in places.items()}):
         left_sizes = tuple(shape[d] for d in dims)

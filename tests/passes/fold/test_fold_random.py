@@ -55,6 +55,8 @@ def test_random_programs(program: Program) -> None:
 @example(build(1437, 0.8, [("concat", 1, 5), ("pixels", 0, 34), ("flip", 2, 47), ("conv", 1, 39)]))  # holes in blocks
 @example(build(6663, 0.5, [("conv", 0, 12), ("residual", 1, 54), ("linear", 3, 5), ("concat", 2, 44)]))  # a dead part
 @example(build(6372, 0.8, [("concat", 1, 57), ("layer_norm", 3, 20), ("halves", 2, 11)]))  # ... which others wait for
+@example(build(0, 0.5, [("grouped", 0, 1), ("to_tokens", 0, 0), ("conv", 0, 0), ("attention", 0, 1)]))  # known keys
+@example(build(1, 0.5, [("conv", 0, 0), ("conv", 0, 1), ("to_tokens", 0, 0), ("attention", 0, 1)]))  # tried again
 @example(build(3482, 0.8, [("gated_unit", 0, 31), ("block", 1, 41), ("attention", 0, 55)]))  # an addend becomes zero
 def test_random_programs_with_every_adapter(program: Program) -> None:
     """Adapters wherever they save anything at all: on these small programs the cost rule would take few."""
