@@ -11,13 +11,14 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from thresher.backends.tvm.kernels import attention, depthwise, gemm, generic, rows
+from thresher.backends.tvm.kernels import attention, batched, depthwise, gemm, generic, rows
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
 FUSABLE = {
     gemm.BLOCK,
     depthwise.BLOCK,
+    batched.SUMS,
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
 INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
@@ -83,6 +84,8 @@ def family(blocks: set[str]) -> Any:
         return gemm.schedule
     if depthwise.BLOCK in blocks:
         return depthwise.schedule
+    if batched.SUMS in blocks:
+        return batched.schedule
     if any(b.startswith(attention.PREFIX) for b in blocks):
         return attention.schedule
     if any(b.startswith(rows.PREFIX) for b in blocks):

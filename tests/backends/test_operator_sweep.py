@@ -384,6 +384,16 @@ layer("addmm", lambda x, b, w: torch.addmm(b, x, w), (rand(5, 12),), (rand(9), r
 case("matmul-2d", torch.matmul, rand(5, 12), rand(12, 9, seed=1))
 case("matmul-batched", torch.matmul, rand(2, 3, 5, 12), rand(2, 3, 12, 9, seed=1))
 case("matmul-broadcast", torch.matmul, rand(2, 3, 5, 12), rand(12, 9, seed=1))
+case(
+    "matmul-transposed",
+    lambda a, b: torch.relu(a @ b.transpose(-1, -2)) + 1,
+    rand(2, 3, 19, 33),
+    rand(2, 3, 21, 33, seed=1),
+)
+case("matmul-permuted", lambda a, b: a @ b.permute(0, 2, 1), rand(3, 7, 12), rand(3, 35, 12, seed=1))
+case("matmul-broadcast-left", lambda a, b: (a @ b).softmax(-1), rand(2, 1, 6, 8), rand(3, 8, 17, seed=1))
+case("matmul-both-computed", lambda a, b: (a + 1) @ torch.tanh(b), rand(4, 40, 64), rand(4, 64, 50, seed=1))
+case("matmul-double", torch.matmul, rand(5, 12).double(), rand(12, 9, seed=1).double())
 case("bmm", torch.bmm, rand(3, 5, 12), rand(3, 12, 9, seed=1))
 case(
     "baddbmm",

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from torch import fx
-from tvm import relax, te
+from tvm import relax, te, tirx
 
 from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.registry import (
@@ -21,7 +21,7 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import gemm
+from thresher.backends.tvm.kernels import batched, gemm
 from thresher.program import shape_of
 
 
@@ -49,6 +49,47 @@ def linear(importer: Importer, node: fx.Node) -> Any:
         importer, importer.emit(R.matmul(importer.value(x), w, out_dtype=accumulator(node))), result_dtype(node)
     )
     return add_bias(importer, value, bias)
+
+
+@cpu_kernel(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
+    """a [.., M, K] @ b [.., K, N], batch dimensions broadcast; a right side that is a transposition is packed from before it."""
+    a, b = node.args[:2]
+    shapes = [sizes(n) for n in (a, b)]
+    if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.LEAST or batched.LEAST > shapes[1][-1]:
+        return matmul(importer, node)
+    *lead, m, n = sizes(node)
+    source, swapped = _before_transposition(b)
+
+    def compute(x: te.Tensor, y: te.Tensor) -> te.Tensor:
+        def left(*i: Any) -> Any:
+            return x[(*_broadcast(i[:-2], shapes[0]), *i[-2:])]
+
+        def right(*i: Any) -> Any:
+            last = (i[-1], i[-2]) if swapped else i[-2:]
+            return y[(*_broadcast(i[:-2], shapes[1]), *last)]
+
+        return batched.product(lead, m, n, shapes[0][-1], left, right, importer.cpu)
+
+    return importer.emit_te("matmul", compute, importer.value(a), importer.value(source))
+
+
+def _before_transposition(node: fx.Node) -> tuple[fx.Node, bool]:
+    """What ``node`` is the transposition (of the last two dimensions) of, and True; else itself."""
+    rank = len(shape_of(node))
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}:
+        return node.args[0], True
+    if node.target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]
+        if order == [*range(rank - 2), rank - 1, rank - 2]:
+            return node.args[0], True
+    return node, False
+
+
+def _broadcast(batch: Any, shape: list[int]) -> list[Any]:
+    """The batch index of an operand of ``shape``, which may have fewer or single ones."""
+    own = shape[:-2]
+    return [tirx.const(0, "int64") if size == 1 else i for size, i in zip(own, batch[len(batch) - len(own) :])]
 
 
 @semantics(aten.matmul.default, aten.bmm.default, aten.mm.default)
