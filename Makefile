@@ -33,6 +33,7 @@ coverage: $(READY)
 	$(BIN)/python benchmarks/coverage.py
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
 

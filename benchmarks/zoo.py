@@ -1,9 +1,10 @@
-"""The zoo, dense and folded, against eager and torch.compile: interleaved in one process, medians and quartiles.
+"""The zoo, dense and folded, against the others *on the same folded model*: interleaved in one process, medians and quartiles.
 
-    python benchmarks/zoo.py [NAME ...] [--inductor NAME ...] [--output benchmarks/results/zoo-cpu.json]
+    python benchmarks/zoo.py [NAME ...] [--amounts 0 0.5] [--against eager torch.compile onnxruntime openvino]
 
-Ratios say how much faster Thresher is (above 1) than the other on the *same* model. Writes the machine, the versions, the build times and
-every ratio, slow rows included.
+Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode), onnxruntime and OpenVINO (from the same
+``torch.onnx`` export, float32). ``masked`` is eager on the model as the pruner left it. A ratio says how many times as long the other
+takes. Writes the machine, the versions, the build times and every ratio, slow rows included.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +35,14 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, tuple]]] = {
     "resnet18": lambda: (models.resnet18(), (torch.randn(1, 3, 224, 224),)),
     "resnet50": lambda: (models.resnet50(), (torch.randn(1, 3, 224, 224),)),
     "mobilenet_v2": lambda: (models.MobileNetV2(), (torch.randn(1, 3, 224, 224),)),
+    "efficientnet_b0": lambda: torchvision_model("efficientnet_b0"),
     "vit_tiny": lambda: (models.ViT(), (torch.randn(1, 3, 224, 224),)),
+    "vit_small": lambda: (models.ViT(dim=384, heads=6), (torch.randn(1, 3, 224, 224),)),
+    "bert_layer": lambda: (models.BertEncoder(vocabulary=1000, depth=1), (torch.randint(0, 1000, (1, 128)),)),
+    "minilm": lambda: (
+        models.BertEncoder(dim=384, depth=6, heads=12, hidden=1536),
+        (torch.randint(0, 1000, (1, 128)),),
+    ),
     "bert_4_layers": lambda: (models.BertEncoder(depth=4), (torch.randint(0, 1000, (1, 128)),)),
     "llama_prefill": lambda: (models.Llama(dim=512, hidden=1376), (torch.randint(0, 1000, (1, 128)),)),
     "unet": lambda: (models.UNet(), (torch.randn(1, 3, 128, 128),)),
@@ -43,7 +52,11 @@ HIDDEN = {
     "resnet18": ("conv1",),
     "resnet50": ("conv1", "conv2"),
     "mobilenet_v2": (".0.0",),
+    "efficientnet_b0": (".block.0.0",),
     "vit_tiny": ("mlp.0",),
+    "vit_small": ("mlp.0",),
+    "bert_layer": ("up",),
+    "minilm": ("up",),
     "bert_4_layers": ("up",),
     "llama_prefill": ("gate_proj", "up_proj"),
     "unet": ("down", "merge"),
@@ -70,23 +83,80 @@ def prepare(name: str, amount: float) -> tuple[nn.Module, tuple]:
     return model.eval(), args
 
 
-def measure(name: str, amount: float, inductor: bool, rounds: int) -> dict[str, Any]:
+def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "zoo"))
+    from architectures import build
+
+    return build("torchvision", name)[0], (torch.randn(1, 3, 224, 224),)
+
+
+def inductor(model: nn.Module, args: tuple, folder: Path) -> Callable:
+    torch._dynamo.reset()
+    inductor_config.force_disable_caches = True  # a build is a build: what an earlier run left does not count
+    compiled = torch.compile(model)
+    compiled(*args)
+    return partial(compiled, *args)
+
+
+def exported(model: nn.Module, args: tuple, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    if not path.exists():
+        torch.onnx.export(model, args, path, dynamo=True, verbose=False)
+    return path
+
+
+def onnxruntime(model: nn.Module, args: tuple, folder: Path) -> Callable:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(str(exported(model, args, folder)), options, providers=["CPUExecutionProvider"])
+    feed = {i.name: a.numpy() for i, a in zip(session.get_inputs(), args)}
+    return lambda: [torch.from_numpy(o) for o in session.run(None, feed)]
+
+
+def openvino(model: nn.Module, args: tuple, folder: Path) -> Callable:
+    import openvino as ov
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = ov.Core().compile_model(str(exported(model, args, folder)), "CPU", settings).create_infer_request()
+    feed = [a.numpy() for a in args]
+    return lambda: [torch.from_numpy(v) for v in request.infer(feed).values()]
+
+
+AGAINST: dict[str, Callable[[nn.Module, tuple, Path], Callable]] = {
+    "eager": lambda model, args, folder: partial(model, *args),
+    "torch.compile": inductor,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+}
+
+
+def measure(name: str, amount: float, against: list[str], rounds: int) -> dict[str, Any]:
     model, args = prepare(name, amount)
     start = time.perf_counter()
     compiled = thresher.compile(model, args, target="cpu", validate="off")
     build = {"thresher": time.perf_counter() - start}
-    contenders: dict[str, Callable] = {"thresher": compiled, "eager": model}
-    with torch.no_grad():
-        if inductor:
-            torch._dynamo.reset()
-            inductor_config.force_disable_caches = True  # a build is a build: what an earlier run left does not count
+    contenders: dict[str, Callable] = {"thresher": partial(compiled, *args)}
+    if amount:
+        contenders["masked"] = partial(model, *args)
+    small = thresher.rewrite(model, args, verify="off").eval().requires_grad_(False)
+    failed = {}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for other in against:
             start = time.perf_counter()
-            contenders["torch.compile"] = torch.compile(model)
-            contenders["torch.compile"](*args)
-            build["torch.compile"] = time.perf_counter() - start
+            try:
+                contenders[other] = AGAINST[other](small, args, Path(folder))
+            except Exception as error:
+                failed[other] = f"{type(error).__name__}: {str(error)[:200]}"
+            build[other] = time.perf_counter() - start
         leaves = torch.utils._pytree.tree_leaves
         error = compare(leaves(model(*args)), leaves(compiled(*args))).relative
-        timings = interleaved({key: partial(f, *args) for key, f in contenders.items()}, rounds=rounds)
+        timings = interleaved(contenders, rounds=rounds)
     report = compiled.report
     return {
         "model": name,
@@ -94,6 +164,7 @@ def measure(name: str, amount: float, inductor: bool, rounds: int) -> dict[str, 
         "parameters": [report.before.parameters, report.after.parameters],
         "flops": [report.before.flops, report.after.flops],
         "error": error,
+        "failed": failed,
         "build_seconds": {k: round(v, 2) for k, v in build.items()},
         "milliseconds": {k: [round(t.low, 3), round(t.median, 3), round(t.high, 3)] for k, t in timings.items()},
         "ratio": {k: round(t.median / timings["thresher"].median, 3) for k, t in timings.items() if k != "thresher"},
@@ -103,7 +174,7 @@ def measure(name: str, amount: float, inductor: bool, rounds: int) -> dict[str, 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows so far: a run that is stopped keeps what it measured."""
     machine = {"llvm": cpu_name(), "threads": torch.get_num_threads()}
-    versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm")}
+    versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm", "onnxruntime", "openvino")}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
 
@@ -112,19 +183,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--amounts", type=float, nargs="*", default=[0.0, 0.5])
-    parser.add_argument(
-        "--inductor",
-        nargs="*",
-        default=list(ZOO),
-        help="the models that torch.compile runs, too (it builds for a minute)",
-    )
+    parser.add_argument("--against", nargs="*", default=list(AGAINST), choices=list(AGAINST))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     options = parser.parse_args()
     rows = []
     for name in options.names:
         for amount in options.amounts:
-            row = measure(name, amount, name in options.inductor, options.rounds)
+            row = measure(name, amount, options.against, options.rounds)
             rows.append(row)
             write(options.output, rows)
             ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())

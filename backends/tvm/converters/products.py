@@ -56,7 +56,7 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
     """a [.., M, K] @ b [.., K, N], batch dimensions broadcast; a right side that is a transposition is packed from before it."""
     a, b = node.args[:2]
     shapes = [sizes(n) for n in (a, b)]
-    if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.LEAST or batched.LEAST > shapes[1][-1]:
+    if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.LEAST or shapes[1][-1] < batched.LEAST:
         return matmul(importer, node)
     *lead, m, n = sizes(node)
     source, swapped = _before_transposition(b)

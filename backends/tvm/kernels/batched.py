@@ -49,14 +49,14 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     """Row tiles of all products over the threads; a tile's sums stay in registers, what follows is computed on it."""
     packed, sums = sch.get_sblock(PACKED), sch.get_sblock(SUMS)
     epilogue = inline_epilogue(sch, sums, keep=frozenset((PACKED,)))
-    *lead, full_m, _ = (int(d) for d in sch.get(sums).writes[0].source.shape)
+    rank = len(sch.get(sums).writes[0].source.shape)
     k, nr = (int(d) for d in sch.get(packed).writes[0].source.shape[-2:])
     _by_rows(sch, epilogue)
     _, m, n = (int(sch.get(loop).extent) for loop in sch.get_loops(epilogue))
     tile = choose_tile(m, n, k, machine)
     assert tile.columns == nr, "the tile is chosen by the same rule when packing and when scheduling"
     first, *_ = sch.get_loops(packed)
-    blocks = sch.get_loops(packed)[: len(lead) + 1]
+    blocks = sch.get_loops(packed)[: rank - 1]
     sch.parallel(sch.fuse(*blocks) if len(blocks) > 1 else first)
     b, i, j = sch.get_loops(epilogue)
     i, row = sch.split(i, [None, tile.rows])

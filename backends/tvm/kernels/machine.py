@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,22 @@ def features(cpu: str) -> frozenset[str]:
 
 
 def machine_of(cpu: str, threads: int | None = None) -> Machine:
-    """The registers of an LLVM CPU name; ``threads`` defaults to what this process may use."""
+    """The registers of an LLVM CPU name, with the cache of this machine if it is this machine's; ``threads`` defaults to what this
+    process may use."""
     threads = threads or int(os.environ.get("TVM_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    cache = (cache_size() if cpu == cpu_name() else None) or Machine.cache
     if "avx512f" in features(cpu):
-        return Machine(16, 32, threads)
+        return Machine(16, 32, threads, cache)
     if "neon" in features(cpu):
-        return Machine(4, 32, threads)
-    return Machine(8, 16, threads)
+        return Machine(4, 32, threads, cache)
+    return Machine(8, 16, threads, cache)
+
+
+@functools.cache
+def cache_size() -> int | None:
+    """Bytes of L2 per core, where the system tells (Linux); None elsewhere."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return None
