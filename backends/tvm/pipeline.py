@@ -11,7 +11,7 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from thresher.backends.tvm.kernels import attention, batched, depthwise, gemm, generic, rows
+from thresher.backends.tvm.kernels import attention, batched, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
@@ -19,6 +19,7 @@ FUSABLE = {
     gemm.BLOCK,
     depthwise.BLOCK,
     batched.SUMS,
+    winograd.OUT,
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
 INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
@@ -86,6 +87,10 @@ def family(blocks: set[str]) -> Any:
         return depthwise.schedule
     if batched.SUMS in blocks:
         return batched.schedule
+    if winograd.OUT in blocks:
+        return winograd.schedule_output
+    if winograd.INPUT in blocks:
+        return winograd.schedule_input
     if any(b.startswith(attention.PREFIX) for b in blocks):
         return attention.schedule
     if any(b.startswith(rows.PREFIX) for b in blocks):

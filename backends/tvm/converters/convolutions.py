@@ -26,7 +26,7 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import depthwise, gemm
+from thresher.backends.tvm.kernels import batched, depthwise, gemm, winograd
 from thresher.program import shape_of
 
 
@@ -42,6 +42,9 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     """Channels-last convolution: depthwise by its own kernel, else as a packed product per group."""
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
+    if groups == 1 and (tiling := _winograd(importer, array, out, stride, dilation)):
+        value = _conv_winograd(importer, importer.value(x), array, weight, padding, tiling)
+        return add_bias(importer, value, bias)
     image = _padded(importer, importer.value(x), padding)
     if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
         w = importer.weight(np.ascontiguousarray(array[:, 0].transpose(1, 2, 0)), (weight, "depthwise"))
@@ -59,6 +62,38 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
         )
     value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
     return add_bias(importer, value, bias)
+
+
+def _winograd(
+    importer: Importer, array: np.ndarray, out: Sequence[int], stride: Any, dilation: Any
+) -> winograd.Tiling | None:
+    """The tiles of a 3x3 convolution that is estimated to be faster by Winograd's filtering; None for others."""
+    if list(array.shape[2:]) != [3, 3] or list(stride) != [1, 1] or list(dilation) != [1, 1]:
+        return None
+    m = winograd.choose(lambda m: winograd.Tiling(m, *out), array.shape[1], array.shape[0], importer.cpu)
+    return winograd.Tiling(m, *out) if m else None
+
+
+def _conv_winograd(
+    importer: Importer, x: Any, array: np.ndarray, weight: fx.Node, padding: list[int], tiling: winograd.Tiling
+) -> Any:
+    outputs, channels = array.shape[:2]
+    need = [tiling.m * grid + 2 for grid in tiling.grid]
+    after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
+    image = x
+    if any((*padding, *after)):
+        image = importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *after, 0), 0), x)
+    tile = gemm.choose_tile(tiling.count, outputs, channels, importer.cpu)
+    filters = winograd.transform_filters(array, tiling.m)
+    packed = np.stack([gemm.pack(np.ascontiguousarray(f.T), tile) for f in filters])
+    w = importer.weight(packed, (weight, tile, tiling.m))
+    spread = importer.emit_te("winograd_in", lambda t: winograd.transform_input(t, tiling), image)
+
+    def multiply(t: te.Tensor, w: te.Tensor) -> te.Tensor:
+        return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, outputs, tile)
+
+    products = importer.emit_te("winograd_multiply", multiply, spread, w)
+    return importer.emit_te("winograd_out", lambda t: winograd.transform_output(t, tiling), products)
 
 
 def _conv_group(

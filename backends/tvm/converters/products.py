@@ -69,7 +69,9 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
             last = (i[-1], i[-2]) if swapped else i[-2:]
             return y[(*_broadcast(i[:-2], shapes[1]), *last)]
 
-        return batched.product(lead, m, n, shapes[0][-1], left, right, importer.cpu)
+        tile = gemm.choose_tile(m, n, shapes[0][-1], importer.cpu)
+        packed = batched.pack(right, lead, n, shapes[0][-1], tile.columns)
+        return batched.product(left, packed, m, n, tile)
 
     return importer.emit_te("matmul", compute, importer.value(a), importer.value(source))
 

@@ -1,18 +1,19 @@
-"""Products of two computed values, a batch of them:  C[b, m, n] = sum_k A[b, m, k] B[b, k, n].
+"""A batch of products:  C[b, m, n] = sum_k A[b, m, k] B[b, k, n], where B is computed, or constant (Winograd's filters).
 
-As for a constant right side (``gemm``), but the packing ``[N/NR][K][NR]`` of B happens at run time, before the product; it costs one pass
-over B for M passes of arithmetic.
+As for one constant right side (``gemm``), B is read as ``[N/NR][K][NR]``. A computed B is packed so at run time, before the product; it
+costs one pass over B for M passes of arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
-from thresher.backends.tvm.kernels.gemm import Tile, choose_tile, inline_epilogue
+from thresher.backends.tvm.kernels.gemm import Tile, choose_tile, inline_epilogue, shares
 from thresher.backends.tvm.kernels.machine import Machine
 
 PREFIX = "batched_"
@@ -20,24 +21,27 @@ PACKED, SUMS = f"{PREFIX}packed", f"{PREFIX}sums"
 LEAST = 4  # rows: with fewer, packing costs as much as the product
 
 
-def product(
-    lead: Sequence[int], m: int, n: int, k: int, left: Callable[..., Any], right: Callable[..., Any], machine: Machine
-) -> te.Tensor:
-    """``left(*batch, m, k)`` times ``right(*batch, k, n)``, for the batch shape ``lead`` -> ``[*lead, m, n]``."""
-    tile = choose_tile(m, n, k, machine)
-    nr = tile.columns
-    full_m, full_n = -(-m // tile.rows) * tile.rows, -(-n // nr) * nr
-    packed = te.compute(
-        (*lead, full_n // nr, k, nr),
-        lambda *i: right(*i[:-3], i[-2], te.min(i[-3] * nr + i[-1], n - 1) if full_n != n else i[-3] * nr + i[-1]),
-        name=PACKED,
-    )
+def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns: int) -> te.Tensor:
+    """``right(*batch, k, n)`` as [*lead, N/NR, K, NR], computed at run time."""
+    blocks = -(-n // columns)
+
+    def element(*i: Any) -> Any:
+        column = i[-3] * columns + i[-1]
+        return right(*i[:-3], i[-2], te.min(column, n - 1) if blocks * columns != n else column)
+
+    return te.compute((*lead, blocks, k, columns), element, name=PACKED)
+
+
+def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, tile: Tile) -> te.Tensor:
+    """``left(*batch, m, k)`` times ``packed`` [*batch, N/NR, K, NR] -> ``[*batch, m, n]``."""
+    *lead, blocks, k, columns = (int(d) for d in packed.shape)
+    full_m = -(-m // tile.rows) * tile.rows
     over = te.reduce_axis((0, k), name="k")
     sums = te.compute(
-        (*lead, full_m, full_n),
+        (*lead, full_m, blocks * columns),
         lambda *i: te.sum(
             left(*i[:-2], te.min(i[-2], m - 1) if full_m != m else i[-2], over)
-            * packed[(*i[:-2], i[-1] // nr, over, i[-1] % nr)],
+            * packed[(*i[:-2], i[-1] // columns, over, i[-1] % columns)],
             axis=over,
         ),
         name=SUMS,
@@ -46,29 +50,37 @@ def product(
 
 
 def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
-    """Row tiles of all products over the threads; a tile's sums stay in registers, what follows is computed on it."""
-    packed, sums = sch.get_sblock(PACKED), sch.get_sblock(SUMS)
+    """Runs of row tiles of all products over the threads; a tile's sums stay in registers, what follows is computed on it."""
+    sums = sch.get_sblock(SUMS)
+    names = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root"))}
     epilogue = inline_epilogue(sch, sums, keep=frozenset((PACKED,)))
-    rank = len(sch.get(sums).writes[0].source.shape)
-    k, nr = (int(d) for d in sch.get(packed).writes[0].source.shape[-2:])
+    *batch, _, _ = (int(d) for d in sch.get(sums).writes[0].source.shape)
+    k, nr = (int(d) for d in sch.get(sums).reads[1].source.shape[-2:])
+    if PACKED in names:
+        blocks = sch.get_loops(sch.get_sblock(PACKED))[: len(batch) + 1]
+        sch.parallel(sch.fuse(*blocks) if len(blocks) > 1 else blocks[0])
     _by_rows(sch, epilogue)
-    _, m, n = (int(sch.get(loop).extent) for loop in sch.get_loops(epilogue))
+    b, i, j = sch.get_loops(epilogue)
+    m, n = (int(sch.get(loop).extent) for loop in (i, j))
     tile = choose_tile(m, n, k, machine)
     assert tile.columns == nr, "the tile is chosen by the same rule when packing and when scheduling"
-    first, *_ = sch.get_loops(packed)
-    blocks = sch.get_loops(packed)[: rank - 1]
-    sch.parallel(sch.fuse(*blocks) if len(blocks) > 1 else first)
-    b, i, j = sch.get_loops(epilogue)
-    i, row = sch.split(i, [None, tile.rows])
+    run = _run(-(-m // tile.rows), math.prod(batch), tile, k, machine)
+    i, middle, row = sch.split(i, [None, run, tile.rows])
     j, column = sch.split(j, [None, nr])
-    sch.reorder(b, i, j, row, column)
-    task = sch.fuse(b, i)
-    sch.parallel(task)
-    sch.compute_at(sums, j, preserve_unit_loops=True)
+    sch.reorder(b, i, j, middle, row, column)
+    sch.parallel(sch.fuse(b, i))
+    sch.compute_at(sums, middle, preserve_unit_loops=True)
     _registers(sch, sums, tile)
     if n % tile.lanes == 0:
         _, lane = sch.split(column, [None, tile.lanes])
         sch.vectorize(lane)
+
+
+def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: Machine) -> int:
+    """Row tiles that one task takes, for which it reads a panel of B once: as many as fit the cache and leave work for all threads."""
+    fit = max(1, machine.cache // 2 // (tile.rows * depth * 4))
+    wanted = -(-4 * machine.threads // batch)  # tasks per product
+    return max(c for c in shares(row_tiles) if c == 1 or (c <= fit and -(-row_tiles // c) >= min(wanted, row_tiles)))
 
 
 def _by_rows(sch: s_tir.Schedule, block: Any) -> None:

@@ -1,0 +1,74 @@
+"""Winograd convolutions: every size, border and epilogue, and an error that stays where float32 can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thresher
+from thresher.backends.tvm.kernels import winograd
+from thresher.backends.tvm.kernels.machine import Machine
+
+
+class Net(nn.Module):
+    """A residual sum, an activation and a bias behind the convolution."""
+
+    def __init__(self, inputs: int, outputs: int, padding: int, residual: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.residual = nn.Conv2d(inputs, outputs, 3, padding=padding), residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return F.relu(y + x if self.residual else y)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "inputs", "outputs", "padding", "residual"),
+    [
+        (1, 8, 8, 16, 16, 1, True),
+        (2, 7, 9, 16, 32, 1, False),
+        (1, 6, 11, 32, 48, 0, False),
+        (3, 5, 3, 16, 16, 2, False),
+    ],
+)
+def test_equal_to_eager(m: int, batch: int, height: int, width: int, inputs: int, outputs: int, padding: int, residual: bool, monkeypatch):  # fmt: skip
+    monkeypatch.setattr(winograd, "choose", lambda *_: m)
+    model, x = Net(inputs, outputs, padding, residual).eval(), torch.randn(batch, inputs, height, width)
+    compiled = thresher.compile(model, (x,), target="cpu")
+    expected = model.double()(x.double())
+    error = (compiled(x) - expected).abs().max() / expected.abs().max()
+    assert float(error) < (2e-6 if m == 2 else 2e-5)
+    assert compiled.lowered.weights[0].shape[0] == (m + 2) ** 2
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_the_transforms_are_a_convolution(m: int) -> None:
+    """A^T [(G g G^T) * (B^T d B)] A, exactly, on small integers."""
+    before, _, after = winograd.TRANSFORMS[m]
+    generator = np.random.default_rng(0)
+    d, g = (
+        generator.integers(-5, 5, (m + 2, m + 2)).astype(float),
+        generator.integers(-5, 5, (1, 1, 3, 3)).astype(float),
+    )
+    filters = winograd.transform_filters(g, m).reshape(m + 2, m + 2)
+    found = after @ (filters * (before @ d @ before.T)) @ after.T
+    expected = F.conv2d(torch.from_numpy(d)[None, None], torch.from_numpy(g))[0, 0].numpy()
+    assert np.allclose(found, expected, atol=1e-12)
+
+
+def test_chosen_where_it_saves() -> None:
+    """Wide layers on large images; not where filters outweigh the image, nor for widths that registers do not divide."""
+    machine = Machine(8, 16, 2, 1 << 19)
+
+    def chosen(size: int, inputs: int, outputs: int) -> int:
+        return winograd.choose(lambda m: winograd.Tiling(m, 1, size, size), inputs, outputs, machine)
+
+    assert chosen(56, 64, 64) == 4
+    assert chosen(7, 512, 512) == 2
+    assert chosen(2, 512, 512) == 0
+    assert chosen(56, 60, 64) == 0
