@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from thresher.errors import PassError
 from thresher.pass_manager import Pass, make_pass
@@ -22,7 +23,7 @@ def variants(passes: Sequence[str | Pass]) -> dict[str, list[Pass]]:
     if not any(isinstance(p, FoldChannels) for p in chain):
         raise PassError("widths='measured' needs the pass fold-channels in the pipeline")
 
-    def folding(**options: float) -> list[Pass]:
+    def folding(**options: Any) -> list[Pass]:
         return [dataclasses.replace(p, **options) if isinstance(p, FoldChannels) else p for p in chain]
 
     return {

@@ -209,17 +209,21 @@ class ChannelAnalysis:
 
     def _find_live(self, node: fx.Node) -> None:
         """The dimensions of a value: which indices cannot go, whatever the ties allow."""
-        shape = shape_of(node)
+        shape, computed = shape_of(node), node.op == "call_function" and node in self.read
+        wanted = torch.zeros([1] * len(shape), dtype=torch.bool)  # a constant has nothing to say for itself
+        if computed:
+            wanted = self.read[node] & ~self.facts[node].mask if node in self.facts else self.read[node]
+        some = bool(wanted.any())
         for dim, size in enumerate(sizes(node)):
-            if node.op == "placeholder" or isinstance(shape[dim], torch.SymInt):
-                live = torch.ones(size, dtype=torch.bool)
-            elif node.op != "call_function" or node not in self.read:  # a constant has nothing to say for itself
-                live = torch.zeros(size, dtype=torch.bool)
+            if node.op == "placeholder" or isinstance(shape[dim], torch.SymInt) or (some and wanted.shape[dim] == 1):
+                live, whole = torch.ones(size, dtype=torch.bool), True
+            elif not some:
+                live, whole = torch.zeros(size, dtype=torch.bool), size == 0
             else:
-                wanted = self.read[node] & ~self.facts[node].mask if node in self.facts else self.read[node]
                 live = slices(wanted, dim, size, every=False)
+                whole = bool(live.all())
             self.live[(node, dim)] = live
-            if bool(live.all()):
+            if whole:
                 self.whole.add((node, dim))
 
     def _ask(self, node: fx.Node) -> None:

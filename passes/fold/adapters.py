@@ -33,24 +33,17 @@ NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # t
 
 
 Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
-Named = tuple[str, str, int, tuple[int, ...], tuple[int, ...]]
 
 
-def _named(edge: Edge) -> Named:
-    """The edge in this and every copy of its program in which neither end has another shape."""
-    source, user, dim = edge
-    return source.name, user.name, dim, sizes(source), sizes(user) if is_tensor(user) else ()
-
-
-def insert(analysis: ChannelAnalysis, tried: set[Named]) -> tuple[ChannelAnalysis, list[fx.Node]]:
-    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads, but for those that
-    were ``tried`` before. They are added to it.
+def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
+    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads.
 
     Behind one holder there may be another: until nothing new is found.
     """
+    done: set[Edge] = set()
     markers: list[fx.Node] = []
-    while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if _named(e) not in tried]:
-        tried.update(_named(e) for e in edges)
+    while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if e not in done]:
+        done.update(edges)
         analysis, made = analysis.with_adapters(edges)
         markers += made
     return analysis, markers

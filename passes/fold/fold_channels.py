@@ -62,9 +62,8 @@ class FoldChannels(Pass):
             result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
             return result
         proof: list[Step] = []
-        tried: set[adapters.Named] = set()
         for _ in range(ROUNDS):
-            step = self.fold_once(result.program, context, tried)
+            step = self.fold_once(result.program, context)
             result.refusals = result.refusals or step.refusals  # of the program as it was given
             if not step.rewrites:
                 break
@@ -76,13 +75,13 @@ class FoldChannels(Pass):
             result.program.notes["certificate"] = Certificate(proof)
         return result
 
-    def fold_once(self, program: Program, context: Context, tried: set[adapters.Named]) -> _Round:
+    def fold_once(self, program: Program, context: Context) -> _Round:
         work = program.clone()
         facts, constants, claims = _replace_known_values(work)
         analysis, machine = ChannelAnalysis.of(work, facts), machine_of(context.target)
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
-            analysis, markers = adapters.insert(analysis, tried)
+            analysis, markers = adapters.insert(analysis)
             analysis = adapters.choose(analysis, markers, machine, self.gain)
         refusals = _refusals(analysis)
         outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
@@ -90,13 +89,11 @@ class FoldChannels(Pass):
         rewrites = constants + _describe(analysis)
         if not rewrites:
             return _Round(program, [], refusals, [], False)
-        again = any(not analysis.full(m, m.args[1]) for m in markers)
+        adapted = any(not analysis.full(m, m.args[1]) for m in markers)
         plan = _Plan(work, analysis)
         plan.carry_out()
         zeros = any(_without_zero_addend(work, node) for node in work.calls(aten.add.Tensor))
-        if analysis.vanished or plan.restructured or zeros:
-            again = True
-            tried.clear()  # what did not pay may now
+        again = analysis.vanished or plan.restructured or adapted or zeros
         return _Round(work, rewrites, refusals, [claims.step(program, analysis, plan.stands_for)], again)
 
 

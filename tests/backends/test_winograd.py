@@ -36,7 +36,9 @@ class Net(nn.Module):
         (3, 5, 3, 16, 16, 2, False),
     ],
 )
-def test_equal_to_eager(m: int, batch: int, height: int, width: int, inputs: int, outputs: int, padding: int, residual: bool, monkeypatch):  # fmt: skip
+def test_equal_to_eager(
+    m: int, batch: int, height: int, width: int, inputs: int, outputs: int, padding: int, residual: bool, monkeypatch
+) -> None:
     monkeypatch.setattr(winograd, "choose", lambda *_: m)
     model, x = Net(inputs, outputs, padding, residual).eval(), torch.randn(batch, inputs, height, width)
     compiled = thresher.compile(model, (x,), target="cpu")

@@ -38,19 +38,19 @@ class Tile:
 
 
 def choose_tile(m: int, n: int, k: int, machine: Machine) -> Tile:
-    """The tile with the least estimated time, from what was measured (AVX2: 12 sums; AVX-512: 14 to 20 sums, two vectors wide).
+    """The tile with the least estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14 to 20 sums,
+    two vectors wide).
 
-    Padding rows and columns is paid for; few sums leave the multiply-add unit waiting; four vectors pay only while the panel of
-    packed weights that a task streams (k x columns) stays in the L2 cache; one vector is bound by its loads.
+    Padding rows and columns is paid for; few sums leave the multiply-add unit waiting; sums, a row of the weight and an element of A
+    that do not fit the registers together spill; four vectors pay only while the panel of packed weights that a task streams
+    (k x columns) stays in the L2 cache; one vector is bound by its loads.
     """
+    streams = min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2
+    widths = {1: 0.82, 2: 1.0, 3: 0.99} if machine.registers == 16 else {1: 0.82, 2: 1.0, 4: 1.0 if streams else 0.8}
     best, best_cost = Tile(1, 1, machine.lanes), math.inf
-    for vectors, bound in (
-        (1, 0.82),
-        (2, 1.0),
-        (4, 1.0 if min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2 else 0.8),
-    ):
+    for vectors, bound in widths.items():
         for rows in range(1, min(m, 12) + 1):
-            if rows * vectors > machine.accumulators:
+            if rows * vectors > machine.accumulators or (rows + 1) * vectors + 1 > machine.registers:
                 continue
             busy = min(1.0, rows * vectors / 12) * bound * (0.96 if rows > 10 else 1.0)
             cost = -(-m // rows) * rows * -(-n // (vectors * machine.lanes)) * vectors / busy
