@@ -13,7 +13,12 @@ from thresher.program import Program
 
 
 class Lowered(ABC):
-    """A program in the form a backend runs."""
+    """A program in the form a backend runs.
+
+    ``memory``: bytes that it takes, by what for (``weights``, ``activations``), as far as the backend knows.
+    """
+
+    memory: dict[str, int]
 
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:

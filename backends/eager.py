@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from thresher.analysis.cost import constant_bytes
 from thresher.backends.base import Backend, Lowered
 from thresher.errors import BackendError
 from thresher.program import Program
@@ -13,7 +14,7 @@ from thresher.program import Program
 
 class EagerLowered(Lowered):
     def __init__(self, program: Program):
-        self.program = program
+        self.program, self.memory = program, {"weights": constant_bytes(program)}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.program.run(*inputs)

@@ -20,6 +20,7 @@ from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.errors import InputError, ThresherError, ValidationError
 from thresher.masks import Masks, apply_masks
+from thresher.memory import peak_bytes
 from thresher.pass_manager import Context, Pass, PassManager
 from thresher.passes import pipelines
 from thresher.program import Program, SmallModule
@@ -247,6 +248,7 @@ class _Build:
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.records, self.checks, self.seconds, widths=self.widths,
+            memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe

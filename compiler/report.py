@@ -46,6 +46,9 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)  # build time per stage
     latency: dict[str, float] = field(default_factory=dict)  # milliseconds, where a benchmark was run
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
+    #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
+    #: these take ``one operator at a time``, each freed after its last use.
+    memory: dict[str, int] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ JSON
 
@@ -123,6 +126,9 @@ class Report:
                 "ok" if check.passed else f"FAILED {check.detail}",
             )
         console.print(checks)
+        if self.memory:
+            parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
+            console.print(f"memory: {parts}")
         for title, times in (("", self.latency), ("widths measured: ", self.widths)):
             if times:
                 console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))
@@ -135,6 +141,7 @@ class Report:
             f"<h1>Thresher: {html.escape(self.model)}</h1>",
             f"<p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
             _html_sizes(self),
+            _html_table("Memory", ("what", "MB"), [(name, f"{v / 1e6:.2f}") for name, v in self.memory.items()]),
             _html_times("Latency (medians, interleaved)", self.latency),
             _html_times("Widths measured (medians, interleaved)", self.widths),
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),

@@ -103,6 +103,21 @@ def test_measured_widths_by_the_real_clock() -> None:
         thresher.compile(half_dead(), (X,), target="cpu", passes="canonicalize", widths="measured")
 
 
+def test_memory_is_reported(tmp_path) -> None:
+    """Weights as packed, planned buffers, and what the operators would take one after the other; the artifact tells the same."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)).eval()
+    x = torch.randn(16, 64)
+    compiled = thresher.compile(model, (x,), target="cpu")
+    memory = compiled.report.memory
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert weights <= memory["weights"] <= 1.5 * weights
+    assert memory["one operator at a time"] == 4 * 16 * 128 * 2  # a value and the one it is made from
+    assert 4 * 16 * 128 <= memory["activations"] <= 4 * 16 * 128 * 2
+    loaded = thresher.load(compiled.save(tmp_path / "m.thresher") or tmp_path / "m.thresher")
+    assert loaded.lowered.memory == compiled.lowered.memory
+    assert "one operator at a time" in str(compiled.report)
+
+
 def test_pipelines_and_passes_mix() -> None:
     compiled = thresher.compile(mlp(), (X,), target="cpu", passes=["canonicalize", "fold-channels"])
     assert [r.name for r in compiled.report.passes][-1] == "fold-channels"

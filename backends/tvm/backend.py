@@ -22,9 +22,20 @@ from thresher.program import Program
 class TVMLowered(Lowered):
     """Compiled code and its weights."""
 
-    def __init__(self, executable: Any, weights: list[np.ndarray], device: str, cpu: str, library: Any = None):
+    def __init__(
+        self,
+        executable: Any,
+        weights: list[np.ndarray],
+        device: str,
+        cpu: str,
+        activations: int | None,
+        library: Any = None,
+    ):
         self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
         self._library = library
+        self.memory = {"weights": sum(w.nbytes for w in weights)}
+        if activations is not None:
+            self.memory["activations"] = activations
         self._module: TVMModule | None = None
 
     @property
@@ -51,6 +62,7 @@ class TVMLowered(Lowered):
         return {
             "device": self.device,
             "cpu": self.cpu,
+            "activations": self.memory.get("activations"),
             "weight_dtypes": write_weights(directory / WEIGHTS, self.weights),
         }
 
@@ -64,8 +76,8 @@ class TVMBackend(Backend):
         progress("importing into TVM")
         module, weights = Importer(program, machine).run()
         progress("generating code")
-        executable = build(module, where, machine)
-        return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu)
+        executable, activations = build(module, where, machine)
+        return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
         if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
@@ -74,7 +86,7 @@ class TVMBackend(Backend):
             )
         library = tvm.runtime.load_module(str(directory / LIBRARY))
         weights = read_weights(directory / WEIGHTS, manifest["weight_dtypes"])
-        return TVMLowered(None, weights, manifest["device"], manifest["cpu"], library)
+        return TVMLowered(None, weights, manifest["device"], manifest["cpu"], manifest.get("activations"), library)
 
 
 def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]:

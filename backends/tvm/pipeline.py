@@ -22,6 +22,7 @@ FUSABLE = {
     winograd.OUT,
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
+STORAGE = "relax.memory.alloc_storage"
 INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
 
 
@@ -98,11 +99,32 @@ def family(blocks: set[str]) -> Any:
     return generic.schedule
 
 
-def build(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None) -> relax.VMExecutable:
-    """Compile for the CPU (``machine`` given) or for CUDA."""
+@tvm.transform.module_pass(opt_level=0, name="CountStorage")
+class CountStorage:
+    """Add up the buffers that the memory plan gives to intermediate values (they are shared by values that do not live together)."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
+        def count(expression: Any) -> None:
+            if isinstance(expression, relax.Call) and getattr(expression.op, "name", "") == STORAGE:
+                sizes = expression.args[0].values
+                self.bytes += int(sizes[0]) if hasattr(sizes[0], "value") else 0
+
+        for _, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                relax.analysis.post_order_visit(function, count)
+        return mod
+
+
+def build(
+    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None
+) -> tuple[relax.VMExecutable, int | None]:
+    """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values (None: unknown)."""
     if machine is None:
         with target, tvm.transform.PassContext(opt_level=3):
-            return tvm.compile(mod, target)
+            return tvm.compile(mod, target), None
     stock = relax.backend.cpu_generic.pipeline
     fuse = [
         *stock.library_dispatch_passes(target),
@@ -113,7 +135,9 @@ def build(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None)
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
     ]
-    finish = tvm.transform.Sequential([*stock.dataflow_lower_passes(target), *stock.finalize_passes(target)])
+    plan, *rest = stock.finalize_passes(target)
+    counted = CountStorage()
+    finish = tvm.transform.Sequential([*stock.dataflow_lower_passes(target), plan, counted, *rest])
     with target, tvm.transform.PassContext(opt_level=3):
         mod = schedule_kernels(tvm.transform.Sequential(fuse)(mod), machine)
-        return tvm.compile(mod, target, relax_pipeline=finish)
+        return tvm.compile(mod, target, relax_pipeline=finish), counted.bytes
