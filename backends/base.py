@@ -35,8 +35,17 @@ class Backend(ABC):
     name: ClassVar[str] = ""
 
     @abstractmethod
-    def lower(self, program: Program, target: str, progress: Callable[[str], None] = lambda message: None) -> Lowered:
-        """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower."""
+    def lower(
+        self,
+        program: Program,
+        target: str,
+        progress: Callable[[str], None] = lambda message: None,
+        strict_rounding: bool = False,
+    ) -> Lowered:
+        """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower.
+
+        ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's).
+        """
 
     @abstractmethod
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:

@@ -28,7 +28,13 @@ class EagerLowered(Lowered):
 class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
 
-    def lower(self, program: Program, target: str, progress: Callable[[str], None] = lambda message: None) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: str,
+        progress: Callable[[str], None] = lambda message: None,
+        strict_rounding: bool = False,
+    ) -> Lowered:
         return EagerLowered(program)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:

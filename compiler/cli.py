@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("rule", "measured"),
         help="measured: build folded to several widths and not folded, and keep what is fastest here",
     )
+    build.add_argument(
+        "--strict-rounding", action="store_true", help="sums as the operators define them: no Winograd convolutions"
+    )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
@@ -149,6 +152,7 @@ def _build(options: argparse.Namespace) -> int:
         validate=options.validate,
         certificate=bool(options.certificate),
         widths=options.widths,
+        strict_rounding=options.strict_rounding,
     )
     compiled.save(options.output)
     if options.html:

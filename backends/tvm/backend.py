@@ -70,11 +70,17 @@ class TVMLowered(Lowered):
 class TVMBackend(Backend):
     name: ClassVar[str] = "tvm"
 
-    def lower(self, program: Program, target: str, progress: Callable[[str], None] = lambda message: None) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: str,
+        progress: Callable[[str], None] = lambda message: None,
+        strict_rounding: bool = False,
+    ) -> Lowered:
         """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
         where, machine, cpu = resolve_target(target)
         progress("importing into TVM")
-        module, weights = Importer(program, machine).run()
+        module, weights = Importer(program, machine, strict_rounding).run()
         progress("generating code")
         executable, activations = build(module, where, machine)
         return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)

@@ -25,10 +25,11 @@ SMALL = 1  # constants of at most this many elements stay in the code
 
 
 class Importer:
-    """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules."""
+    """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
+    as in :meth:`Backend.lower`."""
 
-    def __init__(self, program: Program, machine: Machine | None):
-        self.program, self.machine = program, machine
+    def __init__(self, program: Program, machine: Machine | None, strict_rounding: bool = False):
+        self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
         self.stock = ExportedProgramImporter()
         self.builder = relax.BlockBuilder()
         self.stock.block_builder = self.builder

@@ -68,7 +68,12 @@ def _winograd(
     importer: Importer, array: np.ndarray, out: Sequence[int], stride: Any, dilation: Any
 ) -> winograd.Tiling | None:
     """The tiles of a 3x3 convolution that is estimated to be faster by Winograd's filtering; None for others."""
-    if list(array.shape[2:]) != [3, 3] or list(stride) != [1, 1] or list(dilation) != [1, 1]:
+    if (
+        importer.strict_rounding
+        or list(array.shape[2:]) != [3, 3]
+        or list(stride) != [1, 1]
+        or list(dilation) != [1, 1]
+    ):
         return None
     m = winograd.choose(lambda m: winograd.Tiling(m, *out), array.shape[1], array.shape[0], importer.cpu)
     return winograd.Tiling(m, *out) if m else None
