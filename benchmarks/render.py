@@ -19,7 +19,7 @@ def main() -> None:
         "",
         f"CPU `{machine['llvm']}`, {machine['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())}. Contenders "
         "take turns in one process; medians (quartiles). A ratio says how many times as long the other takes *on the same folded model*; "
-        "*masked eager* is eager on the model as torch.nn.utils.prune left it, with that fraction of the hidden channels masked. No tuning.",
+        "*masked eager* is eager on the model as torch.nn.utils.prune left it, with that fraction of hidden channels masked. No tuning.",
         "",
         f"| model | masked | parameters, M | GFLOP | Thresher, ms | {' | '.join('masked eager' if o == 'masked' else o for o in others)} "
         "| build, s | error |",

@@ -73,13 +73,22 @@ def prepare(name: str, amount: float) -> tuple[nn.Module, tuple]:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     if amount:
-        for path, module in model.named_modules():
+        modules = dict(model.named_modules())
+        for path, module in modules.items():
             if (
                 isinstance(module, (nn.Conv2d, nn.Linear))
                 and any(h in path for h in HIDDEN.get(name, ()))
                 and path != "conv1"
             ):
                 prune.random_structured(module, "weight", amount, dim=0)
+                dead = (module.weight == 0).flatten(1).all(1)
+                for beside in (f"{path[:-1]}1", f"{path[:-3]}1.1") if path.endswith(".0") else ():
+                    norm = modules.get(
+                        beside
+                    )  # of the layer, and of the depthwise one behind it: else the channel is not 0
+                    if isinstance(norm, nn.BatchNorm2d) and norm.num_features == len(dead):
+                        with torch.no_grad():
+                            norm.weight[dead] = norm.bias[dead] = 0
     return model.eval(), args
 
 
