@@ -8,6 +8,7 @@ Permutations stand only at the border of that region. Exact: an axis is renamed,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -136,6 +137,12 @@ def _image(value: Any) -> bool:
     return is_tensor(value) and len(shape_of(value)) in PLACE
 
 
+def _batched(node: fx.Node) -> bool:
+    """Whether a convolution or pool reads a batch: as many dimensions as its name says, and two more. It takes single images, too."""
+    found = re.search(r"(\d)d", str(node.target))
+    return found is not None and is_tensor(node.args[0]) and len(shape_of(node.args[0])) == int(found[1]) + 2
+
+
 def _sizes(value: Any, node: fx.Node, unit: int) -> list[int]:
     """A parameter per spatial dimension of the twin: one number stands for all; the height of a sequence gets ``unit``."""
     rank = len(shape_of(node))
@@ -147,7 +154,7 @@ def _sizes(value: Any, node: fx.Node, unit: int) -> list[int]:
 def _weights(layout: _Layout, node: fx.Node) -> torch.Tensor | None:
     """The constant weight of a convolution whose bias is constant, too."""
     bias = argument(node, 2, "bias")
-    if not _image(node.args[0]) or (bias is not None and layout.program.constant(bias) is None):
+    if not _batched(node) or (bias is not None and layout.program.constant(bias) is None):
         return None
     return layout.program.constant(node.args[1])
 
@@ -220,7 +227,7 @@ def _spread(layout: _Layout, node: fx.Node, value: fx.Node, weight: torch.Tensor
 
 
 def _max_pool(layout: _Layout, node: fx.Node) -> bool:
-    if not _image(node.args[0]):
+    if not _batched(node):
         return False
     kernel = _sizes(node.args[1], node, 1)
     stride = _sizes(argument(node, 2, "stride") or node.args[1], node, 1)
@@ -234,7 +241,7 @@ def _max_pool(layout: _Layout, node: fx.Node) -> bool:
 
 
 def _avg_pool(layout: _Layout, node: fx.Node) -> bool:
-    if not _image(node.args[0]):
+    if not _batched(node):
         return False
     kernel = _sizes(node.args[1], node, 1)
     stride = _sizes(argument(node, 2, "stride") or node.args[1], node, 1)
@@ -255,7 +262,7 @@ def _averaged(layout: _Layout, node: fx.Node, kernel: list[int], *rest: Any) -> 
 def _adaptive_pool(layout: _Layout, node: fx.Node) -> bool:
     """To one pixel: a mean. To a divisor of the size: a plain pool. Anything else stays."""
     x: fx.Node = node.args[0]
-    if not _image(x) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
+    if not _batched(node) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
         return False
     out, size = _sizes(node.args[1], node, 1), _sizes([int(d) for d in shape_of(x)[2:]], node, 1)
     if all(o == 1 for o in out):

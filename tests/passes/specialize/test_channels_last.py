@@ -28,3 +28,26 @@ def test_exact_and_at_the_border_only(name: str) -> None:
     assert not list(result.calls(torch.ops.aten.conv2d.default))
     if IMAGES[name] is not None:
         assert len(list(result.calls(torch.ops.aten.permute.default))) == IMAGES[name]
+
+
+class Single(torch.nn.Module):
+    """A batch through a convolution, then one image without a batch dimension through two pools and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.max_pool2d(self.a(x)[0], 2)
+        return torch.nn.functional.adaptive_avg_pool2d(self.b(y), 2)
+
+
+def test_single_images_stay_as_they_are() -> None:
+    """Three dimensions are a sequence to conv1d, and an image without a batch to conv2d: that one is left alone, the rest is not."""
+    program = capture(Single().eval(), (torch.randn(2, 3, 14, 14),))
+    manager = PassManager(pipelines.specialize_cpu, "each")
+    result = manager.run(program)
+    assert manager.records[-1].status == "changed" and manager.records[-1].error < 1e-9
+    assert len(list(result.calls(torch.ops.thresher.conv2d_nhwc.default))) == 1
+    assert len(list(result.calls(torch.ops.aten.conv2d.default))) == 1
