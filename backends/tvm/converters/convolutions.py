@@ -30,11 +30,11 @@ from thresher.backends.tvm.kernels import batched, depthwise, gemm, winograd
 from thresher.program import shape_of
 
 
-def _padded(importer: Importer, x: Any, padding: list[int]) -> Any:
+def _padded(importer: Importer, x: Any, before: list[int], after: list[int]) -> Any:
     """[B, *spatial, C] with zeros around the image."""
-    if not any(padding):
+    if not any((*before, *after)):
         return x
-    return importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *padding, 0), 0), x)
+    return importer.emit_te("pad", lambda t: pad(t, (0, *before, 0), (0, *after, 0), 0), x)
 
 
 @cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
@@ -45,7 +45,7 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     if groups == 1 and (tiling := _winograd(importer, array, out, stride, dilation)):
         value = _conv_winograd(importer, importer.value(x), array, weight, padding, tiling)
         return add_bias(importer, value, bias)
-    image = _padded(importer, importer.value(x), padding)
+    image = _padded(importer, importer.value(x), padding, padding)
     if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
         w = importer.weight(np.ascontiguousarray(array[:, 0].transpose(1, 2, 0)), (weight, "depthwise"))
 
@@ -85,9 +85,7 @@ def _conv_winograd(
     outputs, channels = array.shape[:2]
     need = [tiling.m * grid + 2 for grid in tiling.grid]
     after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
-    image = x
-    if any((*padding, *after)):
-        image = importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *after, 0), 0), x)
+    image = _padded(importer, x, padding, after)
     tile = gemm.choose_tile(tiling.count, outputs, channels, importer.cpu)
     filters = winograd.transform_filters(array, tiling.m)
     packed = np.stack([gemm.pack(np.ascontiguousarray(f.T), tile) for f in filters])

@@ -13,6 +13,7 @@ from typing import Any
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.kernels.gemm import register_product
 from thresher.backends.tvm.kernels.machine import Machine
 
 PREFIX = "attention_"
@@ -133,7 +134,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     tile = sch.fuse(b, h, i)
     sch.parallel(tile)
     sch.compute_at(own["mixed"], fo, preserve_unit_loops=True)
-    _register_product(sch, own["mixed"], machine)
+    register_product(sch, own["mixed"], machine.lanes)
     for name in ("inverse", "sum", "sum_parts", "weights", "top", "top_parts", "scores"):
         sch.compute_at(own[name], tile, preserve_unit_loops=True)
     sch.set_scope(own["inverse"], 0, "local")
@@ -148,25 +149,8 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     so, si = sch.split(s, [None, int(sch.get(own["keys"]).writes[0].source.shape[-1])])
     sch.reorder(so, row, si)
     sch.compute_at(own["products"], so, preserve_unit_loops=True)
-    _register_product(sch, own["products"], machine)
+    register_product(sch, own["products"], machine.lanes)
     _, lane = sch.split(si, [None, machine.lanes])
     sch.vectorize(lane)
     _, lane = sch.split(fi, [None, machine.lanes])
     sch.vectorize(lane)
-
-
-def _register_product(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
-    """ROWS x columns sums in registers, the reduction outside them."""
-    sch.set_scope(block, 0, "local")
-    *_, row, column, k = sch.get_loops(block)
-    vector, lane = sch.split(column, [None, machine.lanes])
-    size = int(sch.get(k).extent)
-    k, step = sch.split(k, [None, next(u for u in (4, 2, 1) if size % u == 0)])
-    sch.reorder(k, step, row, vector, lane)
-    sch.vectorize(lane)
-    for loop in (row, vector, step):
-        sch.unroll(loop)
-    *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(block, k))
-    sch.vectorize(lane)
-    sch.unroll(row)
-    sch.unroll(vector)

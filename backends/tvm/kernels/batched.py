@@ -13,7 +13,7 @@ from typing import Any
 from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
-from thresher.backends.tvm.kernels.gemm import Tile, choose_tile, inline_epilogue, shares
+from thresher.backends.tvm.kernels.gemm import Tile, choose_tile, inline_epilogue, register_product, shares
 from thresher.backends.tvm.kernels.machine import Machine
 
 PREFIX = "batched_"
@@ -70,7 +70,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.reorder(b, i, j, middle, row, column)
     sch.parallel(sch.fuse(b, i))
     sch.compute_at(sums, middle, preserve_unit_loops=True)
-    _registers(sch, sums, tile)
+    register_product(sch, sums, tile.lanes)
     if n % tile.lanes == 0:
         _, lane = sch.split(column, [None, tile.lanes])
         sch.vectorize(lane)
@@ -95,19 +95,3 @@ def _by_rows(sch: s_tir.Schedule, block: Any) -> None:
 
     if len(extents) != 3:
         sch.transform_block_layout(block, IndexMap.from_func(index, ndim=len(extents), index_dtype="int64"))
-
-
-def _registers(sch: s_tir.Schedule, sums: Any, tile: Tile) -> None:
-    sch.set_scope(sums, 0, "local")
-    *_, row, column, k = sch.get_loops(sums)
-    vector, lane = sch.split(column, [None, tile.lanes])
-    size = int(sch.get(k).extent)
-    k, step = sch.split(k, [None, next(u for u in (4, 2, 1) if size % u == 0)])
-    sch.reorder(k, step, row, vector, lane)
-    sch.vectorize(lane)
-    for loop in (row, vector, step):
-        sch.unroll(loop)
-    *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(sums, k))
-    sch.vectorize(lane)
-    sch.unroll(row)
-    sch.unroll(vector)

@@ -211,6 +211,24 @@ def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, An
     sch.unroll(vector)
 
 
+def register_product(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
+    """The innermost loops (row, column, k) of a product as a tile of sums in registers, a few steps of k unrolled; for products that are
+    computed at the place where their tile is used."""
+    sch.set_scope(block, 0, "local")
+    *_, row, column, k = sch.get_loops(block)
+    vector, lane = sch.split(column, [None, lanes])
+    size = _extent(sch, k)
+    k, step = sch.split(k, [None, next(u for u in (4, 2, 1) if size % u == 0)])
+    sch.reorder(k, step, row, vector, lane)
+    sch.vectorize(lane)
+    for loop in (row, vector, step):
+        sch.unroll(loop)
+    *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(block, k))
+    sch.vectorize(lane)
+    sch.unroll(row)
+    sch.unroll(vector)
+
+
 def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 

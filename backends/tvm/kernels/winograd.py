@@ -9,7 +9,7 @@ in float64. (Lavin & Gray, CVPR 2016; Winograd, 1980.) Rounding: m = 2 as the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def transform_output(products: te.Tensor, tiling: Tiling) -> te.Tensor:
     return te.compute((tiling.batch, tiling.height, tiling.width, outputs), element, name=OUT)
 
 
-def choose(tiling_of: Any, channels: int, outputs: int, machine: Machine) -> int:
+def choose(tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: Machine) -> int:
     """The ``m`` with the least estimated time, 0 for the convolution itself.
 
     Seconds: arithmetic at the rate of the packed product, less where it has few rows; what the transforms read and write, and the
@@ -192,13 +192,7 @@ def schedule_input(sch: s_tir.Schedule, machine: Machine) -> None:
     c, lane = sch.split(c, [None, machine.lanes])
     sch.reorder(p, c, x, y, lane)
     sch.parallel(p)
-    sch.compute_at(rows, c, preserve_unit_loops=True)
-    sch.set_scope(rows, 0, "local")
-    *_, i, j, inner = sch.get_loops(rows)
-    for loop in (i, j, x, y):
-        sch.unroll(loop)
-    sch.vectorize(inner)
-    sch.vectorize(lane)
+    _on_tile(sch, rows, c, (x, y), lane)
 
 
 def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
@@ -213,12 +207,16 @@ def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
     x, column = sch.split(x, [None, m])
     n, lane = sch.split(n, [None, machine.lanes])
     sch.reorder(b, y, x, n, row, column, lane)
-    task = sch.fuse(b, y, x)
-    sch.parallel(task)
-    sch.compute_at(columns, n, preserve_unit_loops=True)
-    sch.set_scope(columns, 0, "local")
-    *_, i, j, inner = sch.get_loops(columns)
-    for loop in (i, j, row, column):
+    sch.parallel(sch.fuse(b, y, x))
+    _on_tile(sch, columns, n, (row, column), lane)
+
+
+def _on_tile(sch: s_tir.Schedule, first: Any, at: Any, tile: tuple[Any, Any], lane: Any) -> None:
+    """The first of two one-dimensional transforms in registers at ``at``, all loops over the tile unrolled."""
+    sch.compute_at(first, at, preserve_unit_loops=True)
+    sch.set_scope(first, 0, "local")
+    *_, i, j, inner = sch.get_loops(first)
+    for loop in (i, j, *tile):
         sch.unroll(loop)
     sch.vectorize(inner)
     sch.vectorize(lane)
