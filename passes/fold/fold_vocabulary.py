@@ -44,6 +44,9 @@ class FoldVocabulary(Pass):
             if table is None:
                 continue
             held = _held(work, node.args[0])
+            if any(isinstance(d, torch.SymInt) for d in shape_of(node.args[1])):
+                result.refusals.append(Note.at(node, "rows kept: the shape of the tokens is dynamic"))
+                continue
             row = _rows(table, self.occurring(len(table)) if node in limited else None)
             kept = row.unique()
             if len(kept) > (1 - self.least) * len(table):

@@ -73,6 +73,18 @@ def test_tied_rows_stay_and_say_why() -> None:
     assert "12 rows kept: held by" in result.refusals[0].message
 
 
+def test_dynamic_tokens_stay_and_say_why() -> None:
+    """No size of the example may find its way into the graph."""
+    model, batch = trimmed(Reader()), torch.export.Dim("batch", max=64)
+    small = thresher.rewrite(model, ARGS, dynamic_shapes=({0: batch}, {0: batch}))
+    others = torch.arange(20).reshape(5, 4), torch.ones(5, 4, dtype=torch.int64)
+    assert torch.allclose(small(*others), model(*others), atol=1e-6)
+    program = capture(model, ARGS, dynamic_shapes=({0: batch}, {0: batch}))
+    result = FoldVocabulary().apply(program, Context())
+    assert result.program is program
+    assert "the shape of the tokens is dynamic" in result.refusals[0].message
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
