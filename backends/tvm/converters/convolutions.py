@@ -45,15 +45,15 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     if groups == 1 and (tiling := _winograd(importer, array, out, stride, dilation)):
         value = _conv_winograd(importer, importer.value(x), array, weight, padding, tiling)
         return add_bias(importer, value, bias)
-    image = _padded(importer, importer.value(x), padding, padding)
     if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
-        w = importer.weight(np.ascontiguousarray(array[:, 0].transpose(1, 2, 0)), (weight, "depthwise"))
+        w = importer.weight(depthwise.pack(array, importer.cpu.lanes), (weight, "depthwise"))
+        window = depthwise.Window(stride, dilation, padding)
 
         def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-            return depthwise.convolution(image, w, (out[1], out[2]), stride, dilation)
+            return depthwise.convolution(image, w, out[1:], window, importer.cpu)
 
-        return add_bias(importer, importer.emit_te("depthwise", compute, image, w), bias)
-    parts = []
+        return add_bias(importer, importer.emit_te("depthwise", compute, importer.value(x), w), bias)
+    image, parts = _padded(importer, importer.value(x), padding, padding), []
     per_in, per_out = array.shape[1], outputs // groups
     for group in range(groups):
         rows_of_group = array[group * per_out : (group + 1) * per_out]

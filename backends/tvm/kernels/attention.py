@@ -81,9 +81,7 @@ def attention(
     )
     weights = te.compute(
         (batch, heads, full_rows, full_length),
-        lambda b, h, i, s: tirx.Select(
-            scores[b, h, i, s] > low, elementwise.exp(scores[b, h, i, s] - top[b, h, i]), tirx.const(0.0, "float32")
-        ),
+        lambda b, h, i, s: elementwise.short_exp(scores[b, h, i, s] - top[b, h, i]),
         name=f"{PREFIX}weights",
     )
     part2, lane2 = te.reduce_axis((0, full_length // lanes), name="p"), te.reduce_axis((0, lanes), name="j")
@@ -103,7 +101,9 @@ def attention(
     )
     inverse = te.compute(
         (batch, heads, full_rows),
-        lambda b, h, i: tirx.Select(total[b, h, i] > 0, 1.0 / total[b, h, i], tirx.const(0.0, "float32")),
+        lambda b, h, i: tirx.Select(
+            top[b, h, i] > low, 1.0 / total[b, h, i], tirx.const(0.0, "float32")
+        ),  # all masked: 0
         name=f"{PREFIX}inverse",
     )
     return te.compute(

@@ -1,81 +1,157 @@
 """Depthwise convolution, channels last: one multiply-add per tap and channel, so memory decides.
 
-    out[b, y, x, c] = sum_{i, j} in[b, y S + i D, x S + j D, c] * w[i, j, c]
+    out[b, y, x, c] = sum_{i, j} in[b, y S + i D - P, x S + j D - P, c] * w[i, j, c]
 
-A few neighbouring pixels times a register's width of channels are computed together, the taps unrolled, so that each loaded
-input row serves several outputs.
+A task takes a few rows of some channels. What it reads is first copied, with the zeros around the image, to a buffer that stays in the
+cache: the hot loop has no condition, and the padded image is never in memory. A few neighbouring pixels times a register's width of
+channels are computed together, the taps unrolled, so that each loaded row serves several outputs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tvm import s_tir, te
+import numpy as np
+from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.kernels.gemm import inline_epilogue
+from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares
 from thresher.backends.tvm.kernels.machine import Machine
 
-BLOCK = "depthwise"
+BLOCK, STAGED = "depthwise", "depthwise_staged"
+UNROLLED = 49  # taps; of larger windows only a row is unrolled
+STAGE = 48 << 10  # bytes of a staged copy up to which it costs nothing more
+SEQUENCE = 256  # pixels of a task where images are long and one pixel high
 
 
-def convolution(
-    x: te.Tensor, weight: te.Tensor, out: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> te.Tensor:
-    """``x`` [B, H, W, C] already padded, ``weight`` [KH, KW, C] -> [B, *out, C]."""
-    i, j = (te.reduce_axis((0, weight.shape[d]), name=f"k{d}") for d in (0, 1))
+@dataclass(frozen=True)
+class Window:
+    """Which pixels an output reads: (y, x) of the stride, the dilation and the zeros before the image."""
+
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    before: Sequence[int]
+
+    def extent(self, outputs: int, taps: int, axis: int) -> int:
+        """Pixels that ``outputs`` neighbouring outputs read along ``axis``."""
+        return (outputs - 1) * self.stride[axis] + (taps - 1) * self.dilation[axis] + 1
+
+
+def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
+    """[C, 1, KH, KW] -> [KH, KW, C], the channels padded with zeros to whole registers."""
+    channels = weight.shape[0]
+    padded = np.zeros((*weight.shape[2:], -(-channels // lanes) * lanes), weight.dtype)
+    padded[..., :channels] = weight[:, 0].transpose(1, 2, 0)
+    return padded
+
+
+def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Window, machine: Machine) -> te.Tensor:
+    """``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
+    batch, height, width, channels = (int(d) for d in x.shape)
+    *taps, full = (int(d) for d in weight.shape)
+    across = _whole(out[1], pixels_of(out[1]))
+    need = [window.extent(size, k, d) for d, (size, k) in enumerate(zip((out[0], across), taps))]
 
     def element(b: Any, y: Any, z: Any, c: Any) -> Any:
-        return te.sum(
-            x[b, y * stride[0] + i * dilation[0], z * stride[1] + j * dilation[1], c] * weight[i, j, c], axis=[i, j]
-        )
+        row, column = y - window.before[0], z - window.before[1]
+        inside = [row >= 0, row < height, column >= 0, column < width]
+        inside += [c < channels] if full != channels else []
+        return tirx.if_then_else(te.all(*inside), x[b, row, column, c], tirx.const(0, x.dtype))
 
-    return te.compute((x.shape[0], *out, x.shape[3]), element, name=BLOCK)
+    staged = te.compute((batch, *need, full), element, name=STAGED)
+    i, j = (te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(taps))
+    (down, right), (up, left) = window.stride, window.dilation
+    task = choose_task((batch, out[0], across, full), taps, window, machine)
+    sums = te.compute(
+        (batch, out[0], across, full),
+        lambda b, y, z, c: te.sum(staged[b, y * down + i * up, z * right + j * left, c] * weight[i, j, c], axis=[i, j]),
+        name=BLOCK,
+        attrs={"task": [task.rows, task.pixels, task.channels]},
+    )
+    return te.compute((batch, *out, channels), lambda *index: sums[index], name="crop")
+
+
+def pixels_of(width: int) -> int:
+    """Neighbouring outputs that are computed together: with few, each row is loaded more often; those past the end are lost."""
+    return min((7, 6, 5, 4, 3, 2, 1), key=lambda p: _whole(width, p) * (1 + 0.5 / p))
+
+
+def _whole(size: int, part: int) -> int:
+    return -(-size // part) * part
+
+
+@dataclass(frozen=True)
+class Task:
+    """Outputs that a thread computes from one staged copy: rows x pixels x channels."""
+
+    rows: int
+    pixels: int
+    channels: int
+
+
+def choose_task(shape: Sequence[int], taps: Sequence[int], window: Window, machine: Machine) -> Task:
+    """The task with the least estimated time: little copied twice, little staged at a time, whole cache lines, work for all threads.
+
+    ``shape``: [B, rows, pixels, channels] of the result, pixels and channels whole; ``taps``: of the filter, (y, x).
+    """
+    batch, height, width, channels = shape
+    step, lanes = pixels_of(width), machine.lanes
+    across = width if height > 1 or width <= SEQUENCE else min(_whole(SEQUENCE, step), width)
+    registers = channels // lanes
+    best, best_cost = Task(1, across, channels), math.inf
+    for part in (d for d in range(1, registers + 1) if registers % d == 0):
+        for rows in shares(height):
+            read_rows = window.extent(rows, taps[0], 0)
+            read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
+            tasks = batch * -(-height // rows) * -(-width // across) * (registers // part)
+            busiest = -(-tasks // machine.threads) * machine.threads * rows * across * part
+            copied = read_rows / (rows * window.stride[0])
+            cost = (
+                busiest * (1 + 0.4 * copied) * (1 + 3 / (part * lanes)) * (1 + 0.15 * max(0.0, math.log2(read / STAGE)))
+            )
+            cost += 20 * tasks / machine.threads  # each starts with a buffer of its own
+            if cost < best_cost:
+                best, best_cost = Task(rows, across, part * lanes), cost
+    return best
 
 
 def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
-    """Rows over the threads, pixels x channels in registers."""
-    conv = sch.get_sblock(BLOCK)
-    epilogue = inline_epilogue(sch, conv)
-    alone = sch.get(epilogue).name_hint == BLOCK
-    if alone:
-        epilogue = sch.cache_write(conv, 0, "local")
+    """Tasks over the threads, pixels x channels in registers."""
+    conv, staged = sch.get_sblock(BLOCK), sch.get_sblock(STAGED)
+    taps = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-2:]]
+    epilogue = inline_epilogue(sch, conv, keep=frozenset((STAGED,)))
     b, y, x, c = sch.get_loops(epilogue)
-    if int(sch.get(c).extent) % machine.lanes:
-        _schedule_odd(sch, conv, (b, y, c), alone)
-        return
-    pixels = next(p for p in (4, 2, 7, 3, 1) if int(sch.get(x).extent) % p == 0)
-    x, pixel = sch.split(x, [None, pixels])
-    c, lane = sch.split(c, [None, machine.lanes])
-    sch.reorder(b, y, x, c, pixel, lane)
-    sch.parallel(sch.fuse(b, y))
-    sch.compute_at(conv, c, preserve_unit_loops=True)
-    if not alone:
-        sch.set_scope(conv, 0, "local")
+    width, channels = (int(sch.get(loop).extent) for loop in (x, c))
+    task, step = Task(*(int(size) for size in sch.get(conv).annotations["task"])), pixels_of(width)
+    y, row = sch.split(y, [None, task.rows])
+    x, column, pixel = sch.split(x, [None, task.pixels // step, step])
+    c, register, lane = sch.split(c, [None, task.channels // machine.lanes, machine.lanes])
+    sch.reorder(b, y, x, c, row, column, register, pixel, lane)
+    start = sch.fuse(b, y, x, c)
+    sch.parallel(start)
+    sch.compute_at(conv, register, preserve_unit_loops=True)
+    sch.compute_at(staged, start, preserve_unit_loops=True)
+    _copy(sch, staged, machine)
+    sch.set_scope(conv, 0, "local")
     *spatial, i, j = sch.get_loops(conv)
     inner = spatial[-2:]
     sch.reorder(i, j, *inner)
-    for loop in (i, j, inner[0]):
+    for loop in (i, j, inner[0]) if math.prod(taps) <= UNROLLED else (j, inner[0]):
         sch.unroll(loop)
     sch.vectorize(inner[1])
-    start = sch.decompose_reduction(conv, i)
-    *_, row, lanes = sch.get_loops(start)
+    *_, row, lanes = sch.get_loops(sch.decompose_reduction(conv, i))
     sch.unroll(row)
     sch.vectorize(lanes)
     sch.unroll(pixel)
+    if channels % machine.lanes == 0:
+        sch.vectorize(lane)
+
+
+def _copy(sch: s_tir.Schedule, staged: Any, machine: Machine) -> None:
+    """The columns of zeros get loops of their own, so that the pixels between them are copied without a condition."""
+    *_, column, channel = sch.get_loops(staged)
+    sch.annotate(column, "pragma_loop_partition_hint", 1)
+    _, lane = sch.split(channel, [None, machine.lanes])
     sch.vectorize(lane)
-
-
-def _schedule_odd(sch: s_tir.Schedule, conv: Any, loops: tuple[Any, Any, Any], alone: bool) -> None:
-    """Widths that registers do not divide: one plain loop over the channels with the taps unrolled in it.
-
-    LLVM vectorises that loop and its rest; lanes with a condition each would run one at a time.
-    """
-    b, y, c = loops
-    sch.parallel(sch.fuse(b, y))
-    sch.compute_at(conv, c, preserve_unit_loops=True)
-    if not alone:
-        sch.set_scope(conv, 0, "local")
-    *_, i, j = sch.get_loops(conv)
-    sch.unroll(i)
-    sch.unroll(j)
-    sch.decompose_reduction(conv, i)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000  # 1.5 * 2^23: adding it rounds to the nearest integer
 LOG2E, LN2_HIGH, LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
@@ -44,14 +45,35 @@ def _clamp(x: Any, low: float, high: float) -> Any:
     return tirx.Select(x < _f(low), _f(low), tirx.Select(x > _f(high), _f(high), x))
 
 
+def _exp(x: Any, low: float, high: float) -> tuple[Any, Any]:
+    """(p, n) with e^x = p 2^n for x clamped to [low, high]; n is an int32."""
+    y = _clamp(x, low, high)
+    bits = tirx.reinterpret(
+        "int32", y * _f(LOG2E) + _f(ROUNDER)
+    )  # the last ones are n: no conversion, no call to round
+    n = tirx.reinterpret("float32", bits) - _f(
+        ROUNDER
+    )  # (TVM would cancel the two ROUNDERs; it does not look through bits)
+    r = y - n * _f(LN2_HIGH) - n * _f(LN2_LOW)
+    return _horner(r, EXP) * (r * r) + r + _f(1.0), bits - tirx.const(ROUNDER_BITS, "int32")
+
+
+def _power(n: Any) -> Any:
+    """2^n for -127 <= n <= 128, where the ends are 0 and infinity."""
+    return tirx.reinterpret("float32", (n + 127) << 23)
+
+
 def exp(x: Any) -> Any:
     """e^x for a float32 expression."""
-    y = _clamp(x, -87.33, 88.7)
-    n = te.floor(y * _f(LOG2E) + _f(0.5))
-    r = y - n * _f(LN2_HIGH) - n * _f(LN2_LOW)
-    p = _horner(r, EXP) * r * r + r + _f(1.0)
-    scaled = p * tirx.reinterpret("float32", (n.astype("int32") + 127) << 23)
-    return tirx.Select(x < _f(-87.33), _f(0.0), tirx.Select(x > _f(88.7), x * _f(3.4e38), scaled))
+    p, n = _exp(x, -104.0, 89.0)
+    half = n >> 1
+    return p * _power(half) * _power(n - half)  # 2^n itself may be no float32 where e^x is one
+
+
+def short_exp(x: Any) -> Any:
+    """e^x where nobody can tell: below 1.2e-38 it is 0, from 2.4e38 on it is infinite."""
+    p, n = _exp(x, -88.0, 89.0)
+    return p * _power(n)
 
 
 def erf(x: Any) -> Any:
@@ -68,7 +90,7 @@ def tanh(x: Any) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
-    return _f(1.0) / (_f(1.0) + exp(-x))
+    return _f(1.0) / (_f(1.0) + short_exp(-x))
 
 
 def gelu(x: Any) -> Any:
@@ -80,7 +102,7 @@ def gelu_tanh(x: Any) -> Any:
 
 
 def silu(x: Any) -> Any:
-    return x / (_f(1.0) + exp(-x))
+    return x / (_f(1.0) + short_exp(-x))
 
 
 #: What replaces a call into the C library, by the name of the torch operator.

@@ -1,0 +1,75 @@
+"""The depthwise kernel against torch, over shapes that its tiles, tasks and borders do not divide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import thresher
+from thresher.backends.tvm.kernels.depthwise import Window, choose_task, pixels_of
+from thresher.backends.tvm.kernels.machine import Machine
+from thresher.validation import compare
+
+
+def check(layer: nn.Module, x: torch.Tensor) -> None:
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    compiled = thresher.compile(model, (x,), target="cpu", passes="none", validate="off")
+    with torch.no_grad():
+        assert compare([model.double()(x.double()).float()], [compiled(x)]).relative < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    kernel, stride, dilation = (data.draw(st.tuples(st.integers(1, n), st.integers(1, n))) for n in (5, 3, 2))
+    padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    least = [(k - 1) * d + 1 - min(2 * p, (k - 1) * d) for k, d, p in zip(kernel, dilation, padding)]
+    size = [data.draw(st.integers(n, n + 20)) for n in least]
+    channels, batch = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 2))
+    torch.manual_seed(0)
+    check(
+        nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels),
+        torch.randn(batch, channels, *size),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel"),
+    [(96, 56, 3), (1152, 7, 5), (37, 31, 7), (8, 20, 13)],
+)
+def test_layers_of_real_models(channels: int, size: int, kernel: int) -> None:
+    torch.manual_seed(0)
+    check(
+        nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels),
+        torch.randn(1, channels, size, size),
+    )
+
+
+def test_a_long_sequence() -> None:
+    torch.manual_seed(0)
+    check(nn.Conv1d(24, 24, 4, padding=3, groups=24), torch.randn(2, 24, 1000))
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 200),
+    st.integers(1, 200),
+    st.integers(1, 150),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.sampled_from([Machine(8, 16, 2), Machine(16, 32, 8), Machine(4, 32, 1)]),
+)
+def test_tasks_cover_the_result(
+    batch: int, height: int, width: int, registers: int, taps: int, stride: int, machine: Machine
+) -> None:
+    step = pixels_of(width)
+    whole = -(-width // step) * step
+    channels = registers * machine.lanes
+    window = Window((stride, stride), (1, 1), (0, 0))
+    task = choose_task((batch, height, whole, channels), (taps, taps), window, machine)
+    assert 1 <= task.rows <= height
+    assert task.pixels % step == 0 and task.pixels <= whole
+    assert channels % task.channels == 0 and task.channels % machine.lanes == 0
