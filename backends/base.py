@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from thresher.errors import BackendError
 from thresher.program import Program
+from thresher.progress import Progress
+from thresher.records import Record
+from thresher.tuning import Tune
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How to lower.
+
+    ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's). ``records``: what
+    tuning found fastest, workload -> plan (:meth:`Backend.tune`). ``progress`` is told what is being done.
+    """
+
+    strict_rounding: bool = False
+    records: Mapping[str, str] = field(default_factory=dict)
+    progress: Progress = lambda message: None
+
+
+DEFAULT = Lowering()
 
 
 class Lowered(ABC):
     """A program in the form a backend runs.
 
-    ``memory``: bytes that it takes, by what for (``weights``, ``activations``), as far as the backend knows.
+    ``memory``: bytes that it takes, by what for (``weights``, ``activations``), as far as the backend knows. ``tuned``:
+    workloads whose plan came from a record, of all that have plans.
     """
 
     memory: dict[str, int]
+    tuned: tuple[int, int] = (0, 0)
 
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -33,19 +55,24 @@ class Backend(ABC):
     """Lowers programs. Registered under the entry point group ``thresher.backends``."""
 
     name: ClassVar[str] = ""
+    tunable: ClassVar[bool] = False  # whether it has the three methods about tuning
 
     @abstractmethod
-    def lower(
-        self,
-        program: Program,
-        target: str,
-        progress: Callable[[str], None] = lambda message: None,
-        strict_rounding: bool = False,
-    ) -> Lowered:
-        """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower.
+    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
+        """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower."""
 
-        ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's).
-        """
+    def fingerprint(self, target: str) -> str:
+        """What a tuning record depends on besides its workload: the machine and the versions."""
+        raise BackendError(f"the backend {self.name!r} has nothing to tune")
+
+    def shipped(self) -> Sequence[Record]:
+        """Records that come with the library."""
+        return ()
+
+    def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
+        """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands. Returns their
+        number."""
+        raise BackendError(f"the backend {self.name!r} has nothing to tune")
 
     @abstractmethod
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:

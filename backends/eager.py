@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from thresher.analysis.cost import constant_bytes
-from thresher.backends.base import Backend, Lowered
+from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.errors import BackendError
 from thresher.program import Program
 
@@ -28,13 +28,7 @@ class EagerLowered(Lowered):
 class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
 
-    def lower(
-        self,
-        program: Program,
-        target: str,
-        progress: Callable[[str], None] = lambda message: None,
-        strict_rounding: bool = False,
-    ) -> Lowered:
+    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
         return EagerLowered(program)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:

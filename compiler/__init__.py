@@ -18,6 +18,7 @@ from thresher.errors import (
     InputError,
     PassError,
     ProgramError,
+    RecordsError,
     ThresherError,
     ValidationError,
 )
@@ -25,7 +26,9 @@ from thresher.masks import apply_masks
 from thresher.pass_manager import Context, Note, Pass, PassManager, PassResult, register_pass
 from thresher.passes import pipelines
 from thresher.program import Program
+from thresher.records import Record, Records
 from thresher.report import Report
+from thresher.tuning import Remote, Tune
 
 __all__ = [
     "ArtifactError",
@@ -42,8 +45,13 @@ __all__ = [
     "PassResult",
     "Program",
     "ProgramError",
+    "Record",
+    "Records",
+    "RecordsError",
+    "Remote",
     "Report",
     "ThresherError",
+    "Tune",
     "ValidationError",
     "apply_masks",
     "capture",

@@ -1,4 +1,4 @@
-"""``thresher build | inspect | validate | verify | passes | demo``: the ahead-of-time face."""
+"""``thresher build | tune | records | inspect | validate | verify | passes | demo``: the ahead-of-time face."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from thresher.certificate import Certificate
 from thresher.errors import ThresherError
 from thresher.pass_manager import registered_passes
 from thresher.passes import pipelines
+from thresher.records import Records, default_path, read_lines, write_lines
+from thresher.tuning import Remote, Tune
 from thresher.verify import verify as verify_certificate
 
 
@@ -68,6 +70,30 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
     build.set_defaults(run=_build)
+
+    tune = commands.add_parser(
+        "tune", help="measure the kernels of a model on this machine, or on a remote one, for later builds"
+    )
+    tune.add_argument("model", help="as for build")
+    tune.add_argument("--input", action="append", default=[], metavar="SHAPE")
+    tune.add_argument("--target")
+    tune.add_argument("--passes", default="exact")
+    tune.add_argument("--trials", type=int, default=Tune.trials, help="plans per workload, 2 to 32")
+    tune.add_argument(
+        "--seconds", type=float, help="begin no new workload after this long; what is missing can be measured later"
+    )
+    tune.add_argument("--records", metavar="FILE", help=f"default: {default_path()}")
+    tune.add_argument("--again", action="store_true", help="measure what is on record, too")
+    tune.add_argument("--remote", metavar="HOST:PORT:KEY", help="a device behind a TVM RPC tracker")
+    tune.set_defaults(run=_tune)
+
+    records = commands.add_parser("records", help="show, merge and export what tuning measured")
+    records.add_argument("--records", metavar="FILE", help=f"default: {default_path()}")
+    records.add_argument(
+        "--merge", action="append", default=[], metavar="FILE", help="take over the records of .sqlite or .jsonl files"
+    )
+    records.add_argument("--export", metavar="FILE", help="write all as JSON lines")
+    records.set_defaults(run=_records)
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds, or what the passes would do to a model")
     inspect.add_argument("what", help="an artifact, or a model as for build")
@@ -162,6 +188,47 @@ def _build(options: argparse.Namespace) -> int:
     if options.certificate:
         made = compiled.certificate
         print(f"wrote {made.save(options.certificate)}" if made else "nothing was folded: no certificate")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    model, inputs = load_model(options.model, options.input)
+    how = Tune(options.trials, options.seconds, options.records, options.again, remote(options.remote))
+    compiled = thresher.compile(
+        model, inputs, target=options.target, passes=split_passes(options.passes), tune=how, progress=True
+    )
+    taken, sites = compiled.report.tuned
+    times = "  ".join(f"{name}: {ms:.2f} ms" for name, ms in compiled.report.tuning.items())
+    print(f"{taken} of {sites} workloads are faster by another plan than the estimated one.  {times}")
+    return 0
+
+
+def remote(text: str | None) -> Remote | None:
+    """``host:port:key``."""
+    if text is None:
+        return None
+    host, _, rest = text.partition(":")
+    port, _, key = rest.partition(":")
+    if not (host and port.isdigit() and key):
+        raise ThresherError(f"cannot read the remote device {text!r}: write HOST:PORT:KEY")
+    return Remote(host, int(port), key)
+
+
+def _records(options: argparse.Namespace) -> int:
+    records = Records(options.records)
+    for path in options.merge:
+        if not Path(path).exists():
+            raise ThresherError(f"{path} does not exist")
+        found = read_lines(path) if path.endswith(".jsonl") else Records(path).all()
+        print(f"{path}: {records.put(found)} of {len(found)} records are new")
+    if options.export:
+        write_lines(records.all(), options.export)
+        print(f"wrote {options.export}")
+    if not options.merge and not options.export:
+        for r in records.all():
+            print(
+                f"{r.rule_microseconds / r.microseconds:5.2f}x {r.microseconds:10.1f} us  {r.workload}  {r.plan or 'as estimated'}"
+            )
     return 0
 
 

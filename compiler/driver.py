@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from thresher.analysis.cost import constant_bytes, count_flops
-from thresher.backends.base import Lowered, find_backend
+from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.benchmark import interleaved
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
-from thresher.errors import InputError, ThresherError, ValidationError
+from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
 from thresher.masks import Masks, apply_masks
 from thresher.memory import peak_bytes
 from thresher.pass_manager import Context, Pass, PassManager
 from thresher.passes import pipelines
 from thresher.program import Program, SmallModule
 from thresher.progress import Progress, show_progress
+from thresher.records import Record, Records
 from thresher.report import Check, Figures, Report
+from thresher.tuning import Tune
 from thresher.validation import probes
 from thresher.widths import variants
 
@@ -49,6 +52,7 @@ def compile(
     certificate: bool = False,
     widths: Literal["rule", "measured"] = "rule",
     strict_rounding: bool = False,
+    tune: Tune | Literal["recorded", "never"] = "recorded",
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -67,6 +71,9 @@ def compile(
             keeps what is fastest (``report.widths``): four times the build. ``rule`` trusts the rule of ``fold-channels``.
         strict_rounding: sums only as the operators define them. Otherwise 3x3 convolutions may use Winograd's filtering, which rounds about
             ten times more (1e-5 of the output's scale in float32); where a result then misses its bound, it is built again without.
+        tune: :class:`Tune` measures the plans of the kernels on the target, records what is fastest, and keeps the result only if the whole
+            model is not slower for it. ``recorded`` uses the records that stand (:mod:`thresher.records`) and those that come with the
+            library; ``never`` uses none.
         certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
         progress: a progress bar; default: on a terminal.
 
@@ -78,13 +85,15 @@ def compile(
     target = target or default_target()
     model = _masked(model, masks, args, kwargs)
     with show_progress("thresher", progress) as step:
-        build = _Build(model, tuple(args), kwargs or {}, target, backend, strict_rounding, step)
+        build = _Build(model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, step)
         build.capture(dynamic_shapes)
         if widths == "rule":
             build.transform(resolve_passes(passes), verify)
             build.lower()
         else:
             build.fastest(variants(resolve_passes(passes)), verify)
+        if isinstance(tune, Tune):
+            build.tune(tune)
         if validate != "off":
             build.validate(validate)
     return build.finish(certificate)
@@ -108,6 +117,19 @@ def rewrite(
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     program = PassManager(resolve_passes(passes), verify).run(program)
     return program.to_module()
+
+
+def known_plans(backend: Backend, target: str, records: Records) -> dict[str, str]:
+    """The plans on record for a target: what the library ships, and over it what was measured here."""
+    if not backend.tunable:
+        return {}
+    fingerprint = backend.fingerprint(target)
+    plans = {r.workload: r.plan for r in backend.shipped() if r.target == fingerprint}
+    try:
+        return plans | records.plans(fingerprint)
+    except RecordsError as error:
+        warnings.warn(f"building without the tuning records: {error}", stacklevel=4)
+        return plans
 
 
 def _masked(model: Model, masks: Masks | None, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Model:
@@ -150,14 +172,25 @@ class _Build:
     """One build: each stage leaves its result here and its time in the report."""
 
     def __init__(
-        self, model: Model, args: tuple, kwargs: dict, target: str, backend: str, strict_rounding: bool, step: Progress
+        self,
+        model: Model,
+        args: tuple,
+        kwargs: dict,
+        target: str,
+        backend: str,
+        strict_rounding: bool,
+        tune: Tune | str,
+        step: Progress,
     ):
         self.model, self.args, self.kwargs, self.target, self.step = model, args, kwargs, target, step
-        self.strict_rounding = strict_rounding
         self.backend = find_backend(backend)
+        self.records = Records(tune.records if isinstance(tune, Tune) else None)
+        plans = {} if tune == "never" else known_plans(self.backend, target, self.records)
+        self.how = Lowering(strict_rounding, plans, step)
         self.seconds: dict[str, float] = {}
         self.checks: list[Check] = []
         self.widths: dict[str, float] = {}
+        self.tuning: dict[str, float] = {}
 
     def _timed(self, stage: str, start: float) -> None:
         self.seconds[stage] = time.perf_counter() - start
@@ -172,7 +205,7 @@ class _Build:
         start = time.perf_counter()
         manager = PassManager(passes, verify)
         self.rewritten = manager.run(self.captured, Context(self.target, self.step)).rounded()
-        self.records = manager.records
+        self.pass_records = manager.records
         self._timed("passes", start)
 
     def lower(self) -> None:
@@ -181,8 +214,35 @@ class _Build:
         if self.backend.name == "tvm" and self.target.startswith("cpu"):
             manager = PassManager(pipelines.specialize_cpu, "off")
             program = manager.run(program, Context(self.target, self.step)).rounded()
-        self.lowered: Lowered = self.backend.lower(program, self.target, self.step, self.strict_rounding)
+        self.specialized = program
+        self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
         self._timed("lower", start)
+
+    def tune(self, options: Tune) -> None:
+        """Measure the kernels, build with the fastest, and keep that only if the whole model is not slower for it."""
+        start = time.perf_counter()
+        made: list[Record] = []
+
+        def save(record: Record) -> None:
+            self.records.put([record])
+            made.append(record)
+
+        self.backend.tune(self.specialized, self.target, options, self.how, save)
+        self.how = replace(self.how, records={**self.how.records, **{r.workload: r.plan for r in made}})
+        contenders = {
+            "untuned": self.backend.lower(self.specialized, self.target, replace(self.how, records={})),
+            "tuned": self.backend.lower(self.specialized, self.target, self.how),
+        }
+        self.lowered = contenders["tuned"]
+        if options.remote is None and self.runnable:
+            self.step("comparing tuned and untuned")
+            flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
+            timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, rounds=20)
+            self.tuning = {name: timing.median for name, timing in timings.items()}
+            if os.environ.get("KEEP") is None and self.tuning["tuned"] > self.tuning["untuned"]:
+                self.records.put([r.untuned() for r in made])
+                self.lowered, self.how = contenders["untuned"], replace(self.how, records={})
+        self._timed("tune", start)
 
     def fastest(self, candidates: dict[str, list[Pass]], verify: Any) -> None:
         """Build every candidate pipeline, and keep what runs fastest on the example inputs."""
@@ -192,12 +252,13 @@ class _Build:
         for name, passes in candidates.items():
             self.transform(passes, verify)
             self.lower()
-            built[name] = self.rewritten, self.records, self.lowered
+            built[name] = self.rewritten, self.pass_records, self.specialized, self.lowered
         self.step("measuring widths")
         flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
-        timings = interleaved({name: partial(lowered.run, flat) for name, (_, _, lowered) in built.items()})
+        timings = interleaved({name: partial(lowered.run, flat) for name, (*_, lowered) in built.items()})
         self.widths = {name: timing.median for name, timing in timings.items()}
-        self.rewritten, self.records, self.lowered = built[min(self.widths, key=self.widths.__getitem__)]
+        best = built[min(self.widths, key=self.widths.__getitem__)]
+        self.rewritten, self.pass_records, self.specialized, self.lowered = best
         self._timed("widths", start)
 
     @property
@@ -210,9 +271,9 @@ class _Build:
         start = time.perf_counter()
         self.step("validating")
         self.checks = self.compared()
-        if self.runnable and not self.strict_rounding and not all(c.passed for c in self.checks):
+        if self.runnable and not self.how.strict_rounding and not all(c.passed for c in self.checks):
             self.step("a result misses its bound: building with strict rounding")
-            self.strict_rounding = True
+            self.how = replace(self.how, strict_rounding=True)
             self.lower()
             self.checks = self.compared()
         self._timed("validate", start)
@@ -225,8 +286,6 @@ class _Build:
                 )
             )
         if failed:
-            import warnings
-
             warnings.warn(f"validation failed: {failed[0].name}, error {failed[0].error:.2e}", stacklevel=3)
 
     def compared(self) -> list[Check]:
@@ -261,10 +320,10 @@ class _Build:
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
     def finish(self, certified: bool) -> Compiled:
-        before = dataclasses.replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
+        before = replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
-            self.records, self.checks, self.seconds, widths=self.widths,
+            self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])

@@ -31,3 +31,7 @@ class ValidationError(ThresherError):
 
 class ArtifactError(ThresherError):
     """An artifact is damaged, foreign, newer than this library, or built for another machine."""
+
+
+class RecordsError(ThresherError):
+    """A file of tuning records cannot be read or written."""

@@ -46,6 +46,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)  # build time per stage
     latency: dict[str, float] = field(default_factory=dict)  # milliseconds, where a benchmark was run
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
+    tuning: dict[str, float] = field(default_factory=dict)  # milliseconds tuned and untuned, where kernels were tuned
+    tuned: tuple[int, int] = (0, 0)  # workloads with a plan from a record, of all that have plans
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
     #: these take ``one operator at a time``, each freed after its last use.
     memory: dict[str, int] = field(default_factory=dict)
@@ -129,7 +131,9 @@ class Report:
         if self.memory:
             parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
             console.print(f"memory: {parts}")
-        for title, times in (("", self.latency), ("widths measured: ", self.widths)):
+        if self.tuned[0]:
+            console.print(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
+        for title, times in (("", self.latency), ("widths measured: ", self.widths), ("tuning: ", self.tuning)):
             if times:
                 console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))
 

@@ -14,6 +14,12 @@ from thresher import models
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """No test sees what tuning recorded on this machine, and none leaves records behind."""
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random batch-norm statistics and affine parameters, evaluation mode."""
     generator = torch.Generator().manual_seed(seed)

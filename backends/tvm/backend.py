@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import tvm
 
-from thresher.backends.base import Backend, Lowered
+from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
+from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of
 from thresher.backends.tvm.pipeline import build
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
+from thresher.backends.tvm.tuner import tune
 from thresher.errors import BackendError
 from thresher.program import Program
+from thresher.records import Record, read_lines
+from thresher.tuning import Tune
+
+PLANS_VERSION = 1  # of the kernel templates: records of another are for other code
+SHIPPED = Path(__file__).parent / "records.jsonl"
 
 
 class TVMLowered(Lowered):
@@ -69,21 +77,35 @@ class TVMLowered(Lowered):
 
 class TVMBackend(Backend):
     name: ClassVar[str] = "tvm"
+    tunable: ClassVar[bool] = True
 
-    def lower(
-        self,
-        program: Program,
-        target: str,
-        progress: Callable[[str], None] = lambda message: None,
-        strict_rounding: bool = False,
-    ) -> Lowered:
+    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
         """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
         where, machine, cpu = resolve_target(target)
-        progress("importing into TVM")
-        module, weights = Importer(program, machine, strict_rounding).run()
-        progress("generating code")
+        how.progress("importing into TVM")
+        choices = Choices(how.records)
+        module, weights = Importer(program, machine, how.strict_rounding, choices).run()
+        how.progress("generating code")
         executable, activations = build(module, where, machine)
-        return TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
+        lowered = TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
+        lowered.tuned = len(choices.taken), len(choices.sites)
+        return lowered
+
+    def fingerprint(self, target: str) -> str:
+        _, machine, cpu = resolve_target(target)
+        size = f"{machine.threads} threads {machine.cache >> 10} KB" if machine is not None else target
+        return f"tvm {version('apache-tvm')} plans {PLANS_VERSION} {cpu} {size}"
+
+    def shipped(self) -> Sequence[Record]:
+        return read_lines(SHIPPED) if SHIPPED.exists() else ()
+
+    def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
+        where, machine, _ = resolve_target(target)
+        if machine is None:
+            raise BackendError(
+                f"tuning for {target} is not supported: kernels for GPUs have no plans yet; tune for a CPU target"
+            )
+        return tune(program, where, machine, self.fingerprint(target), options, how, save)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
         if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:

@@ -7,7 +7,8 @@ in one safetensors file beside the compiled code, already packed for their kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,24 @@ from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from thresher.backends.tvm.choices import Choices, workload_of
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 from thresher.program import Program, is_tensor, module_path, source_line
 
+BUILDING = threading.Lock()  # TVM's builders share one stack in a process
 SMALL = 1  # constants of at most this many elements stay in the code
 
 
 class Importer:
     """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
-    as in :meth:`Backend.lower`."""
+    as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured."""
 
-    def __init__(self, program: Program, machine: Machine | None, strict_rounding: bool = False):
+    def __init__(
+        self, program: Program, machine: Machine | None, strict_rounding: bool = False, choices: Choices | None = None
+    ):
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
+        self.choices = Choices() if choices is None else choices
         self.stock = ExportedProgramImporter()
         self.builder = relax.BlockBuilder()
         self.stock.block_builder = self.builder
@@ -48,17 +54,18 @@ class Importer:
         """The module, whose ``main`` takes the tensor inputs and then the weights, and the weights."""
         from thresher.backends.tvm.converters import converter_of
 
-        inputs = [self._input(n) for n in self.program.placeholders if is_tensor(n)]
-        self.builder.begin_scope(inputs)
-        with self.builder.function("main"):
-            with self.builder.dataflow():
-                for node in self.program.calls():
-                    self._convert(node, converter_of(node, self))
-                results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
-                output = self.builder.emit_output(relax.Tuple(results))
-            self.builder.emit_func_output(output, params=inputs + [var for var, _ in self.weights])
-        self.builder.end_scope()
-        return self.builder.get(), [array for _, array in self.weights]
+        with BUILDING:
+            inputs = [self._input(n) for n in self.program.placeholders if is_tensor(n)]
+            self.builder.begin_scope(inputs)
+            with self.builder.function("main"):
+                with self.builder.dataflow():
+                    for node in self.program.calls():
+                        self._convert(node, converter_of(node, self))
+                    results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
+                    output = self.builder.emit_output(relax.Tuple(results))
+                self.builder.emit_func_output(output, params=inputs + [var for var, _ in self.weights])
+            self.builder.end_scope()
+            return self.builder.get(), [array for _, array in self.weights]
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
         try:
@@ -99,6 +106,10 @@ class Importer:
 
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.contiguous().numpy()
+
+    def choose(self, node: fx.Node, plans: Callable[[int], Sequence[Any]]) -> Any:
+        """The plan of the kernel of ``node``: the one recorded as fastest, else the first of ``plans(limit)``."""
+        return self.choices.choose(workload_of(node, self.strict_rounding), node, plans)
 
     def is_constant(self, node: Any) -> bool:
         return isinstance(node, fx.Node) and node.op == "get_attr"

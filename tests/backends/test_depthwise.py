@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher.backends.tvm.kernels.depthwise import Window, choose_task, pixels_of
+from thresher.backends.tvm.kernels.depthwise import Window, tasks
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.validation import compare
 
@@ -65,11 +65,8 @@ def test_a_long_sequence() -> None:
 def test_tasks_cover_the_result(
     batch: int, height: int, width: int, registers: int, taps: int, stride: int, machine: Machine
 ) -> None:
-    step = pixels_of(width)
-    whole = -(-width // step) * step
-    channels = registers * machine.lanes
     window = Window((stride, stride), (1, 1), (0, 0))
-    task = choose_task((batch, height, whole, channels), (taps, taps), window, machine)
-    assert 1 <= task.rows <= height
-    assert task.pixels % step == 0 and task.pixels <= whole
-    assert channels % task.channels == 0 and task.channels % machine.lanes == 0
+    for task in tasks((batch, height, width), registers * machine.lanes, (taps, taps), window, machine, 16):
+        assert 1 <= task.rows <= height
+        assert task.pixels % task.step == 0 and task.pixels < width + task.step
+        assert registers * machine.lanes % task.channels == 0 and task.channels % machine.lanes == 0

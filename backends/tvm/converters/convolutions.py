@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,90 +42,106 @@ def _padded(importer: Importer, x: Any, before: list[int], after: list[int]) -> 
 
 @cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
 def conv_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Channels-last convolution: depthwise by its own kernel, else as a packed product per group."""
+    """Channels-last convolution: depthwise by its own kernel, 3x3 by Winograd's filtering where that is faster, else as a packed product
+    per group."""
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
-    if groups == 1 and (tiling := _winograd(importer, array, out, stride, dilation)):
-        value = _conv_winograd(importer, importer.value(x), array, weight, padding, tiling)
-        return add_bias(importer, value, bias)
     if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
-        w = importer.weight(depthwise.pack(array, importer.cpu.lanes), (weight, "depthwise"))
-        window = depthwise.Window(stride, dilation, padding)
-
-        def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-            return depthwise.convolution(image, w, out[1:], window, importer.cpu)
-
-        return add_bias(importer, importer.emit_te("depthwise", compute, importer.value(x), w), bias)
+        return add_bias(importer, _conv_depthwise(importer, node, array, out), bias)
+    inputs = array.shape[1]
+    plan = importer.choose(node, lambda limit: _plans(importer, node, array, out, limit))
+    if isinstance(plan, winograd.Plan):
+        return add_bias(importer, _conv_winograd(importer, node, array, out, plan), bias)
     image, parts = _padded(importer, importer.value(x), padding, padding), []
-    per_in, per_out = array.shape[1], outputs // groups
+    per_out = outputs // groups
     for group in range(groups):
         rows_of_group = array[group * per_out : (group + 1) * per_out]
-        parts.append(
-            _conv_group(importer, image, rows_of_group, (weight, group), group * per_in, out, stride, dilation)
-        )
+        place = Place((weight, group), group * inputs, out, stride, dilation)
+        parts.append(_conv_group(importer, image, rows_of_group, place, plan))
     value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
     return add_bias(importer, value, bias)
 
 
-def _winograd(
-    importer: Importer, array: np.ndarray, out: Sequence[int], stride: Any, dilation: Any
-) -> winograd.Tiling | None:
-    """The tiles of a 3x3 convolution that is estimated to be faster by Winograd's filtering; None for others."""
-    if (
-        importer.strict_rounding
-        or list(array.shape[2:]) != [3, 3]
-        or list(stride) != [1, 1]
-        or list(dilation) != [1, 1]
-    ):
-        return None
-    m = winograd.choose(lambda m: winograd.Tiling(m, *out), array.shape[1], array.shape[0], importer.cpu)
-    return winograd.Tiling(m, *out) if m else None
+def _plans(
+    importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], limit: int
+) -> list[gemm.Plan | winograd.Plan]:
+    """The plans of a convolution, the estimate's choice first."""
+    *_, stride, _, dilation, groups = node.args
+    outputs, inputs, *taps = array.shape
+    machine = importer.cpu
+    direct = _plans_of_product(importer, out, (outputs // groups, inputs, *taps), limit)
+    single = all(list(v) == [1, 1] for v in (stride, dilation))
+    if importer.strict_rounding or taps != [3, 3] or groups != 1 or not single:
+        return [*direct]
+    filtering, faster = winograd.plans(lambda m: winograd.Tiling(m, *out), inputs, outputs, machine, limit)
+    pairs = itertools.zip_longest(filtering, direct) if faster else itertools.zip_longest(direct, filtering)
+    return [plan for pair in pairs for plan in pair if plan is not None][:limit]
 
 
-def _conv_winograd(
-    importer: Importer, x: Any, array: np.ndarray, weight: fx.Node, padding: list[int], tiling: winograd.Tiling
-) -> Any:
-    outputs, channels = array.shape[:2]
+def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[int], limit: int) -> list[gemm.Plan]:
+    """``weight``: [O, I, *taps] of one group."""
+    outputs, inputs, *taps = weight
+    return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit)
+
+
+def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int]) -> Any:
+    x, weight, _, stride, padding, dilation, groups = node.args
+    machine, window = importer.cpu, depthwise.Window(stride, dilation, padding)
+    task = importer.choose(node, lambda limit: depthwise.tasks(out, groups, array.shape[2:], window, machine, limit))
+    w = importer.weight(depthwise.pack(array, machine.lanes), (weight, "depthwise"))
+
+    def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
+        return depthwise.convolution(image, w, out[1:], window, task)
+
+    return importer.emit_te("depthwise", compute, importer.value(x), w)
+
+
+def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], plan: winograd.Plan) -> Any:
+    weight, padding = node.args[1], node.args[4]
+    x, tiling = importer.value(node.args[0]), winograd.Tiling(plan.m, *out)
+    outputs = array.shape[0]
     need = [tiling.m * grid + 2 for grid in tiling.grid]
     after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
     image = _padded(importer, x, padding, after)
-    tile = gemm.choose_tile(tiling.count, outputs, channels, importer.cpu)
+    tile = gemm.Tile(plan.product.rows, plan.product.vectors, importer.cpu.lanes)
     filters = winograd.transform_filters(array, tiling.m)
     packed = np.stack([gemm.pack(np.ascontiguousarray(f.T), tile) for f in filters])
     w = importer.weight(packed, (weight, tile, tiling.m))
     spread = importer.emit_te("winograd_in", lambda t: winograd.transform_input(t, tiling), image)
 
     def multiply(t: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, outputs, tile)
+        return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, outputs, plan.product)
 
     products = importer.emit_te("winograd_multiply", multiply, spread, w)
     return importer.emit_te("winograd_out", lambda t: winograd.transform_output(t, tiling), products)
 
 
-def _conv_group(
-    importer: Importer,
-    image: Any,
-    array: np.ndarray,
-    key: Any,
-    first: int,
-    out: Sequence[int],
-    stride: Any,
-    dilation: Any,
-) -> Any:
-    """One group as a product: rows are the output pixels ``out`` (batch first), the sum goes over the taps and the input channels from
-    ``first`` on. ``array``: [O, I, *taps]."""
+@dataclass(frozen=True)
+class Place:
+    """Where a group of a convolution reads and writes: the channels from ``first`` on, for the output pixels ``out`` (batch first).
+    ``key`` names its weights."""
+
+    key: Any
+    first: int
+    out: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+
+
+def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place, plan: gemm.Plan) -> Any:
+    """One group as a product: rows are the output pixels, the sum goes over the taps and the input channels. ``array``: [O, I, *taps]."""
     outputs, inputs, *taps = array.shape
-    tile = gemm.choose_tile(math.prod(out), outputs, inputs * math.prod(taps), importer.cpu)
-    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (key, tile))
+    tile = plan.tile(importer.cpu)
+    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (place.key, tile))
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
         def read(m: Any, *k: Any) -> Any:
-            b, *place = gemm.unravel(m, out)
+            b, *pixel = gemm.unravel(m, place.out)
             *tap, c = k
-            at = [p * s + t * d for p, t, s, d in zip(place, tap, stride, dilation)]
-            return image[(b, *at, first + c if first else c)]
+            at = [p * s + t * d for p, t, s, d in zip(pixel, tap, place.stride, place.dilation)]
+            return image[(b, *at, place.first + c if place.first else c)]
 
-        return gemm.product(read, w, (*taps, inputs), out, outputs, tile)
+        return gemm.product(read, w, (*taps, inputs), place.out, outputs, plan)
 
     return importer.emit_te("conv", compute, image, packed)
 
@@ -154,8 +173,10 @@ def conv_transpose(importer: Importer, node: fx.Node) -> Any:
     for group in range(groups):
         kernel = np.ascontiguousarray(flipped[group].swapaxes(0, 1))
         if ours:
-            out = tuple(sizes(node)[:-1])
-            part = _conv_group(importer, image, kernel, (weight, group), group * width, out, [1] * rank, dilation)
+            out = sizes(node)[:-1]
+            place = Place((weight, group), group * width, out, [1] * rank, dilation)
+            plan = importer.choose(node, partial(_plans_of_product, importer, out, kernel.shape))
+            part = _conv_group(importer, image, kernel, place, plan)
         else:
             section = importer.emit(R.strided_slice(image, [rank + 1], [group * width], [(group + 1) * width]))
             w = importer.weight(np.ascontiguousarray(np.moveaxis(kernel, 1, -1)), (weight, group))

@@ -32,11 +32,13 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
     if not importer.is_constant(weight) or len(shape_of(x)) < 2:
         return linear(importer, node)
     lead, (n, k) = sizes(x)[:-1], sizes(weight)
-    tile = gemm.choose_tile(math.prod(lead), n, k, importer.cpu)
+    machine = importer.cpu
+    plan = importer.choose(node, lambda limit: gemm.plans(math.prod(lead), n, (k,), machine, limit))
+    tile = plan.tile(machine)
     packed = importer.weight(gemm.pack(importer.array(weight), tile), (weight, tile))
 
     def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return gemm.product(lambda m, i: x[(*gemm.unravel(m, lead), i)], w, (k,), lead, n, tile)
+        return gemm.product(lambda m, i: x[(*gemm.unravel(m, lead), i)], w, (k,), lead, n, plan)
 
     return add_bias(importer, importer.emit_te("linear", compute, importer.value(x), packed), bias)
 
@@ -60,6 +62,8 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
         return matmul(importer, node)
     *lead, m, n = sizes(node)
     source, swapped = _before_transposition(b)
+    machine, k = importer.cpu, shapes[0][-1]
+    plan = importer.choose(node, lambda limit: batched.plans(m, n, k, math.prod(lead), machine, limit))
 
     def compute(x: te.Tensor, y: te.Tensor) -> te.Tensor:
         def left(*i: Any) -> Any:
@@ -69,9 +73,8 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
             last = (i[-1], i[-2]) if swapped else i[-2:]
             return y[(*_broadcast(i[:-2], shapes[1]), *last)]
 
-        tile = gemm.choose_tile(m, n, shapes[0][-1], importer.cpu)
-        packed = batched.pack(right, lead, n, shapes[0][-1], tile.columns)
-        return batched.product(left, packed, m, n, tile)
+        packed = batched.pack(right, lead, n, k, plan.vectors * machine.lanes)
+        return batched.product(left, packed, m, n, plan)
 
     return importer.emit_te("matmul", compute, importer.value(a), importer.value(source))
 

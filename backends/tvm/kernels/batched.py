@@ -6,19 +6,40 @@ costs one pass over B for M passes of arithmetic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
-from thresher.backends.tvm.kernels.gemm import Tile, choose_tile, inline_epilogue, register_product, shares
+from thresher.backends.tvm.kernels.gemm import Tile, inline_epilogue, register_product, shares, tiles
 from thresher.backends.tvm.kernels.machine import Machine
 
 PREFIX = "batched_"
 PACKED, SUMS = f"{PREFIX}packed", f"{PREFIX}sums"
 LEAST = 4  # rows: with fewer, packing costs as much as the product
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rows`` x ``vectors`` registers of sums; ``run``: row tiles that one task takes, for which it reads a panel of B once."""
+
+    rows: int
+    vectors: int
+    run: int
+
+
+def plans(m: int, n: int, k: int, batch: int, machine: Machine, limit: int = 1) -> list[Plan]:
+    """The ``limit`` most promising plans for ``batch`` products ``[m, k] x [k, n]``; the first is the estimate's choice."""
+    found = []
+    for t, tile in enumerate(tiles(m, n, k, machine)[: 1 if limit == 1 else 4]):
+        rule = _run(-(-m // tile.rows), batch, tile, k, machine)
+        runs = (
+            [rule] if limit == 1 else list(dict.fromkeys((rule, max(1, rule // 2), min(2 * rule, -(-m // tile.rows)))))
+        )
+        found += [(t + i, t, Plan(tile.rows, tile.vectors, run)) for i, run in enumerate(runs)]
+    return [plan for *_, plan in sorted(found, key=lambda f: f[:2])[:limit]]
 
 
 def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns: int) -> te.Tensor:
@@ -32,10 +53,10 @@ def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns
     return te.compute((*lead, blocks, k, columns), element, name=PACKED)
 
 
-def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, tile: Tile) -> te.Tensor:
+def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, plan: Plan) -> te.Tensor:
     """``left(*batch, m, k)`` times ``packed`` [*batch, N/NR, K, NR] -> ``[*batch, m, n]``."""
     *lead, blocks, k, columns = (int(d) for d in packed.shape)
-    full_m = -(-m // tile.rows) * tile.rows
+    full_m = -(-m // plan.rows) * plan.rows
     over = te.reduce_axis((0, k), name="k")
     sums = te.compute(
         (*lead, full_m, blocks * columns),
@@ -45,6 +66,7 @@ def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, tile: T
             axis=over,
         ),
         name=SUMS,
+        attrs={"plan": list(astuple(plan))},
     )
     return te.compute((*lead, m, n), lambda *i: sums[i], name=f"{PREFIX}out")
 
@@ -55,29 +77,27 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     names = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root"))}
     epilogue = inline_epilogue(sch, sums, keep=frozenset((PACKED,)))
     *batch, _, _ = (int(d) for d in sch.get(sums).writes[0].source.shape)
-    k, nr = (int(d) for d in sch.get(sums).reads[1].source.shape[-2:])
+    nr = int(sch.get(sums).reads[1].source.shape[-1])
     if PACKED in names:
         blocks = sch.get_loops(sch.get_sblock(PACKED))[: len(batch) + 1]
         sch.parallel(sch.fuse(*blocks) if len(blocks) > 1 else blocks[0])
     _by_rows(sch, epilogue)
     b, i, j = sch.get_loops(epilogue)
-    m, n = (int(sch.get(loop).extent) for loop in (i, j))
-    tile = choose_tile(m, n, k, machine)
-    assert tile.columns == nr, "the tile is chosen by the same rule when packing and when scheduling"
-    run = _run(-(-m // tile.rows), math.prod(batch), tile, k, machine)
-    i, middle, row = sch.split(i, [None, run, tile.rows])
+    n = int(sch.get(j).extent)
+    plan = Plan(*(int(v) for v in sch.get(sums).annotations["plan"]))
+    i, middle, row = sch.split(i, [None, plan.run, plan.rows])
     j, column = sch.split(j, [None, nr])
     sch.reorder(b, i, j, middle, row, column)
     sch.parallel(sch.fuse(b, i))
     sch.compute_at(sums, middle, preserve_unit_loops=True)
-    register_product(sch, sums, tile.lanes)
-    if n % tile.lanes == 0:
-        _, lane = sch.split(column, [None, tile.lanes])
+    register_product(sch, sums, machine.lanes)
+    if n % machine.lanes == 0:
+        _, lane = sch.split(column, [None, machine.lanes])
         sch.vectorize(lane)
 
 
 def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: Machine) -> int:
-    """Row tiles that one task takes, for which it reads a panel of B once: as many as fit the cache and leave work for all threads."""
+    """As many row tiles as fit the cache and leave work for all threads."""
     fit = max(1, machine.cache // 2 // (tile.rows * depth * 4))
     wanted = -(-4 * machine.threads // batch)  # tasks per product
     return max(c for c in shares(row_tiles) if c == 1 or (c <= fit and -(-row_tiles // c) >= min(wanted, row_tiles)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,16 @@ class Window:
         return (outputs - 1) * self.stride[axis] + (taps - 1) * self.dilation[axis] + 1
 
 
+@dataclass(frozen=True)
+class Task:
+    """Outputs that a thread computes from one staged copy: rows x pixels x channels, ``step`` pixels in registers at a time."""
+
+    rows: int
+    pixels: int
+    channels: int
+    step: int
+
+
 def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
     """[C, 1, KH, KW] -> [KH, KW, C], the channels padded with zeros to whole registers."""
     channels = weight.shape[0]
@@ -47,11 +57,11 @@ def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
     return padded
 
 
-def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Window, machine: Machine) -> te.Tensor:
+def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Window, task: Task) -> te.Tensor:
     """``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
     batch, height, width, channels = (int(d) for d in x.shape)
     *taps, full = (int(d) for d in weight.shape)
-    across = _whole(out[1], pixels_of(out[1]))
+    across = _whole(out[1], task.step)
     need = [window.extent(size, k, d) for d, (size, k) in enumerate(zip((out[0], across), taps))]
 
     def element(b: Any, y: Any, z: Any, c: Any) -> Any:
@@ -63,58 +73,44 @@ def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Win
     staged = te.compute((batch, *need, full), element, name=STAGED)
     i, j = (te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(taps))
     (down, right), (up, left) = window.stride, window.dilation
-    task = choose_task((batch, out[0], across, full), taps, window, machine)
     sums = te.compute(
         (batch, out[0], across, full),
         lambda b, y, z, c: te.sum(staged[b, y * down + i * up, z * right + j * left, c] * weight[i, j, c], axis=[i, j]),
         name=BLOCK,
-        attrs={"task": [task.rows, task.pixels, task.channels]},
+        attrs={"task": list(astuple(task))},
     )
     return te.compute((batch, *out, channels), lambda *index: sums[index], name="crop")
-
-
-def pixels_of(width: int) -> int:
-    """Neighbouring outputs that are computed together: with few, each row is loaded more often; those past the end are lost."""
-    return min((7, 6, 5, 4, 3, 2, 1), key=lambda p: _whole(width, p) * (1 + 0.5 / p))
 
 
 def _whole(size: int, part: int) -> int:
     return -(-size // part) * part
 
 
-@dataclass(frozen=True)
-class Task:
-    """Outputs that a thread computes from one staged copy: rows x pixels x channels."""
+def tasks(
+    out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: Machine, limit: int = 1
+) -> list[Task]:
+    """The ``limit`` tasks with the least estimated time: little copied twice, little staged at a time, whole cache lines, work for all
+    threads. ``out``: [B, rows, pixels] of the result; ``taps``: of the filter, (y, x).
 
-    rows: int
-    pixels: int
-    channels: int
-
-
-def choose_task(shape: Sequence[int], taps: Sequence[int], window: Window, machine: Machine) -> Task:
-    """The task with the least estimated time: little copied twice, little staged at a time, whole cache lines, work for all threads.
-
-    ``shape``: [B, rows, pixels, channels] of the result, pixels and channels whole; ``taps``: of the filter, (y, x).
+    Few pixels computed together load each row more often; those past the end are lost.
     """
-    batch, height, width, channels = shape
-    step, lanes = pixels_of(width), machine.lanes
-    across = width if height > 1 or width <= SEQUENCE else min(_whole(SEQUENCE, step), width)
-    registers = channels // lanes
-    best, best_cost = Task(1, across, channels), math.inf
-    for part in (d for d in range(1, registers + 1) if registers % d == 0):
-        for rows in shares(height):
-            read_rows = window.extent(rows, taps[0], 0)
-            read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
-            tasks = batch * -(-height // rows) * -(-width // across) * (registers // part)
-            busiest = -(-tasks // machine.threads) * machine.threads * rows * across * part
-            copied = read_rows / (rows * window.stride[0])
-            cost = (
-                busiest * (1 + 0.4 * copied) * (1 + 3 / (part * lanes)) * (1 + 0.15 * max(0.0, math.log2(read / STAGE)))
-            )
-            cost += 20 * tasks / machine.threads  # each starts with a buffer of its own
-            if cost < best_cost:
-                best, best_cost = Task(rows, across, part * lanes), cost
-    return best
+    batch, height, width = out
+    lanes, registers = machine.lanes, -(-channels // machine.lanes)
+    found = []
+    steps = sorted((7, 6, 5, 4, 3, 2, 1), key=lambda p: _whole(width, p) * (1 + 0.5 / p))
+    for place, step in enumerate(steps[: 1 if limit == 1 else 3]):
+        across = _whole(width if height > 1 or width <= SEQUENCE else SEQUENCE, step)
+        for part in (d for d in range(1, registers + 1) if registers % d == 0):
+            for rows in shares(height):
+                read_rows = window.extent(rows, taps[0], 0)
+                read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
+                count = batch * -(-height // rows) * -(-width // across) * (registers // part)
+                cost = float(-(-count // machine.threads) * machine.threads * rows * across * part)
+                cost *= (1 + 0.4 * read_rows / (rows * window.stride[0])) * (1 + 3 / (part * lanes))
+                cost *= 1 + 0.15 * max(0.0, math.log2(read / STAGE))
+                cost += 20 * count / machine.threads  # each starts with a buffer of its own
+                found.append((cost * (1 + 0.1 * place), Task(rows, across, part * lanes, step)))
+    return [task for _, task in sorted(found, key=lambda f: f[0])[:limit]]
 
 
 def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
@@ -123,10 +119,10 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     taps = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-2:]]
     epilogue = inline_epilogue(sch, conv, keep=frozenset((STAGED,)))
     b, y, x, c = sch.get_loops(epilogue)
-    width, channels = (int(sch.get(loop).extent) for loop in (x, c))
-    task, step = Task(*(int(size) for size in sch.get(conv).annotations["task"])), pixels_of(width)
+    channels = int(sch.get(c).extent)
+    task = Task(*(int(size) for size in sch.get(conv).annotations["task"]))
     y, row = sch.split(y, [None, task.rows])
-    x, column, pixel = sch.split(x, [None, task.pixels // step, step])
+    x, column, pixel = sch.split(x, [None, task.pixels // task.step, task.step])
     c, register, lane = sch.split(c, [None, task.channels // machine.lanes, machine.lanes])
     sch.reorder(b, y, x, c, row, column, register, pixel, lane)
     start = sch.fuse(b, y, x, c)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,23 @@ class Tile:
         return self.vectors * self.lanes
 
 
-def choose_tile(m: int, n: int, k: int, machine: Machine) -> Tile:
-    """The tile with the least estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14 to 20 sums,
-    two vectors wide).
+@dataclass(frozen=True)
+class Plan:
+    """How a product is computed: the tile, the row and column tiles of a task, and whether a deep sum is cut into slices."""
+
+    rows: int
+    vectors: int
+    row_tiles: int
+    column_tiles: int
+    sliced: bool
+
+    def tile(self, machine: Machine) -> Tile:
+        return Tile(self.rows, self.vectors, machine.lanes)
+
+
+def tiles(m: int, n: int, k: int, machine: Machine) -> list[Tile]:
+    """All tiles that fit the registers, by estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14
+    to 20 sums, two vectors wide).
 
     Padding rows and columns is paid for; few sums leave the multiply-add unit waiting; sums, a row of the weight and an element of A
     that do not fit the registers together spill; four vectors pay only while the panel of packed weights that a task streams
@@ -47,16 +61,33 @@ def choose_tile(m: int, n: int, k: int, machine: Machine) -> Tile:
     """
     streams = min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2
     widths = {1: 0.82, 2: 1.0, 3: 0.99} if machine.registers == 16 else {1: 0.82, 2: 1.0, 4: 1.0 if streams else 0.8}
-    best, best_cost = Tile(1, 1, machine.lanes), math.inf
-    for vectors, bound in widths.items():
-        for rows in range(1, min(m, 12) + 1):
-            if rows * vectors > machine.accumulators or (rows + 1) * vectors + 1 > machine.registers:
-                continue
-            busy = min(1.0, rows * vectors / 12) * bound * (0.96 if rows > 10 else 1.0)
-            cost = -(-m // rows) * rows * -(-n // (vectors * machine.lanes)) * vectors / busy
-            if cost < best_cost - 1e-9:
-                best, best_cost = Tile(rows, vectors, machine.lanes), cost
-    return best
+
+    def cost(tile: Tile) -> float:
+        busy = min(1.0, tile.rows * tile.vectors / 12) * widths[tile.vectors] * (0.96 if tile.rows > 10 else 1.0)
+        return round(-(-m // tile.rows) * tile.rows * -(-n // tile.columns) * tile.vectors / busy, 6)
+
+    fit = [
+        Tile(rows, vectors, machine.lanes)
+        for vectors in widths
+        for rows in range(1, min(m, 12) + 1)
+        if rows * vectors <= machine.accumulators and (rows + 1) * vectors + 1 <= machine.registers
+    ]
+    return sorted(fit, key=cost)
+
+
+def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1) -> list[Plan]:
+    """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice."""
+    depth = math.prod(taps)
+    sliced = m > 1 and bool(slices_of(taps)[0])  # a single row reads the weight once anyway
+    ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
+    found: list[tuple[int, int, int, Plan]] = []
+    for t, tile in enumerate(tiles(m, n, depth, machine)[: 1 if limit == 1 else 6]):
+        for w, cut in enumerate(ways):
+            grid = -(-m // tile.rows), -(-n // tile.columns)
+            tasks = _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, machine)
+            for i, task in enumerate(tasks[: 1 if limit == 1 else 4]):
+                found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, cut)))
+    return [plan for *_, plan in sorted(found, key=lambda f: f[:3])[:limit]]
 
 
 def pack(weight: np.ndarray, tile: Tile) -> np.ndarray:
@@ -83,16 +114,17 @@ def product(
     taps: Sequence[int],
     rows: Sequence[int],
     n: int,
-    tile: Tile,
+    plan: Plan,
 ) -> te.Tensor:
     """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``.
 
-    A deep sum is computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of a
-    task pass over it; the slices' results add up in a second block.
+    A deep sum may be computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of
+    a task pass over it; the slices' results add up in a second block.
     """
-    m, columns = math.prod(rows), tile.columns
-    full_m, full_n = -(-m // tile.rows) * tile.rows, packed.shape[0] * columns
-    outer, factor = slices_of(taps) if m > 1 else ([], 1)  # a single row reads the weight once anyway
+    m, columns = math.prod(rows), int(packed.shape[-1])
+    full_m, full_n = -(-m // plan.rows) * plan.rows, packed.shape[0] * columns
+    outer, factor = slices_of(taps, SLICE) if plan.sliced else ([], 1)
+    attrs = {"plan": [int(v) for v in astuple(plan)]}
 
     def element(i: Any, j: Any, outside: Sequence[Any], inside: Sequence[Any]) -> Any:
         row = te.min(i, m - 1) if full_m != m else i
@@ -101,12 +133,17 @@ def product(
 
     if not outer:
         axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(taps)]
-        sums = te.compute((full_m, full_n), lambda i, j: te.sum(element(i, j, (), axes), axis=axes), name=BLOCK)
+        sums = te.compute(
+            (full_m, full_n), lambda i, j: te.sum(element(i, j, (), axes), axis=axes), name=BLOCK, attrs=attrs
+        )
     else:
         inner = [taps[0] // factor] if factor > 1 else list(taps[len(outer) :])
         axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(inner)]
         parts = te.compute(
-            (*outer, full_m, full_n), lambda *i: te.sum(element(i[-2], i[-1], i[:-2], axes), axis=axes), name=BLOCK
+            (*outer, full_m, full_n),
+            lambda *i: te.sum(element(i[-2], i[-1], i[:-2], axes), axis=axes),
+            name=BLOCK,
+            attrs=attrs,
         )
         over = [te.reduce_axis((0, size), name=f"s{d}") for d, size in enumerate(outer)]
         sums = te.compute((full_m, full_n), lambda i, j: te.sum(parts[(*over, i, j)], axis=over), name=ADDED)
@@ -120,9 +157,10 @@ def product(
     return te.compute((*rows, n), crop, name="crop")
 
 
-def slices_of(taps: Sequence[int]) -> tuple[list[int], int]:
-    """The outer loops that cut a sum over ``taps`` into slices, and, for a single loop, into how many it is split; ([], 1): not cut."""
-    if math.prod(taps) <= 2 * SLICE:
+def slices_of(taps: Sequence[int], least: int = 2 * SLICE) -> tuple[list[int], int]:
+    """The outer loops that cut a sum over ``taps`` into slices, and, for a single loop, into how many it is split; ([], 1): not cut,
+    because no deeper than ``least`` or not divisible."""
+    if math.prod(taps) <= least:
         return [], 1
     if len(taps) == 1:
         factor = next((f for f in range(-(-taps[0] // SLICE), 4 * taps[0] // SLICE + 1) if taps[0] % f == 0), 1)
@@ -137,14 +175,14 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     added = sch.get_sblock(ADDED) if any(sch.get(c).name_hint == ADDED for c in sch.get_consumers(gemm)) else None
     epilogue = inline_epilogue(sch, gemm if added is None else added, keep=frozenset((BLOCK, ADDED)))
     flatten_rows(sch, epilogue)
-    m, n = (_extent(sch, loop) for loop in sch.get_loops(epilogue))
-    depth = math.prod(_extent(sch, loop) for loop in sch.get_loops(gemm)) // math.prod(_shape(sch, gemm)[-2:])
-    tile = choose_tile(m, n, depth, machine)
-    assert tile.columns == _columns(sch, gemm), "the tile is chosen by the same rule when packing and when scheduling"
+    n = _extent(sch, sch.get_loops(epilogue)[-1])
+    rows, vectors, row_tiles, column_tiles, sliced = (int(v) for v in sch.get(gemm).annotations["plan"])
+    plan = Plan(rows, vectors, row_tiles, column_tiles, bool(sliced))
+    tile = plan.tile(machine)
     if added is None:
-        last = _schedule_whole(sch, gemm, epilogue, tile, machine)
+        last = _schedule_whole(sch, gemm, epilogue, tile, plan)
     else:
-        last = _schedule_slices(sch, gemm, added, epilogue, tile, machine)
+        last = _schedule_slices(sch, gemm, added, epilogue, tile, plan)
     if n % tile.lanes:
         return  # LLVM vectorises the loop with its condition; lanes with a condition each would run one at a time
     if _extent(sch, last) > tile.lanes:
@@ -152,29 +190,24 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.vectorize(last)
 
 
-def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, machine: Machine) -> Any:
+def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, plan: Plan) -> Any:
     """The sum of a tile is complete in one go; returns the epilogue's column loop."""
-    full_m, full_n = _shape(sch, gemm)
     i, j, *k = sch.get_loops(gemm)
-    chunk = _chunk(full_m // tile.rows, full_n // tile.columns, tile, math.prod(_extent(sch, x) for x in k), machine)
-    outer, middle, rows = sch.split(i, [None, chunk, tile.rows])
-    blocks, vectors, lanes = sch.split(j, [None, tile.vectors, tile.lanes])
-    sch.reorder(outer, blocks, middle, *k, rows, vectors, lanes)
+    outer, middle, rows = sch.split(i, [None, plan.row_tiles, tile.rows])
+    blocks, column, vectors, lanes = sch.split(j, [None, plan.column_tiles, tile.vectors, tile.lanes])
+    sch.reorder(outer, blocks, middle, column, *k, rows, vectors, lanes)
     sch.set_scope(gemm, 0, "local")
     sch.parallel(sch.fuse(outer, blocks))
-    sch.reverse_compute_at(epilogue, middle)
+    sch.reverse_compute_at(epilogue, column)
     _registers(sch, gemm, k, (rows, vectors, lanes))
     return sch.get_loops(epilogue)[-1]
 
 
-def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, tile: Tile, machine: Machine) -> Any:
+def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, tile: Tile, plan: Plan) -> Any:
     """Slice by slice over all tiles of a task, whose sums stay in the cache; returns the epilogue's column loop."""
-    full_m, full_n = _shape(sch, added)
-    depth = math.prod(_extent(sch, loop) for loop in sch.get_loops(gemm)[len(_shape(sch, gemm)) :])
-    row_tiles, column_tiles = _task(full_m // tile.rows, full_n // tile.columns, tile, depth, machine)
     i, j, *slices = sch.get_loops(added)
-    outer, middle, rows = sch.split(i, [None, row_tiles, tile.rows])
-    blocks, column, vectors, lanes = sch.split(j, [None, column_tiles, tile.vectors, tile.lanes])
+    outer, middle, rows = sch.split(i, [None, plan.row_tiles, tile.rows])
+    blocks, column, vectors, lanes = sch.split(j, [None, plan.column_tiles, tile.vectors, tile.lanes])
     sch.reorder(outer, blocks, *slices, column, middle, rows, vectors, lanes)
     task = sch.fuse(outer, blocks)
     sch.parallel(task)
@@ -233,27 +266,27 @@ def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
-def _shape(sch: s_tir.Schedule, block: Any) -> list[int]:
-    return [int(d) for d in sch.get(block).writes[0].source.shape]
+def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
+    """(row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the threads.
 
-
-def _columns(sch: s_tir.Schedule, gemm: Any) -> int:
-    return int(sch.get(gemm).reads[1].source.shape[-1])
-
-
-def _chunk(row_tiles: int, column_blocks: int, tile: Tile, depth: int, machine: Machine) -> int:
-    """Row tiles per task: their part of A fits half the cache, and the tasks divide evenly over the threads."""
+    The best for tasks of one column tile, then tasks that go over more of them for every row tile (they write whole rows).
+    """
     fit = max(1, machine.cache // 2 // max(1, tile.rows * depth * 4))
-    best, best_cost = row_tiles, math.inf
-    for chunk in shares(row_tiles):
-        tasks = -(-row_tiles // chunk) * column_blocks
+
+    def cost(chunk: int) -> float:
+        tasks = -(-row_tiles // chunk) * column_tiles
         share = -(-tasks // machine.threads) * chunk  # row tiles the busiest thread computes, the padded ones counted
         cost = share + (0.05 * share * (chunk / fit - 1) if chunk > fit else 0) + 0.3 * (-(-row_tiles // chunk))
-        if row_tiles % chunk:
-            cost *= 1.02  # the last task carries a condition
-        if cost < best_cost:
-            best, best_cost = chunk, cost
-    return best
+        return round(cost * 1.02 if row_tiles % chunk else cost, 6)  # the last task carries a condition
+
+    one = [(chunk, 1) for chunk in sorted(shares(row_tiles), key=cost)]
+    even = [c for c in shares(row_tiles) if -(-row_tiles // c) % machine.threads == 0] or [1]
+    wide = [
+        (min(even, key=lambda c: abs(c - size)), column_tiles)
+        for size in (32, 8)
+        if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
+    ]
+    return [*one[:1], *wide, *one[1:]]
 
 
 def shares(count: int) -> list[int]:
@@ -262,21 +295,21 @@ def shares(count: int) -> list[int]:
     return sorted({-(-count // p) for p in parts if p <= count})
 
 
-def _task(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> tuple[int, int]:
-    """Row and column tiles of a task: its slice of A and its sums share the cache, and the tasks divide evenly over the threads."""
-    best, best_cost = (1, 1), math.inf
-    for rows in shares(row_tiles):
-        for columns in shares(column_tiles):
-            bytes_used = 4 * rows * tile.rows * (depth + columns * tile.columns)
-            tasks = -(-row_tiles // rows) * -(-column_tiles // columns)
-            share = -(-tasks // machine.threads) * rows * columns
-            spill = max(0.0, bytes_used / (machine.cache // 2) - 1)
-            # each task reads its rows of A once per slice and its columns of the weight once
-            traffic = share * (1 / columns + 1 / rows) * 0.3
-            cost = share * (1 + 0.1 * min(spill, 5)) + traffic
-            if cost < best_cost:
-                best, best_cost = (rows, columns), cost
-    return best
+def _slice_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
+    """(row, column) tiles of a task, by estimated time: its slice of A and its sums share the cache, and the tasks divide evenly over the
+    threads."""
+
+    def cost(task: tuple[int, int]) -> float:
+        rows, columns = task
+        bytes_used = 4 * rows * tile.rows * (depth + columns * tile.columns)
+        tasks = -(-row_tiles // rows) * -(-column_tiles // columns)
+        share = -(-tasks // machine.threads) * rows * columns
+        spill = max(0.0, bytes_used / (machine.cache // 2) - 1)
+        # each task reads its rows of A once per slice and its columns of the weight once
+        traffic = share * (1 / columns + 1 / rows) * 0.3
+        return round(share * (1 + 0.1 * min(spill, 5)) + traffic, 6)
+
+    return sorted(((r, c) for r in shares(row_tiles) for c in shares(column_tiles)), key=cost)
 
 
 def inline_epilogue(sch: s_tir.Schedule, anchor: Any, keep: frozenset[str] = frozenset()) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
+from thresher.backends.tvm.kernels import batched
 from thresher.backends.tvm.kernels.gemm import inline_epilogue
 from thresher.backends.tvm.kernels.machine import Machine
 
@@ -149,25 +150,42 @@ def transform_output(products: te.Tensor, tiling: Tiling) -> te.Tensor:
     return te.compute((tiling.batch, tiling.height, tiling.width, outputs), element, name=OUT)
 
 
-def choose(tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: Machine) -> int:
-    """The ``m`` with the least estimated time, 0 for the convolution itself.
+@dataclass(frozen=True)
+class Plan:
+    """F(m x m, 3 x 3), its products computed by ``product``."""
 
-    Seconds: arithmetic at the rate of the packed product, less where it has few rows; what the transforms read and write, and the
-    transformed filters, once each.
+    m: int
+    product: batched.Plan
+
+
+def plans(
+    tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: Machine, limit: int = 1
+) -> tuple[list[Plan], bool]:
+    """The plans for either ``m``, ``limit`` in all, the most promising first, and whether that one is estimated to beat the convolution
+    itself. None where registers do not divide the widths.
+
+    Estimated seconds: arithmetic at the rate of the packed product, less where it has few rows; what the transforms read and write, and
+    the transformed filters, once each.
     """
     direct = tiling_of(2)
     pixels = direct.batch * direct.height * direct.width
-    best, best_cost = 0, _product_seconds(pixels, 9 * channels, outputs, 1, machine)
     if channels % machine.lanes or outputs % machine.lanes or machine.lanes < 8:
-        return 0
+        return [], False
+    costs = {}
     for m in (2, 4):
         tiling = tiling_of(m)
         moved = 4 * (pixels * (channels + outputs) + 2 * tiling.products * tiling.count * (channels + outputs))
         cost = _product_seconds(tiling.count, channels, outputs, tiling.products, machine)
-        cost += moved / (MOVED * machine.threads) + STAGES
-        if cost < 0.9 * best_cost:
-            best, best_cost = m, cost
-    return best
+        costs[m] = cost + moved / (MOVED * machine.threads) + STAGES
+    order = [4, 2] if costs[4] < 0.9 * costs[2] else [2, 4]
+    found = []
+    for place, m in enumerate(order):
+        tiling = tiling_of(m)
+        products = batched.plans(tiling.count, outputs, channels, tiling.products, machine, limit)
+        found += [(place + i, Plan(m, product)) for i, product in enumerate(products)]
+    found.sort(key=lambda f: f[0])
+    faster = costs[order[0]] < 0.9 * _product_seconds(pixels, 9 * channels, outputs, 1, machine)
+    return [plan for _, plan in found[:limit]], faster
 
 
 MOVED = 1.2e10  # bytes a thread moves in a second between the stages (they stay in the shared cache)

@@ -1,0 +1,182 @@
+"""Tuning: what is measured is recorded and used, a killed run goes on, and nothing gets slower or wrong by it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thresher
+from thresher import BackendError, InputError, Records, Remote, Tune, driver
+from thresher.backends.tvm import tuner
+from thresher.benchmark import Timing
+from thresher.cli import main, remote
+from thresher.errors import ThresherError
+
+FAST = Tune(trials=3)
+
+
+class Net(nn.Module):
+    """One kernel of every family that has plans: a product, a filtering, a depthwise layer, a product of computed values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.deep = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.deep(self.wide(x).relu()).flatten(2)
+        return self.head((y @ y.transpose(1, 2)).softmax(-1))
+
+
+def example() -> tuple[nn.Module, Tensor]:
+    return Net().eval(), torch.randn(2, 8, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def model_and_inputs() -> tuple[nn.Module, tuple]:
+    """For the command line."""
+    model, x = example()
+    return model, (x,)
+
+
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(tuner, "ROUNDS", 1)
+    monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
+    monkeypatch.setattr(tuner, "ENOUGH", 0.001)
+
+
+def test_recorded_used_and_right(monkeypatch) -> None:
+    quick(monkeypatch)
+    model, x = example()
+    compiled = thresher.compile(model, (x,), target="cpu", tune=FAST)
+    records = Records().all()
+    assert len(records) == 4 == compiled.report.tuned[1]
+    assert all(r.microseconds > 0 and r.microseconds <= r.rule_microseconds for r in records)
+    assert set(compiled.report.tuning) == {"tuned", "untuned"}
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
+    """All plans are built, and each computes what the model does."""
+    model, x = example()
+    backend = driver.find_backend("tvm")
+    first = thresher.compile(model, (x,), target="cpu")
+    seen: list[str] = []
+    honest = tuner.Bench.measure
+
+    def collect(self, program, workload, site, fingerprint):
+        seen.extend((workload, repr(plan)) for plan in site.plans(32)[:10])
+        return honest(self, program, workload, site, fingerprint)
+
+    quick(monkeypatch)
+    monkeypatch.setattr(tuner.Bench, "measure", collect)
+    thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
+    fingerprint = backend.fingerprint("cpu")
+    for number, (workload, plan) in enumerate(seen):
+        Records().put([thresher.Record(fingerprint, workload, plan, 1.0, 1.0, 1e11 + number)])
+        again = thresher.compile(model, (x,), target="cpu")
+        assert again.report.tuned[0] >= 1
+        assert torch.allclose(again(x), first(x), atol=1e-5), plan
+    assert len(seen) >= 30
+
+
+def test_a_run_that_was_stopped_goes_on(monkeypatch) -> None:
+    quick(monkeypatch)
+    model, x = example()
+    honest, measured = tuner.Bench.measure, []
+
+    def killed_after_two(self, program, workload, site, fingerprint):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(workload)
+        return honest(self, program, workload, site, fingerprint)
+
+    monkeypatch.setattr(tuner.Bench, "measure", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        thresher.compile(model, (x,), target="cpu", tune=FAST)
+    assert [r.workload for r in Records().all()] == sorted(measured)
+    monkeypatch.setattr(tuner.Bench, "measure", honest)
+    begun: list[str] = []
+    monkeypatch.setattr(tuner, "values_of", lambda site, f=tuner.values_of: begun.append(site.node.name) or f(site))
+    thresher.compile(model, (x,), target="cpu", tune=FAST)
+    assert len(begun) == 2 and len(Records().all()) == 4
+
+
+def test_no_time_no_workloads() -> None:
+    model, x = example()
+    thresher.compile(model, (x,), target="cpu", tune=Tune(seconds=0.0))
+    assert Records().all() == []
+
+
+def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
+    quick(monkeypatch)
+    model, x = example()
+    monkeypatch.setattr(
+        driver, "interleaved", lambda calls, rounds: {"untuned": Timing(1.0, 1, 1), "tuned": Timing(1.1, 1, 1)}
+    )
+    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=8, gain=0.0))
+    assert compiled.report.tuned[0] == 0
+    assert [r.plan for r in Records().all()] == [""] * 4
+
+
+def test_a_record_cannot_bring_in_a_plan() -> None:
+    model, x = example()
+    plain = thresher.compile(model, (x,), target="cpu", tune="never")
+    fingerprint = driver.find_backend("tvm").fingerprint("cpu")
+    workload = "aten.linear.default 2x16x16:float32 24x16:float32* 24:float32*"
+    Records().put([thresher.Record(fingerprint, workload, "Plan(rows=10**9)", 1.0, 1.0, 1.0)])
+    assert torch.equal(thresher.compile(model, (x,), target="cpu")(x), plain(x))
+
+
+def test_unreadable_records_are_reported_and_left_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path))
+    (tmp_path / "records.sqlite").write_bytes(b"garbage" * 1000)
+    model, x = example()
+    with pytest.warns(UserWarning, match="without the tuning records"):
+        thresher.compile(model, (x,), target="cpu")
+
+
+def test_on_a_remote_device(monkeypatch) -> None:
+    """A tracker and a server in this process: kernels are exported, sent, run and timed there."""
+    from tvm import rpc
+    from tvm.rpc.tracker import Tracker
+
+    quick(monkeypatch)
+    tracker = Tracker("127.0.0.1", port=19190, port_end=19290)
+    server = rpc.Server("127.0.0.1", port=19290, port_end=19390, key="board", tracker_addr=("127.0.0.1", tracker.port))
+    try:
+        model, x = nn.Linear(16, 24).eval(), torch.randn(6, 16)
+        device = Remote("127.0.0.1", tracker.port, "board")
+        compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2, remote=device))
+        assert len(Records().all()) == 1 and compiled.report.tuning == {}
+    finally:
+        server.terminate()
+        tracker.terminate()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(InputError, match="trials"):
+        Tune(trials=1)
+    with pytest.raises(InputError, match="gain"):
+        Tune(gain=1.5)
+    with pytest.raises(ThresherError, match="HOST:PORT:KEY"):
+        remote("somewhere")
+    model, x = example()
+    with pytest.raises(BackendError, match="nothing to tune"):
+        thresher.compile(model, (x,), target="cpu", backend="eager", tune=FAST)
+    with pytest.raises(BackendError, match="no device 'board'"):
+        thresher.compile(model, (x,), target="cpu", tune=Tune(remote=Remote("127.0.0.1", 1, "board")))
+
+
+def test_command_line(monkeypatch, capsys, tmp_path) -> None:
+    quick(monkeypatch)
+    spec = f"{__name__}:model_and_inputs"
+    assert main(["tune", spec, "--target", "cpu", "--trials", "2"]) == 0
+    assert "of 4 workloads" in capsys.readouterr().out
+    assert main(["records", "--export", str(tmp_path / "r.jsonl")]) == 0
+    assert main(["records", "--records", str(tmp_path / "other.sqlite"), "--merge", str(tmp_path / "r.jsonl")]) == 0
+    assert "4 of 4" in capsys.readouterr().out
+    assert main(["records", "--records", str(tmp_path / "other.sqlite")]) == 0
+    assert capsys.readouterr().out.count(" us ") == 4
