@@ -68,7 +68,8 @@ class Report:
         ]
         before, after = Figures(**raw.pop("before")), Figures(**raw.pop("after"))
         checks = [Check(**c) for c in raw.pop("checks")]
-        return Report(before=before, after=after, passes=passes, checks=checks, **raw)
+        tuned = tuple(raw.pop("tuned"))
+        return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, **raw)
 
     # ------------------------------------------------------------------ terminal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.export._tree_utils import reorder_kwargs
 
 from thresher.errors import InputError
 
+LEAVES = (Tensor, np.ndarray)
 LITERALS = (type(None), bool, int, float, str)
 
 
@@ -49,6 +51,8 @@ class Signature:
 
     def assemble(self, results: Sequence[Any]) -> Any:
         """The user's structure from the flat tensor results."""
+        if self.out_spec.is_leaf():
+            return self.with_literals(results)[0]
         return pytree.tree_unflatten(self.with_literals(results), self.out_spec)
 
     def with_literals(self, results: Sequence[Any]) -> list[Any]:
@@ -77,7 +81,7 @@ class Signature:
     def _check_type(self, spec: TensorSpec, value: Any) -> None:
         if not isinstance(value, (Tensor, np.ndarray)):
             raise InputError(f"argument {spec.name!r} must be a tensor, not {type(value).__name__}")
-        found = str(value.dtype).removeprefix("torch.")
+        found = dtype_name(value.dtype)
         if found != spec.dtype:
             raise InputError(
                 f"argument {spec.name!r} has dtype {found}, but the model was compiled for {spec.dtype}; convert it first"
@@ -120,8 +124,22 @@ class Signature:
         )
 
 
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """``torch.float32`` or NumPy's -> ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _flat(count: int) -> pytree.TreeSpec:
+    """The structure of a call with so many tensors and nothing else: almost every call, and flattening it takes longer than looking."""
+    return pytree.tree_flatten((tuple(range(count)), {}))[1]
+
+
 def flatten_call(in_spec: pytree.TreeSpec, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     """The leaves of a call, checked against the structure that was captured."""
+    if not kwargs and all(isinstance(a, LEAVES) for a in args) and in_spec == _flat(len(args)):
+        return list(args)
     try:
         leaves, spec = pytree.tree_flatten((tuple(args), reorder_kwargs(kwargs, in_spec)))
     except (ValueError, KeyError) as error:
@@ -140,6 +158,8 @@ def dimension(size: int | torch.SymInt) -> int | str:
 
 
 def _check_shape(spec: TensorSpec, value: Any, symbols: dict[str, tuple[int, str]]) -> None:
+    if tuple(value.shape) == spec.shape:
+        return
     shown = "(" + ", ".join(map(str, spec.shape)) + ")"
     advice = "compile again with such an example, or free the dimension with dynamic_shapes"
     if len(value.shape) != len(spec.shape):

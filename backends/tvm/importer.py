@@ -1,7 +1,7 @@
 """Program -> Relax module.
 
 TVM's own ``ExportedProgramImporter`` converts the operators it gets right; ours (``converters.py``) replace those it gets silently wrong,
-add those it lacks and, on the CPU, put our kernels in. Constants become parameters of the function (``weights``), so that they live
+add those it lacks and, on the CPU, put our kernels in. Constants become a parameter of the function (``weights``), so that they live
 in one safetensors file beside the compiled code, already packed for their kernels.
 """
 
@@ -22,17 +22,25 @@ from thresher.backends.tvm.choices import Choices, workload_of
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 from thresher.program import Program, is_tensor, module_path, source_line
+from thresher.signature import dtype_name
 
 BUILDING = threading.Lock()  # TVM's builders share one stack in a process
+WEIGHT = "vm.builtin.tuple_getitem"
 SMALL = 1  # constants of at most this many elements stay in the code
 
 
 class Importer:
     """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
-    as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured."""
+    as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured; ``apart``: every weight is an argument of its
+    own, because a remote device takes no arrays of tensors."""
 
     def __init__(
-        self, program: Program, machine: Machine | None, strict_rounding: bool = False, choices: Choices | None = None
+        self,
+        program: Program,
+        machine: Machine | None,
+        strict_rounding: bool = False,
+        choices: Choices | None = None,
+        apart: bool = False,
     ):
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
         self.choices = Choices() if choices is None else choices
@@ -40,7 +48,9 @@ class Importer:
         self.builder = relax.BlockBuilder()
         self.stock.block_builder = self.builder
         self.env: dict[fx.Node, Any] = self.stock.env
-        self.weights: list[tuple[relax.Var, np.ndarray]] = []
+        self.weights: list[np.ndarray] = []
+        self.parameters: list[relax.Var] = [] if apart else [relax.Var("weights", relax.ObjectType())]
+        self.apart = apart
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
 
@@ -51,7 +61,7 @@ class Importer:
         return self.machine
 
     def run(self) -> tuple[tvm.IRModule, list[np.ndarray]]:
-        """The module, whose ``main`` takes the tensor inputs and then the weights, and the weights."""
+        """The module, whose ``main`` takes the tensor inputs and then the weights as one array, and the weights."""
         from thresher.backends.tvm.converters import converter_of
 
         with BUILDING:
@@ -63,9 +73,9 @@ class Importer:
                         self._convert(node, converter_of(node, self))
                     results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
                     output = self.builder.emit_output(relax.Tuple(results))
-                self.builder.emit_func_output(output, params=inputs + [var for var, _ in self.weights])
+                self.builder.emit_func_output(output, params=[*inputs, *self.parameters])
             self.builder.end_scope()
-            return self.builder.get(), [array for _, array in self.weights]
+            return self.builder.get(), self.weights
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
         try:
@@ -115,13 +125,18 @@ class Importer:
         return isinstance(node, fx.Node) and node.op == "get_attr"
 
     def weight(self, array: np.ndarray, key: Any) -> Any:
-        """A constant array as an expression: a parameter of the function, the same one for the same ``key``."""
+        """A constant array as an expression: an element of the parameter ``weights``, the same one for the same ``key``."""
         if array.size <= SMALL:
             return relax.const(array)
         if key not in self._shared:
-            var = relax.Var(f"w{len(self.weights)}", relax.TensorType(array.shape, str(array.dtype)))
-            self.weights.append((var, array))
-            self._shared[key] = var
+            kind = relax.TensorType(array.shape, str(array.dtype))
+            if self.apart:
+                self._shared[key] = relax.Var(f"w{len(self.weights)}", kind)
+                self.parameters.append(self._shared[key])
+            else:  # one argument for all weights: each argument of its own costs a check at every call
+                place = relax.prim_value(len(self.weights))
+                self._shared[key] = self.emit(relax.call_pure_packed(WEIGHT, *self.parameters, place, ty_args=[kind]))
+            self.weights.append(array)
         return self._shared[key]
 
     def emit(self, expression: Any) -> Any:
@@ -153,8 +168,3 @@ class Importer:
         if not name.isidentifier():
             raise BackendError(f"input dimension {name}: only plain dynamic dimensions are supported, not derived ones")
         return self.symbols.setdefault(name, tirx.Var(name, "int64"))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> ``float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -23,7 +23,7 @@ class TVMModule:
         self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
         self.machine = VirtualMachine(library, self.device)
         self.main = self.machine["main"]
-        self.weights = [tvm.runtime.tensor(np.ascontiguousarray(w), self.device) for w in weights]
+        self.weights = weight_array(weights, self.device)
         self.lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -32,13 +32,18 @@ class TVMModule:
             values = [tvm.runtime.tensor(np.ascontiguousarray(x), self.device) for x in inputs]
             with self.lock:
                 return [
-                    np.from_dlpack(y) for y in self.main(*values, *self.weights)
+                    np.from_dlpack(y) for y in self.main(*values, self.weights)
                 ]  # owns the memory; .numpy() does not
         import torch
 
         values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
         with self.lock:
-            return [torch.from_dlpack(y) for y in self.main(*values, *self.weights)]
+            return [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
+
+
+def weight_array(weights: Sequence[np.ndarray], device: Any) -> Any:
+    """The weights on the device, as the one argument that compiled code takes."""
+    return tvm_ffi.convert([tvm.runtime.tensor(np.ascontiguousarray(w), device) for w in weights])
 
 
 def _aligned(x: Any) -> Any:

@@ -86,7 +86,7 @@ class Bench:
 
         def built(plan: str) -> Any:
             choices = Choices({workload: plan})
-            module, weights = Importer(alone, self.machine, self.strict_rounding, choices).run()
+            module, weights = Importer(alone, self.machine, self.strict_rounding, choices, apart=True).run()
             return self.runner.prepare(build(module, self.target, self.machine)[0]), weights
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -146,8 +146,11 @@ class Runner:
             tvm.runtime.tensor(np.ascontiguousarray(x.numpy()), self.device) for x in inputs if isinstance(x, Tensor)
         ]
         copies = max(1, min(COPIES, around // max(1, sum(w.nbytes for w in weights))))
-        sets = [[*values, *(tvm.runtime.tensor(w, self.device) for w in weights)] for _ in range(copies)]
+        sets = [[*values, *self.sent(weights)] for _ in range(copies)]
         return self.timed(self.machine(prepared), sets)
+
+    def sent(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        return [tvm.runtime.tensor(np.ascontiguousarray(a), self.device) for a in arrays]
 
     def timed(self, machine: VirtualMachine, sets: list[list[Any]]) -> Callable[[int], float]:
         main = machine["main"]

@@ -22,9 +22,10 @@ from thresher.backends.tvm.converters.registry import (
     result_dtype,
     semantics,
 )
-from thresher.backends.tvm.importer import Importer, dtype_name
+from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import elementwise
 from thresher.program import dtype_of, is_tensor
+from thresher.signature import dtype_name
 
 
 def _elementary(function: Callable[[Any], Any]) -> Converter:

@@ -21,9 +21,10 @@ from thresher.backends.tvm.converters.registry import (
     semantics,
     sizes,
 )
-from thresher.backends.tvm.importer import Importer, dtype_name
+from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import rows
 from thresher.program import dtype_of, shape_of
+from thresher.signature import dtype_name
 
 
 @cpu_kernel(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 from tvm import relax, te, tirx
 
-from thresher.backends.tvm.importer import Importer, dtype_name
+from thresher.backends.tvm.importer import Importer
 from thresher.program import dtype_of, is_tensor, shape_of
+from thresher.signature import dtype_name
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 
