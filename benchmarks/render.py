@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     found = json.loads((HERE / "results" / "zoo-cpu.json").read_text())
-    machine, versions = found["machine"], found["versions"]
-    others = list(dict.fromkeys(k for row in found["rows"] for k in row["ratio"]))
+    machine, versions, rows = found["machine"], found["versions"], found["rows"]
+    others = list(dict.fromkeys(k for row in rows for k in row["ratio"]))
     lines = [
         "# Performance",
         "",
@@ -21,19 +23,51 @@ def main() -> None:
         "take turns in one process; medians (quartiles). A ratio says how many times as long the other takes *on the same folded model*; "
         "*masked eager* is eager on the model as torch.nn.utils.prune left it, with that fraction of hidden channels masked. No tuning.",
         "",
-        f"| model | masked | parameters, M | GFLOP | Thresher, ms | {' | '.join('masked eager' if o == 'masked' else o for o in others)} "
-        "| build, s | error |",
-        "|---" * (7 + len(others)) + "|",
+        *summary(rows, others),
+        "",
+        f"| model | batch | masked | parameters, M | GFLOP | Thresher, ms | {' | '.join(map(title, others))} | build, s | error |",
+        "|---" * (8 + len(others)) + "|",
     ]
-    for row in found["rows"]:
+    for row in rows:
         low, median, high = row["milliseconds"]["thresher"]
         (p0, p1), (f0, f1) = row["parameters"], row["flops"]
         ratios = " | ".join(f"{row['ratio'][o]:.2f}x" if o in row["ratio"] else "" for o in others)
         lines.append(
-            f"| {row['model']} | {row['masked']:.0%} | {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} | {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} "
-            f"| {median:.2f} ({low:.2f}-{high:.2f}) | {ratios} | {row['build_seconds']['thresher']:.1f} | {row['error']:.1e} |"
+            f"| {row['model']} | {row['batch']} | {row['masked']:.0%} | {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} "
+            f"| {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} | {median:.2f} ({low:.2f}-{high:.2f}) | {ratios} "
+            f"| {builds(row)} | {row['error']:.1e} |"
         )
     (HERE.parent / "docs" / "performance.md").write_text("\n".join(lines) + "\n")
+
+
+def title(other: str) -> str:
+    return "masked eager" if other == "masked" else other
+
+
+def builds(row: dict[str, Any]) -> str:
+    """Seconds to build, ours and torch.compile's."""
+    seconds = row["build_seconds"]
+    return f"{seconds['thresher']:.1f}" + (f" ({seconds['torch.compile']:.1f})" if "torch.compile" in seconds else "")
+
+
+def summary(rows: list[dict[str, Any]], others: list[str]) -> list[str]:
+    """Geometric means of the ratios, and what became of the arithmetic that was saved."""
+    means = {o: [row["ratio"][o] for row in rows if o in row["ratio"]] for o in others}
+    text = ", ".join(f"{title(o)} {geometric_mean(v):.2f}x over {len(v)} rows" for o, v in means.items())
+    lines = [f"Geometric means: {text}. Build: Thresher's seconds (torch.compile's)."]
+    dense = {(r["model"], r["batch"]): r for r in rows if r["masked"] == 0}
+    kept = []
+    for row in rows:
+        base = dense.get((row["model"], row["batch"]))
+        if row["masked"] and base:
+            time = 1 - row["milliseconds"]["thresher"][1] / base["milliseconds"]["thresher"][1]
+            kept.append(max(time, 0.01) / (1 - row["flops"][1] / row["flops"][0]))
+    if kept:
+        lines += [
+            "",
+            f"Time saved / operations saved: {geometric_mean(kept):.2f} (geometric mean of {len(kept)} folds).",
+        ]
+    return lines
 
 
 if __name__ == "__main__":

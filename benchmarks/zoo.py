@@ -1,15 +1,17 @@
 """The zoo, dense and folded, against the others *on the same folded model*: interleaved in one process, medians and quartiles.
 
-    python benchmarks/zoo.py [NAME ...] [--amounts 0 0.5] [--against eager torch.compile onnxruntime openvino]
+    python benchmarks/zoo.py [NAME ...] [--amounts 0 0.5] [--batches 1 8] [--against eager torch.compile onnxruntime openvino]
 
-Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode), onnxruntime and OpenVINO (from the same
-``torch.onnx`` export, float32). ``masked`` is eager on the model as the pruner left it. A ratio says how many times as long the other
-takes. Writes the machine, the versions, the build times and every ratio, slow rows included.
+Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode, and max-autotune), onnxruntime and OpenVINO
+(from the same ``torch.onnx`` export, float32). ``masked`` is eager on the model as the pruner left it. A ratio says how many times as
+long the other takes. Writes the machine, the versions, the build times and every ratio, slow rows included; rows of the same model, amount
+and batch are replaced, all others stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -99,10 +101,11 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
     return build("torchvision", name)[0], (torch.randn(1, 3, 224, 224),)
 
 
-def inductor(model: nn.Module, args: tuple, folder: Path) -> Callable:
+def inductor(model: nn.Module, args: tuple, folder: Path, mode: str = "default") -> Callable:
     torch._dynamo.reset()
     inductor_config.force_disable_caches = True  # a build is a build: what an earlier run left does not count
-    compiled = torch.compile(model)
+    inductor_config.freezing = mode == "max-autotune"  # on the CPU only frozen weights are given to the autotuner
+    compiled = torch.compile(model, mode=mode)
     compiled(*args)
     return partial(compiled, *args)
 
@@ -140,13 +143,15 @@ def openvino(model: nn.Module, args: tuple, folder: Path) -> Callable:
 AGAINST: dict[str, Callable[[nn.Module, tuple, Path], Callable]] = {
     "eager": lambda model, args, folder: partial(model, *args),
     "torch.compile": inductor,
+    "max-autotune": partial(inductor, mode="max-autotune"),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
 
 
-def measure(name: str, amount: float, against: list[str], rounds: int) -> dict[str, Any]:
+def measure(name: str, amount: float, batch: int, against: list[str], rounds: int) -> dict[str, Any]:
     model, args = prepare(name, amount)
+    args = tuple(a.repeat(batch, *[1] * (a.dim() - 1)) for a in args)
     start = time.perf_counter()
     compiled = thresher.compile(model, args, target="cpu", validate="off")
     build = {"thresher": time.perf_counter() - start}
@@ -170,6 +175,7 @@ def measure(name: str, amount: float, against: list[str], rounds: int) -> dict[s
     return {
         "model": name,
         "masked": amount,
+        "batch": batch,
         "parameters": [report.before.parameters, report.after.parameters],
         "flops": [report.before.flops, report.after.flops],
         "error": error,
@@ -180,33 +186,44 @@ def measure(name: str, amount: float, against: list[str], rounds: int) -> dict[s
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows so far: a run that is stopped keeps what it measured."""
-    machine = {"llvm": cpu_name(), "threads": torch.get_num_threads()}
-    versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm", "onnxruntime", "openvino")}
+def write(path: Path, row: dict[str, Any]) -> None:
+    """Put one row into the file: a run that is stopped keeps what it measured."""
+    here = {
+        "machine": {"llvm": cpu_name(), "threads": torch.get_num_threads()},
+        "versions": {p: version(p) for p in ("thresher", "torch", "apache-tvm", "onnxruntime", "openvino")},
+    }
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(
+        before.get(k) == v for k, v in here.items()
+    )  # rows of other machines and versions are not mixed with these
+    rows = {key(r): r for r in before["rows"]} if same else {}
+    rows[key(row)] = row
+    order = sorted(rows.values(), key=lambda r: (r["batch"], list(ZOO).index(r["model"]), r["masked"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**here, "rows": order}, indent=1) + "\n")
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return row["model"], row["masked"], row["batch"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--amounts", type=float, nargs="*", default=[0.0, 0.5])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1])
     parser.add_argument("--against", nargs="*", default=list(AGAINST), choices=list(AGAINST))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     options = parser.parse_args()
-    rows = []
-    for name in options.names:
-        for amount in options.amounts:
-            row = measure(name, amount, options.against, options.rounds)
-            rows.append(row)
-            write(options.output, rows)
-            ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())
-            print(
-                f"{name:14s} masked {amount:.0%}: {row['milliseconds']['thresher'][1]:8.2f} ms  {ratios}  error {row['error']:.1e}",
-                flush=True,
-            )
+    for name, batch, amount in itertools.product(options.names, options.batches, options.amounts):
+        row = measure(name, amount, batch, options.against, options.rounds)
+        write(options.output, row)
+        ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())
+        taken = row["milliseconds"]["thresher"][1]
+        print(
+            f"{name:14s} x{batch} masked {amount:.0%}: {taken:8.2f} ms  {ratios}  error {row['error']:.1e}", flush=True
+        )
     return 0
 
 
