@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test lint bench gpu-bench coverage clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
+
+# On a host with a GPU, whose environment is made already (without network: shared/scripts/pack_tvm.sh)
+gpu-bench:
+	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python benchmarks/zoo.py --device cuda --dtypes float32 float16 --batches 1 8 --against eager torch.compile max-autotune
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -3,9 +3,9 @@
     python benchmarks/zoo.py [NAME ...] [--amounts 0 0.5] [--batches 1 8] [--against eager torch.compile onnxruntime openvino]
 
 Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode, and max-autotune), onnxruntime and OpenVINO
-(from the same ``torch.onnx`` export, float32). ``masked`` is eager on the model as the pruner left it. A ratio says how many times as
-long the other takes. Writes the machine, the versions, the build times and every ratio, slow rows included; rows of the same model, amount
-and batch are replaced, all others stay.
+(from the same ``torch.onnx`` export, float32); on a GPU (``--device cuda``) eager and the two of torch.compile. ``masked`` is eager on the
+model as the pruner left it. A ratio says how many times as long the other takes. Writes the machine, the versions, the build times and
+every ratio, slow rows included; rows of the same model, amount, batch and dtype are replaced, all others stay.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -149,11 +150,41 @@ AGAINST: dict[str, Callable[[nn.Module, tuple, Path], Callable]] = {
 }
 
 
-def measure(name: str, amount: float, batch: int, against: list[str], rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs, and in which precision."""
+
+    device: str
+    dtype: str
+
+    def put(self, model: nn.Module, args: tuple) -> tuple[nn.Module, tuple]:
+        dtype = getattr(torch, self.dtype)
+        args = tuple(a.to(self.device, dtype if a.is_floating_point() else a.dtype) for a in args)
+        return model.to(self.device, dtype), args
+
+    def waiting(self, call: Callable) -> Callable:
+        """``call``, and on a GPU the end of its work."""
+        if self.device == "cpu":
+            return call
+
+        def whole() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return whole
+
+    def name(self) -> dict[str, Any]:
+        if self.device == "cuda":
+            return {"gpu": torch.cuda.get_device_name()}
+        return {"llvm": cpu_name(), "threads": torch.get_num_threads()}
+
+
+def measure(name: str, amount: float, batch: int, place: Place, against: list[str], rounds: int) -> dict[str, Any]:
     model, args = prepare(name, amount)
-    args = tuple(a.repeat(batch, *[1] * (a.dim() - 1)) for a in args)
+    model, args = place.put(model, tuple(a.repeat(batch, *[1] * (a.dim() - 1)) for a in args))
     start = time.perf_counter()
-    compiled = thresher.compile(model, args, target="cpu", validate="off")
+    target = "cpu" if place.device == "cpu" else None  # the GPU that is there
+    compiled = thresher.compile(model, args, target=target, validate="off")
     build = {"thresher": time.perf_counter() - start}
     contenders: dict[str, Callable] = {"thresher": partial(compiled, *args)}
     if amount:
@@ -170,12 +201,13 @@ def measure(name: str, amount: float, batch: int, against: list[str], rounds: in
             build[other] = time.perf_counter() - start
         leaves = torch.utils._pytree.tree_leaves
         error = compare(leaves(model(*args)), leaves(compiled(*args))).relative
-        timings = interleaved(contenders, rounds=rounds)
+        timings = interleaved({k: place.waiting(call) for k, call in contenders.items()}, rounds=rounds)
     report = compiled.report
     return {
         "model": name,
         "masked": amount,
         "batch": batch,
+        "dtype": place.dtype,
         "parameters": [report.before.parameters, report.after.parameters],
         "flops": [report.before.flops, report.after.flops],
         "error": error,
@@ -186,12 +218,15 @@ def measure(name: str, amount: float, batch: int, against: list[str], rounds: in
     }
 
 
-def write(path: Path, row: dict[str, Any]) -> None:
+def write(path: Path, row: dict[str, Any], place: Place) -> None:
     """Put one row into the file: a run that is stopped keeps what it measured."""
-    here = {
-        "machine": {"llvm": cpu_name(), "threads": torch.get_num_threads()},
-        "versions": {p: version(p) for p in ("thresher", "torch", "apache-tvm", "onnxruntime", "openvino")},
-    }
+    packages = (
+        "thresher",
+        "torch",
+        "apache-tvm",
+        *(("onnxruntime", "openvino") if place.device == "cpu" else ("triton",)),
+    )
+    here = {"machine": place.name(), "versions": {p: version(p) for p in packages}}
     before = json.loads(path.read_text()) if path.exists() else {}
     same = all(
         before.get(k) == v for k, v in here.items()
@@ -204,7 +239,7 @@ def write(path: Path, row: dict[str, Any]) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple:
-    return row["model"], row["masked"], row["batch"]
+    return row["model"], row["masked"], row["batch"], row["dtype"]
 
 
 def main() -> int:
@@ -212,13 +247,18 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--amounts", type=float, nargs="*", default=[0.0, 0.5])
     parser.add_argument("--batches", type=int, nargs="*", default=[1])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtypes", nargs="*", default=["float32"], choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--against", nargs="*", default=list(AGAINST), choices=list(AGAINST))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
+    parser.add_argument("--output", type=Path, help="default: results/zoo-DEVICE.json")
     options = parser.parse_args()
-    for name, batch, amount in itertools.product(options.names, options.batches, options.amounts):
-        row = measure(name, amount, batch, options.against, options.rounds)
-        write(options.output, row)
+    output = options.output or Path(__file__).parent / "results" / f"zoo-{options.device}.json"
+    rows = itertools.product(options.names, options.batches, options.amounts, options.dtypes)
+    for name, batch, amount, dtype in rows:
+        place = Place(options.device, dtype)
+        row = measure(name, amount, batch, place, options.against, options.rounds)
+        write(output, row, place)
         ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())
         taken = row["milliseconds"]["thresher"][1]
         print(

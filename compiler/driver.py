@@ -211,8 +211,8 @@ class _Build:
     def lower(self) -> None:
         start = time.perf_counter()
         program = self.rewritten
-        if self.backend.name == "tvm" and self.target.startswith("cpu"):
-            manager = PassManager(pipelines.specialize_cpu, "off")
+        if self.backend.name == "tvm":
+            manager = PassManager(pipelines.specialize, "off")
             program = manager.run(program, Context(self.target, self.step)).rounded()
         self.specialized = program
         self.lowered: Lowered = self.backend.lower(program, self.target, self.how)

@@ -65,8 +65,8 @@ class Llama(nn.Module):
         place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         frequency = 10000.0 ** (-torch.arange(0, self.width, 2, device=ids.device, dtype=torch.float32) / self.width)
         angle = torch.cat([place[:, None] * frequency] * 2, -1)
-        cos, sin = angle.cos(), angle.sin()
         x = self.embed(ids)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.head(self.norm(x))

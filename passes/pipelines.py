@@ -33,7 +33,7 @@ exact = (
 #: Nothing but the capture.
 none = ()
 
-#: The form that the CPU kernels run best; the driver appends it for that backend.
-specialize_cpu = (Simplify(), ChannelsLast())
+#: The form that TVM's kernels run best; the driver appends it for that backend.
+specialize = (Simplify(), ChannelsLast())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "none": none}

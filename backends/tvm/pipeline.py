@@ -1,17 +1,19 @@
 """Relax module -> executable: the named phases, per target.
 
 CPU:  legalise, fuse what follows a kernel into it, schedule every kernel with ours, plan memory.
-CUDA: TVM's own pipeline with its dlight schedules.
+CUDA: the same with the rules of ``kernels/cuda``; the launches of static shapes are captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+from unittest import mock
 
 import tvm
 from tvm import relax, s_tir, tirx
 
-from thresher.backends.tvm.kernels import attention, batched, depthwise, gemm, generic, rows, winograd
+from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
@@ -123,8 +125,7 @@ def build(
 ) -> tuple[relax.VMExecutable, int | None]:
     """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values (None: unknown)."""
     if machine is None:
-        with target, tvm.transform.PassContext(opt_level=3):
-            return tvm.compile(mod, target), None
+        return _build_cuda(mod, target), None
     stock = relax.backend.cpu_generic.pipeline
     fuse = [
         *stock.library_dispatch_passes(target),
@@ -141,3 +142,37 @@ def build(
     with target, tvm.transform.PassContext(opt_level=3):
         mod = schedule_kernels(tvm.transform.Sequential(fuse)(mod), machine)
         return tvm.compile(mod, target, relax_pipeline=finish), counted.bytes
+
+
+def _build_cuda(mod: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
+    from tvm.relax.backend.cuda import pipeline as stock
+
+    _import_intrinsics()
+    passes = [
+        *stock.library_dispatch_passes(target),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        MarkKernels(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        s_tir.dlight.ApplyDefaultSchedule(*cuda.rules()),
+        *stock.dataflow_lower_passes(target),
+        *stock.finalize_passes(target),
+    ]
+    # without storage rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md)
+    config = {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}
+    with target, tvm.transform.PassContext(opt_level=3, config=config):
+        return tvm.compile(mod, target, relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _import_intrinsics() -> None:
+    """Register what ``TensorCores`` asks for. TVMScript looks up the module of every frame of the stack, most of which have none: without
+    the shortcut one import takes half a minute."""
+    honest = inspect.getmodule
+
+    def quick(thing: Any, file: str | None = None) -> Any:
+        return None if file is not None and file.startswith("<") else honest(thing, file)
+
+    with mock.patch.object(inspect, "getmodule", quick):
+        pass

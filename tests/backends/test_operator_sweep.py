@@ -635,7 +635,7 @@ def lowered_outputs(function: Callable, inputs: tuple) -> tuple[list, list]:
     with torch.no_grad():
         expected = torch.utils._pytree.tree_leaves(module(*inputs))
     program = capture(module, inputs)
-    program = PassManager([*pipelines.exact, *pipelines.specialize_cpu], "off").run(program).rounded()
+    program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(program).rounded()
     return expected, TVMBackend().lower(program, "cpu").run(inputs)
 
 

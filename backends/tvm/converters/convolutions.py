@@ -202,7 +202,7 @@ def _layouts(rank: int) -> dict[str, str]:
 def conv_last(importer: Importer, node: fx.Node) -> Any:
     x, weight, bias, stride, padding, dilation, groups = node.args
     rank = len(stride)
-    w = importer.emit(R.permute_dims(importer.value(weight), [0, *range(2, rank + 2), 1]))
+    w = importer.weight(np.ascontiguousarray(np.moveaxis(importer.array(weight), 1, -1)), (weight, "channels last"))
     call = _stock(rank)(
         importer.value(x), w, stride, padding, dilation, groups, **_layouts(rank), out_dtype=accumulator(node)
     )

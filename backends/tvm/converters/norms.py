@@ -13,6 +13,7 @@ from tvm import relax
 from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.registry import (
     R,
+    accumulator,
     aten,
     cast,
     cpu_kernel,
@@ -130,6 +131,23 @@ def group_norm(importer: Importer, node: fx.Node) -> Any:
     return importer.emit(
         R.nn.group_norm(importer.value(x), w, b, groups, 1, list(range(2, len(shape_of(node)))), epsilon)
     )
+
+
+@semantics(aten.layer_norm.default)
+def whole_layer_norm(importer: Importer, node: fx.Node) -> Any:
+    """Half types are normalised in float32."""
+    x, shape, weight, bias = node.args[0], list(node.args[1]), argument(node, 2, "weight"), argument(node, 3, "bias")
+    wide = accumulator(node)
+
+    def parameter(value: Any, fill: float) -> Any:
+        if value is None:
+            return importer.weight(np.full(shape, fill, wide), ("filled", tuple(shape), fill, wide))
+        return cast(importer, importer.value(value), wide)
+
+    value = cast(importer, importer.value(x), wide)
+    axes, epsilon = list(range(-len(shape), 0)), argument(node, 4, "eps", 1e-5)
+    value = importer.emit(R.nn.layer_norm(value, parameter(weight, 1.0), parameter(bias, 0.0), axes, epsilon))
+    return cast(importer, value, result_dtype(node))
 
 
 @semantics(aten.rms_norm.default)

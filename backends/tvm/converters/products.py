@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from torch import fx
 from tvm import relax, te, tirx
 
@@ -46,7 +47,10 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
 @semantics(aten.linear.default)
 def linear(importer: Importer, node: fx.Node) -> Any:
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-    w = importer.emit(R.permute_dims(importer.value(weight)))
+    if importer.is_constant(weight):
+        w = importer.weight(np.ascontiguousarray(importer.array(weight).T), (weight, "transposed"))
+    else:
+        w = importer.emit(R.permute_dims(importer.value(weight)))
     value = cast(
         importer, importer.emit(R.matmul(importer.value(x), w, out_dtype=accumulator(node))), result_dtype(node)
     )

@@ -22,7 +22,7 @@ IMAGES = {
 def test_exact_and_at_the_border_only(name: str) -> None:
     model, args = ZOO[name]()
     program = PassManager(pipelines.exact, "off").run(capture(settle(model), args))
-    manager = PassManager(pipelines.specialize_cpu, "each")
+    manager = PassManager(pipelines.specialize, "each")
     result = manager.run(program)
     assert manager.records[-1].status == "changed" and manager.records[-1].error < 1e-9
     assert not list(result.calls(torch.ops.aten.conv2d.default))
@@ -46,7 +46,7 @@ class Single(torch.nn.Module):
 def test_single_images_stay_as_they_are() -> None:
     """Three dimensions are a sequence to conv1d, and an image without a batch to conv2d: that one is left alone, the rest is not."""
     program = capture(Single().eval(), (torch.randn(2, 3, 14, 14),))
-    manager = PassManager(pipelines.specialize_cpu, "each")
+    manager = PassManager(pipelines.specialize, "each")
     result = manager.run(program)
     assert manager.records[-1].status == "changed" and manager.records[-1].error < 1e-9
     assert len(list(result.calls(torch.ops.thresher.conv2d_nhwc.default))) == 1

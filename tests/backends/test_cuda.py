@@ -1,0 +1,136 @@
+"""Code for GPUs, made where there is none: it is translated to machine code and read; what it computes is checked by running the same
+module on the CPU, before it is scheduled."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from conftest import ZOO, settle
+from hypothesis import given
+from hypothesis import strategies as st
+from nvrtc import kernels
+from torch import Tensor, nn
+from tvm.runtime.vm import VirtualMachine
+
+import thresher
+from thresher import PassManager, capture, pipelines
+from thresher.backends.tvm.importer import Importer
+from thresher.backends.tvm.kernels.cuda import MULTIPROCESSORS, TILES, choose_tile
+from thresher.backends.tvm.runtime import weight_array
+from thresher.validation import compare
+
+MMA = "mma_sync"
+
+
+def half(model: nn.Module, args: tuple) -> tuple[nn.Module, tuple]:
+    return model.half(), tuple(a.half() if a.is_floating_point() else a for a in args)
+
+
+def compiled_code(model: nn.Module, args: tuple, arch: str = "sm_90") -> str:
+    return thresher.compile(model.eval(), args, target=f"cuda:{arch}", verify="off").lowered.device_code()
+
+
+def bodies(source: str) -> dict[str, str]:
+    """The text of every kernel, by its name."""
+    parts = re.split(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(', source)
+    return {name: body for name, body in zip(parts[1::2], parts[2::2]) if "{" in body.split(";")[0]}
+
+
+class Products(nn.Module):
+    """Small and large, deep and shallow: linear layers, a 3x3 and a 1x1 convolution, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.wide = nn.Conv2d(3, 48, 3, stride=2, padding=1), nn.Conv2d(48, 96, 1)
+        self.qkv, self.head = nn.Linear(96, 288), nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.stem(x).relu()).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(y).unflatten(-1, (3, 4, 24)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(y.mean(1)).softmax(-1)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_half_precision_products_use_tensor_cores(arch: str) -> None:
+    model, args = half(Products(), (torch.randn(2, 3, 32, 32),))
+    source = compiled_code(model, args, arch)
+    products = {n: b for n, b in bodies(source).items() if "conv2d" in n or "matmul" in n}
+    assert len(products) >= 5
+    on_cores = [n for n, b in products.items() if MMA in b]
+    assert len(on_cores) >= 5, f"without tensor cores: {sorted(set(products) - set(on_cores))}"
+    assert all("wmma::accumulator, 16, 16, 16, float" in products[n] for n in on_cores), "sums in float32"
+    for kernel in kernels(source, arch):
+        assert kernel.threads <= 1024 and kernel.registers * kernel.threads <= 65536, kernel
+        assert kernel.shared <= 48 << 10 and kernel.spilled <= 64, kernel
+
+
+def test_single_precision_is_single_precision() -> None:
+    """No rounding of float32 operands behind the user's back."""
+    source = compiled_code(Products(), (torch.randn(2, 3, 32, 32),))
+    assert MMA not in source and "half" not in "".join(bodies(source).values())
+    assert all(k.spilled == 0 and k.registers * k.threads <= 65536 for k in kernels(source, "sm_90"))
+
+
+def test_small_windows_have_a_thread_per_result() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU(), nn.AvgPool2d(2))
+    found = bodies(compiled_code(model, (torch.randn(2, 64, 28, 28),)))
+    windows = [b for n, b in found.items() if "conv2d" in n or "pool" in n]
+    assert windows and not any("__syncthreads" in b or "__shfl" in b for b in windows)
+
+
+def test_weights_are_not_transposed_at_run_time() -> None:
+    model = nn.Sequential(nn.Linear(96, 80), nn.ReLU(), nn.Linear(80, 72))
+    assert not any("transpose" in n for n in bodies(compiled_code(model, (torch.randn(32, 96),))))
+
+
+def test_static_launches_become_a_graph() -> None:
+    model, args = ZOO["vit"]()
+    compiled = thresher.compile(model.eval(), args, target="cuda:sm_90", verify="off")
+    assert "cuda_graph.run_or_capture" in compiled.lowered.executable.as_text()
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_every_model_of_the_zoo_is_translated(name: str) -> None:
+    """In half precision, for a GPU; no kernel asks for more than a multiprocessor has."""
+    model, args = half(*ZOO[name]())
+    found = kernels(compiled_code(settle(model), args, "sm_80"), "sm_80")
+    assert found and all(k.registers * k.threads <= 65536 and k.shared <= 48 << 10 for k in found)
+
+
+def test_bfloat16_is_translated() -> None:
+    """Correct, and without tensor cores: TVM has no fragments of bfloat16."""
+    model, args = ZOO["vit"]()
+    assert kernels(compiled_code(settle(model).bfloat16(), tuple(a.bfloat16() for a in args)), "sm_90")
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_module_before_scheduling_is_right(name: str) -> None:
+    """What the GPU's schedules start from, run by TVM on the CPU, against eager."""
+    model, args = ZOO[name]()
+    program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(settle(model), args)).rounded()
+    module, weights = Importer(program, None).run()
+    executable = tvm.compile(module, tvm.target.Target({"kind": "llvm"}))
+    main = VirtualMachine(executable, tvm.cpu())["main"]
+    inputs = [tvm.runtime.tensor(np.ascontiguousarray(a.numpy())) for a in args if isinstance(a, Tensor)]
+    found = [torch.from_dlpack(y) for y in main(*inputs, weight_array(weights, tvm.cpu()))]
+    with torch.no_grad():
+        expected = [y for y in torch.utils._pytree.tree_leaves(model(*args)) if isinstance(y, Tensor)]
+    assert compare(expected, found).relative < 1e-5
+
+
+@given(st.integers(1, 64), st.integers(1, 5000), st.integers(1, 5000))
+def test_the_tile_is_one_of_ours(batch: int, m: int, n: int) -> None:
+    assert choose_tile(batch, m, n) in TILES
+
+
+def test_large_problems_have_large_tiles() -> None:
+    assert choose_tile(1, 8192, 8192) == TILES[0]
+    small = choose_tile(1, 128, 256)
+    assert -(-128 // small.rows) * -(-256 // small.columns) > 8
+    assert MULTIPROCESSORS >= 100
