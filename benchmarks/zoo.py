@@ -210,6 +210,7 @@ def measure(name: str, amount: float, batch: int, place: Place, against: list[st
         "dtype": place.dtype,
         "parameters": [report.before.parameters, report.after.parameters],
         "flops": [report.before.flops, report.after.flops],
+        "estimate": round(report.estimate, 3),
         "error": error,
         "failed": failed,
         "build_seconds": {k: round(v, 2) for k, v in build.items()},

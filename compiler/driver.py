@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from thresher.analysis.cost import constant_bytes, count_flops
+from thresher import calibration
+from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.benchmark import interleaved
+from thresher.calibration import WORKLOAD
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
@@ -187,6 +189,18 @@ class _Build:
         self.records = Records(tune.records if isinstance(tune, Tune) else None)
         plans = {} if tune == "never" else known_plans(self.backend, target, self.records)
         self.how = Lowering(strict_rounding, plans, step)
+        if (
+            isinstance(tune, Tune)
+            and tune.remote is None
+            and WORKLOAD not in plans
+            and self.backend.tunable
+            and self.runnable
+        ):
+            step("measuring the machine")
+            found = calibration.record(calibration.calibrate(self.backend, target), self.backend.fingerprint(target))
+            self.records.put([found])
+            plans[WORKLOAD] = found.plan
+        self.machine = calibration.recorded(plans, target)
         self.seconds: dict[str, float] = {}
         self.checks: list[Check] = []
         self.widths: dict[str, float] = {}
@@ -204,7 +218,7 @@ class _Build:
     def transform(self, passes: Sequence[str | Pass], verify: Any) -> None:
         start = time.perf_counter()
         manager = PassManager(passes, verify)
-        self.rewritten = manager.run(self.captured, Context(self.target, self.step)).rounded()
+        self.rewritten = manager.run(self.captured, Context(self.target, self.step, self.machine)).rounded()
         self.pass_records = manager.records
         self._timed("passes", start)
 
@@ -213,7 +227,7 @@ class _Build:
         program = self.rewritten
         if self.backend.name == "tvm":
             manager = PassManager(pipelines.specialize, "off")
-            program = manager.run(program, Context(self.target, self.step)).rounded()
+            program = manager.run(program, Context(self.target, self.step, self.machine)).rounded()
         self.specialized = program
         self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
         self._timed("lower", start)
@@ -324,6 +338,7 @@ class _Build:
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
+            estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from thresher.analysis.cost import Machine, machine_of
 from thresher.errors import PassError, ProgramError, ThresherError
 from thresher.program import Program, module_path, source_line
 from thresher.validation import EXACT_TOLERANCE, Divergence, Observed, compare_programs, observe
@@ -52,10 +53,14 @@ class PassResult:
 
 @dataclass
 class Context:
-    """What a pass may look at besides the program."""
+    """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one."""
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
+    machine: Machine = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.machine = self.machine or machine_of(self.target)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Report:
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
     tuning: dict[str, float] = field(default_factory=dict)  # milliseconds tuned and untuned, where kernels were tuned
     tuned: tuple[int, int] = (0, 0)  # workloads with a plan from a record, of all that have plans
+    estimate: float = 0.0  # milliseconds of a run, by the cost model that the passes decide with
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
     #: these take ``one operator at a time``, each freed after its last use.
     memory: dict[str, int] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class Report:
         if self.memory:
             parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
             console.print(f"memory: {parts}")
+        console.print(f"estimated by the cost model: {self.estimate:.2f} ms")
         if self.tuned[0]:
             console.print(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
         for title, times in (("", self.latency), ("widths measured: ", self.widths), ("tuning: ", self.tuning)):

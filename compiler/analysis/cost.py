@@ -1,4 +1,5 @@
-"""What a program costs: operations (a multiply-add counts two, as in ``torch.utils.flop_counter``) and bytes of constants."""
+"""What a program costs: operations (a multiply-add counts two, as in ``torch.utils.flop_counter``), bytes of constants, and an estimate of
+its time on a machine."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it."""
+    """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it. ``MACHINES`` are
+    typical ones; :mod:`thresher.calibration` measures the one that is here."""
 
     flops: float  # multiply-adds count two
     bandwidth: float  # bytes read or written by a plain elementwise operator
@@ -98,3 +100,38 @@ def constant_bytes(program: Program) -> int:
     return sum(
         program.constants[n.target].numel() * dtype_of(n).itemsize for n in program.graph.nodes if n.op == "get_attr"
     )
+
+
+def seconds_of(node: fx.Node, machine: Machine) -> float:
+    """The estimated time of one call: its arithmetic or what it moves, whichever takes longer, and a launch.
+
+    A pointwise operator behind a value that only it reads becomes part of that kernel: only its other operands have to be read.
+    """
+    if not is_tensor(node) or node.target in FREE:
+        return 0.0
+    if _rides(node):
+        return sum(_bytes(n) for n in node.all_input_nodes[1:]) / machine.bandwidth
+    moved = _bytes(node) + sum(_bytes(n) for n in node.all_input_nodes)
+    return max(flops_of(node) / machine.flops, moved / machine.bandwidth) + machine.launch
+
+
+def seconds(program: Program, machine: Machine) -> float:
+    """The estimated time of one run on inputs of the example's shapes."""
+    return sum(seconds_of(node, machine) for node in program.calls())
+
+
+FREE = {
+    getattr(aten, name).default
+    for name in ("view", "reshape", "unsqueeze", "squeeze", "detach", "alias", "lift_fresh_copy", "contiguous")
+    if hasattr(getattr(aten, name), "default")
+}
+
+
+def _rides(node: fx.Node) -> bool:
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is ops.shrink.default
+    before = node.all_input_nodes[0] if node.all_input_nodes else None
+    return pointwise and before is not None and before.op == "call_function" and len(before.users) == 1
+
+
+def _bytes(node: fx.Node) -> int:
+    return math.prod(sizes(node)) * dtype_of(node).itemsize if is_tensor(node) else 0

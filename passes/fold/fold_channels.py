@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.channels import ChannelAnalysis, known_facts
-from thresher.analysis.cost import machine_of
 from thresher.analysis.facts import sizes, take
 from thresher.analysis.operators import row
 from thresher.analysis.rows.adapter import adapter
@@ -78,7 +77,7 @@ class FoldChannels(Pass):
     def fold_once(self, program: Program, context: Context) -> _Round:
         work = program.clone()
         facts, constants, claims = _replace_known_values(work)
-        analysis, machine = ChannelAnalysis.of(work, facts), machine_of(context.target)
+        analysis, machine = ChannelAnalysis.of(work, facts), context.machine
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
             analysis, markers = adapters.insert(analysis)

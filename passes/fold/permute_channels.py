@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from thresher.analysis.channels import ChannelAnalysis
-from thresher.analysis.cost import Machine, flops_of, machine_of
+from thresher.analysis.cost import Machine, flops_of
 from thresher.analysis.facts import sizes, slices, take
 from thresher.analysis.operators import row
 from thresher.analysis.rows.weighted import Weighted
@@ -47,7 +47,7 @@ class PermuteChannels(Pass):
         analysis = ChannelAnalysis.of(program)
         sets = _coupled_sets(analysis)
         orders: dict[int, Tensor] = {}
-        for number, partial_dead in _one_sided(analysis, machine_of(context.target), self.gain).items():
+        for number, partial_dead in _one_sided(analysis, context.machine, self.gain).items():
             if number in sets:
                 order = _order(partial_dead)
                 if not torch.equal(order, torch.arange(order.numel())):

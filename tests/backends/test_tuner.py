@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher import BackendError, InputError, Records, Remote, Tune, driver
+from thresher import BackendError, InputError, Records, Remote, Tune, calibration, driver
+from thresher.analysis.cost import machine_of
 from thresher.backends.tvm import tuner
 from thresher.benchmark import Timing
+from thresher.calibration import WORKLOAD
 from thresher.cli import main, remote
 from thresher.errors import ThresherError
 
@@ -40,7 +42,13 @@ def model_and_inputs() -> tuple[nn.Module, tuple]:
     return model, (x,)
 
 
+def measured() -> list[thresher.Record]:
+    """The records of kernels; there is one of the machine, too."""
+    return [r for r in Records().all() if r.workload != WORKLOAD]
+
+
 def quick(monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: machine_of("cpu"))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ENOUGH", 0.001)
@@ -50,7 +58,7 @@ def test_recorded_used_and_right(monkeypatch) -> None:
     quick(monkeypatch)
     model, x = example()
     compiled = thresher.compile(model, (x,), target="cpu", tune=FAST)
-    records = Records().all()
+    records = measured()
     assert len(records) == 4 == compiled.report.tuned[1]
     assert all(r.microseconds > 0 and r.microseconds <= r.rule_microseconds for r in records)
     assert set(compiled.report.tuning) == {"tuned", "untuned"}
@@ -85,29 +93,30 @@ def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
 def test_a_run_that_was_stopped_goes_on(monkeypatch) -> None:
     quick(monkeypatch)
     model, x = example()
-    honest, measured = tuner.Bench.measure, []
+    honest, begun = tuner.Bench.measure, []
 
     def killed_after_two(self, program, workload, site, fingerprint):
-        if len(measured) == 2:
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        measured.append(workload)
+        begun.append(workload)
         return honest(self, program, workload, site, fingerprint)
 
     monkeypatch.setattr(tuner.Bench, "measure", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
         thresher.compile(model, (x,), target="cpu", tune=FAST)
-    assert [r.workload for r in Records().all()] == sorted(measured)
+    assert [r.workload for r in measured()] == sorted(begun)
     monkeypatch.setattr(tuner.Bench, "measure", honest)
-    begun: list[str] = []
-    monkeypatch.setattr(tuner, "values_of", lambda site, f=tuner.values_of: begun.append(site.node.name) or f(site))
+    rest: list[str] = []
+    monkeypatch.setattr(tuner, "values_of", lambda site, f=tuner.values_of: rest.append(site.node.name) or f(site))
     thresher.compile(model, (x,), target="cpu", tune=FAST)
-    assert len(begun) == 2 and len(Records().all()) == 4
+    assert len(rest) == 2 and len(measured()) == 4
 
 
-def test_no_time_no_workloads() -> None:
+def test_no_time_no_workloads(monkeypatch) -> None:
+    quick(monkeypatch)
     model, x = example()
     thresher.compile(model, (x,), target="cpu", tune=Tune(seconds=0.0))
-    assert Records().all() == []
+    assert measured() == []
 
 
 def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
@@ -118,7 +127,7 @@ def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
     )
     compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=8, gain=0.0))
     assert compiled.report.tuned[0] == 0
-    assert [r.plan for r in Records().all()] == [""] * 4
+    assert [r.plan for r in measured()] == [""] * 4
 
 
 def test_a_record_cannot_bring_in_a_plan() -> None:
@@ -177,6 +186,6 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
     assert "of 4 workloads" in capsys.readouterr().out
     assert main(["records", "--export", str(tmp_path / "r.jsonl")]) == 0
     assert main(["records", "--records", str(tmp_path / "other.sqlite"), "--merge", str(tmp_path / "r.jsonl")]) == 0
-    assert "4 of 4" in capsys.readouterr().out
+    assert "5 of 5" in capsys.readouterr().out  # four kernels, and the machine
     assert main(["records", "--records", str(tmp_path / "other.sqlite")]) == 0
-    assert capsys.readouterr().out.count(" us ") == 4
+    assert capsys.readouterr().out.count(" us ") == 5
