@@ -4,7 +4,7 @@
 
 Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode, and max-autotune), onnxruntime and OpenVINO
 (from the same ``torch.onnx`` export, float32); on a GPU (``--device cuda``) eager and the two of torch.compile. ``masked`` is eager on the
-model as the pruner left it. A ratio says how many times as long the other takes. Writes the machine, the versions, the build times and
+model as the pruner left it, ``dense`` is Thresher on the unpruned model. A ratio says how many times as long the other takes. Writes the machine, the versions, the build times and
 every ratio, slow rows included; rows of the same model, amount, batch and dtype are replaced, all others stay.
 """
 
@@ -189,6 +189,8 @@ def measure(name: str, amount: float, batch: int, place: Place, against: list[st
     contenders: dict[str, Callable] = {"thresher": partial(compiled, *args)}
     if amount:
         contenders["masked"] = partial(model, *args)
+        dense, _ = place.put(prepare(name, 0.0)[0], ())
+        contenders["dense"] = partial(thresher.compile(dense, args, target=target, validate="off"), *args)
     small = thresher.rewrite(model, args, verify="off").eval().requires_grad_(False)
     failed = {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

@@ -189,3 +189,12 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
     assert "5 of 5" in capsys.readouterr().out  # four kernels, and the machine
     assert main(["records", "--records", str(tmp_path / "other.sqlite")]) == 0
     assert capsys.readouterr().out.count(" us ") == 5
+
+
+def test_shipped_records_are_for_this_code() -> None:
+    backend = driver.find_backend("tvm")
+    found = backend.shipped()
+    version = backend.fingerprint("cpu").split(" plans ")[1].split(" ")[0]
+    assert found and all(f" plans {version} " in r.target for r in found), (
+        "measured with other plans: tune the zoo again"
+    )
