@@ -4,8 +4,9 @@
 
 Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode, and max-autotune), onnxruntime and OpenVINO
 (from the same ``torch.onnx`` export, float32); on a GPU (``--device cuda``) eager and the two of torch.compile. ``masked`` is eager on the
-model as the pruner left it, ``dense`` is Thresher on the unpruned model. A ratio says how many times as long the other takes. Writes the machine, the versions, the build times and
-every ratio, slow rows included; rows of the same model, amount, batch and dtype are replaced, all others stay.
+model as the pruner left it, ``dense`` is Thresher on the unpruned model. A ratio says how many times as long the other takes. Writes the
+machine, the versions, the build times and every ratio, slow rows included; rows of the same model, amount, batch and dtype are replaced,
+all others stay.
 """
 
 from __future__ import annotations

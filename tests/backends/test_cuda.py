@@ -95,8 +95,10 @@ def test_static_launches_become_a_graph() -> None:
     assert "cuda_graph.run_or_capture" in compiled.lowered.executable.as_text()
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
-def test_every_model_of_the_zoo_is_translated(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama", "mobilenet", "unet", "vit"]
+)  # a kernel of every kind; the rest of the zoo has no others
+def test_models_are_translated(name: str) -> None:
     """In half precision, for a GPU; no kernel asks for more than a multiprocessor has."""
     model, args = half(*ZOO[name]())
     found = kernels(compiled_code(settle(model), args, "sm_80"), "sm_80")

@@ -75,7 +75,7 @@ def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
     honest = tuner.Bench.measure
 
     def collect(self, program, workload, site, fingerprint):
-        seen.extend((workload, repr(plan)) for plan in site.plans(32)[:10])
+        seen.extend((workload, repr(plan)) for plan in site.plans(32)[:6])
         return honest(self, program, workload, site, fingerprint)
 
     quick(monkeypatch)
@@ -87,7 +87,7 @@ def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
         again = thresher.compile(model, (x,), target="cpu")
         assert again.report.tuned[0] >= 1
         assert torch.allclose(again(x), first(x), atol=1e-5), plan
-    assert len(seen) >= 30
+    assert len(seen) >= 20
 
 
 def test_a_run_that_was_stopped_goes_on(monkeypatch) -> None:
