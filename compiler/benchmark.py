@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-PAUSE = 0.01  # seconds between contenders: worker threads of the last one spin for a while before they sleep, and steal a core
+PAUSE = 0.1  # seconds between contenders: worker threads of the last one spin for a while before they sleep, and steal a core
 
 
 @dataclass(frozen=True)
