@@ -61,6 +61,12 @@ class Backend(ABC):
     def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
         """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower."""
 
+    def runs_here(self, target: str) -> bool:
+        """Whether this machine can run what is lowered for ``target``."""
+        import torch
+
+        return target.startswith("cpu") or torch.cuda.is_available()
+
     def fingerprint(self, target: str) -> str:
         """What a tuning record depends on besides its workload: the machine and the versions."""
         raise BackendError(f"the backend {self.name!r} has nothing to tune")

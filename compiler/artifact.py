@@ -141,19 +141,14 @@ def _check_fit(path: Path, manifest: dict[str, Any]) -> None:
         )
     if built["machine"] != here["machine"]:
         raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
+    from thresher.backends.tvm.kernels.machine import missing_features
+
     cpu = manifest["lowered"].get("cpu", "")
-    if missing := _missing_features(cpu):
+    if missing := missing_features(cpu):
         raise ArtifactError(
             f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
             "build it for target 'cpu:x86-64-v3' or on this machine"
         )
-
-
-def _missing_features(cpu: str) -> list[str]:
-    """Vector instruction sets that code for ``cpu`` uses and this processor has not."""
-    from thresher.backends.tvm.kernels.machine import cpu_name, features
-
-    return sorted(features(cpu) - features(cpu_name())) if cpu else []
 
 
 def _versions() -> dict[str, str]:

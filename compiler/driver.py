@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from thresher import calibration
+from thresher import machine_speed
 from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.benchmark import interleaved
-from thresher.calibration import WORKLOAD
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
+from thresher.machine_speed import WORKLOAD
 from thresher.masks import Masks, apply_masks
 from thresher.memory import peak_bytes
 from thresher.pass_manager import Context, Pass, PassManager
@@ -194,13 +194,16 @@ class _Build:
             and tune.remote is None
             and WORKLOAD not in plans
             and self.backend.tunable
+            and target.startswith("cpu")
             and self.runnable
         ):
             step("measuring the machine")
-            found = calibration.record(calibration.calibrate(self.backend, target), self.backend.fingerprint(target))
+            found = machine_speed.record(
+                machine_speed.calibrate(self.backend, target), self.backend.fingerprint(target)
+            )
             self.records.put([found])
             plans[WORKLOAD] = found.plan
-        self.machine = calibration.recorded(plans, target)
+        self.machine = machine_speed.recorded(plans, target)
         self.seconds: dict[str, float] = {}
         self.checks: list[Check] = []
         self.widths: dict[str, float] = {}
@@ -243,8 +246,11 @@ class _Build:
 
         self.backend.tune(self.specialized, self.target, options, self.how, save)
         self.how = replace(self.how, records={**self.how.records, **{r.workload: r.plan for r in made}})
+        before = self.lowered
+        if before.tuned[0]:  # it was built with records
+            before = self.backend.lower(self.specialized, self.target, replace(self.how, records={}))
         contenders = {
-            "untuned": self.backend.lower(self.specialized, self.target, replace(self.how, records={})),
+            "untuned": before,
             "tuned": self.backend.lower(self.specialized, self.target, self.how),
         }
         self.lowered = contenders["tuned"]
@@ -253,7 +259,7 @@ class _Build:
             flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
             timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, rounds=20)
             self.tuning = {name: timing.median for name, timing in timings.items()}
-            if os.environ.get("KEEP") is None and self.tuning["tuned"] > self.tuning["untuned"]:
+            if self.tuning["tuned"] > self.tuning["untuned"]:
                 self.records.put([r.untuned() for r in made])
                 self.lowered, self.how = contenders["untuned"], replace(self.how, records={})
         self._timed("tune", start)
@@ -278,7 +284,7 @@ class _Build:
     @property
     def runnable(self) -> bool:
         """Whether the target is here."""
-        return self.target.startswith("cpu") or torch.cuda.is_available()
+        return self.backend.runs_here(self.target)
 
     def validate(self, mode: Validate) -> None:
         """The lowered code against the rewritten program, and against the eager model, on the user's inputs and on random ones."""

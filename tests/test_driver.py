@@ -241,3 +241,21 @@ def test_backend_can_be_found_by_entry_point() -> None:
     from thresher.backends.base import find_backend
 
     assert isinstance(find_backend("tvm"), TVMBackend)
+
+
+def test_a_cpu_that_is_not_here(tmp_path) -> None:
+    """Code for another CPU is built and saved, and refused rather than run."""
+    from thresher.backends.tvm.kernels.machine import cpu_name, missing_features
+
+    foreign = next(c for c in ("sapphirerapids", "knl", "alderlake", "x86-64-v3") if missing_features(c))
+    compiled = thresher.compile(nn.Linear(64, 64).eval(), (torch.randn(32, 64),), target=f"cpu:{foreign}")
+    assert [c.name for c in compiled.report.checks if c.name.startswith("compiled")] == []
+    compiled.save(tmp_path / "m.thresher")
+    with pytest.raises(BackendError, match=f"{foreign}.*lacks"):
+        compiled(torch.randn(32, 64))
+    assert missing_features(cpu_name()) == []
+
+
+def test_an_unknown_target_is_named() -> None:
+    with pytest.raises(thresher.ThresherError, match="tpu"):
+        thresher.compile(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), target="tpu", backend="eager")

@@ -14,7 +14,7 @@ import tvm
 from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of
+from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of, missing_features
 from thresher.backends.tvm.pipeline import build
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
 from thresher.backends.tvm.tuner import tune
@@ -54,6 +54,11 @@ class TVMLowered(Lowered):
                 raise BackendError(
                     "this module was compiled for CUDA and no CUDA device is here; save it and run it where one is"
                 )
+            if self.device == "cpu" and (missing := missing_features(self.cpu)):
+                raise BackendError(
+                    f"this module was compiled for the CPU {self.cpu!r}; this one lacks {', '.join(missing)}: save it and run it where "
+                    "they are"
+                )
             self._module = TVMModule(self._library or self.executable, self.weights, self.device)
         return self._module
 
@@ -91,13 +96,17 @@ class TVMBackend(Backend):
         lowered.tuned = len(choices.taken), len(choices.sites)
         return lowered
 
+    def runs_here(self, target: str) -> bool:
+        _, machine, cpu = resolve_target(target)
+        return super().runs_here(target) and (machine is None or not missing_features(cpu))
+
     def fingerprint(self, target: str) -> str:
         _, machine, cpu = resolve_target(target)
         size = f"{machine.threads} threads {machine.cache >> 10} KB" if machine is not None else target
         return f"tvm {version('apache-tvm')} plans {PLANS_VERSION} {cpu} {size}"
 
     def shipped(self) -> Sequence[Record]:
-        return read_lines(SHIPPED) if SHIPPED.exists() else ()
+        return read_lines(SHIPPED)
 
     def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
         where, machine, _ = resolve_target(target)

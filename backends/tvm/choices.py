@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.signature import dtype_name
+
 MOST = 32  # plans that a family proposes at most
 
 Plans = Callable[[int], Sequence[Any]]
@@ -55,7 +57,7 @@ def workload_of(node: fx.Node, strict_rounding: bool) -> str:
             if not isinstance(seen, torch.Tensor):
                 return "?"
             constant = "*" if value.op == "get_attr" else ""
-            return f"{'x'.join(map(str, seen.shape))}:{str(seen.dtype).removeprefix('torch.')}{constant}"
+            return f"{'x'.join(map(str, seen.shape))}:{dtype_name(seen.dtype)}{constant}"
         if isinstance(value, (list, tuple)):
             return f"({','.join(map(word, value))})"
         return str(value)

@@ -59,12 +59,12 @@ def tune(
     sites = {w: s for w, s in choices.sites.items() if options.again or w not in how.records}
     start = time.perf_counter()
     with runner_of(options.remote) as runner:
+        bench = Bench(target, machine, how.strict_rounding, options, runner)
         for number, (workload, site) in enumerate(sites.items()):
             if options.seconds is not None and time.perf_counter() - start > options.seconds:
                 how.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
                 return number
             how.progress(f"tuning {number + 1} of {len(sites)}: {workload.partition(' ')[0]}")
-            bench = Bench(target, machine, how.strict_rounding, options, runner)
             save(bench.measure(program, workload, site, fingerprint))
     return len(sites)
 
@@ -142,9 +142,7 @@ class Runner:
         self, prepared: Any, weights: Sequence[np.ndarray], inputs: Sequence[Any], around: int
     ) -> Callable[[int], float]:
         """A function of the number of calls: the seconds that one takes. The weights rotate over ``around`` bytes."""
-        values = [
-            tvm.runtime.tensor(np.ascontiguousarray(x.numpy()), self.device) for x in inputs if isinstance(x, Tensor)
-        ]
+        values = self.sent([x.numpy() for x in inputs if isinstance(x, Tensor)])
         copies = max(1, min(COPIES, around // max(1, sum(w.nbytes for w in weights))))
         sets = [[*values, *self.sent(weights)] for _ in range(copies)]
         return self.timed(self.machine(prepared), sets)

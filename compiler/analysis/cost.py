@@ -13,6 +13,7 @@ from torch import fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.facts import sizes
+from thresher.errors import InputError
 from thresher.program import Program, dtype_of, is_tensor
 
 aten, ops = torch.ops.aten, torch.ops.thresher
@@ -68,7 +69,7 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
 @dataclass(frozen=True)
 class Machine:
     """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it. ``MACHINES`` are
-    typical ones; :mod:`thresher.calibration` measures the one that is here."""
+    typical ones; :mod:`thresher.machine_speed` measures the one that is here."""
 
     flops: float  # multiply-adds count two
     bandwidth: float  # bytes read or written by a plain elementwise operator
@@ -81,7 +82,13 @@ MACHINES = {"cpu": Machine(1e11, 1.2e10, 4e9, 3e-6, 16), "cuda": Machine(3e13, 2
 
 
 def machine_of(target: str) -> Machine:
-    return MACHINES[target.partition(":")[0]]
+    """The typical machine of a kind of target."""
+    kind = target.partition(":")[0]
+    if kind not in MACHINES:
+        raise InputError(
+            f"unknown target {target!r}: 'cpu', 'cpu:<llvm cpu name>' or 'cuda:sm_NN' (for instance cuda:sm_90)"
+        )
+    return MACHINES[kind]
 
 
 def flops_of(node: fx.Node) -> int:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher import BackendError, InputError, Records, Remote, Tune, calibration, driver
+from thresher import BackendError, InputError, Records, Remote, Tune, driver, machine_speed
 from thresher.analysis.cost import machine_of
 from thresher.backends.tvm import tuner
 from thresher.benchmark import Timing
-from thresher.calibration import WORKLOAD
 from thresher.cli import main, remote
 from thresher.errors import ThresherError
+from thresher.machine_speed import WORKLOAD
 
 FAST = Tune(trials=3)
 
@@ -48,7 +48,7 @@ def measured() -> list[thresher.Record]:
 
 
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "calibrate", lambda *_: machine_of("cpu"))
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_: machine_of("cpu"))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ENOUGH", 0.001)

@@ -45,6 +45,11 @@ def features(cpu: str) -> frozenset[str]:
     )
 
 
+def missing_features(cpu: str) -> list[str]:
+    """Vector instruction sets that code for ``cpu`` uses and this processor has not."""
+    return sorted(features(cpu) - features(cpu_name())) if cpu else []
+
+
 def machine_of(cpu: str, threads: int | None = None) -> Machine:
     """The registers of an LLVM CPU name, with the cache of this machine if it is this machine's; ``threads`` defaults to what this
     process may use."""
