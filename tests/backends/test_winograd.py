@@ -44,6 +44,9 @@ def always(monkeypatch, m: int) -> None:
         (2, 7, 9, 16, 32, 1, False),
         (1, 6, 11, 32, 48, 0, False),
         (3, 5, 3, 16, 16, 2, False),
+        (1, 9, 8, 19, 19, 1, True),
+        (2, 7, 6, 16, 13, 1, False),
+        (1, 8, 7, 21, 24, 1, False),
     ],
 )
 def test_equal_to_eager(
@@ -93,7 +96,7 @@ def test_the_transforms_are_a_convolution(m: int) -> None:
 
 
 def test_chosen_where_it_saves() -> None:
-    """Wide layers on large images; not where filters outweigh the image, nor for widths that registers do not divide."""
+    """Wide layers on large images; not where filters outweigh the image, nor where most of a register would be padding."""
     machine = Machine(8, 16, 2, 1 << 19)
 
     def chosen(size: int, inputs: int, outputs: int) -> int:
@@ -103,4 +106,5 @@ def test_chosen_where_it_saves() -> None:
     assert chosen(56, 64, 64) == 4
     assert chosen(7, 512, 512) == 2
     assert chosen(2, 512, 512) == 0
-    assert chosen(56, 60, 64) == 0
+    assert chosen(56, 60, 64) == 4
+    assert chosen(56, 4, 64) == 0

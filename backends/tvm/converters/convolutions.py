@@ -81,7 +81,8 @@ def _plans(
 def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[int], limit: int) -> list[gemm.Plan]:
     """``weight``: [O, I, *taps] of one group."""
     outputs, inputs, *taps = weight
-    return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit)
+    line = out[-1] if math.prod(taps) > 1 else 0
+    return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
 
 
 def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int]) -> Any:
@@ -99,21 +100,23 @@ def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray, out: l
 def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], plan: winograd.Plan) -> Any:
     weight, padding = node.args[1], node.args[4]
     x, tiling = importer.value(node.args[0]), winograd.Tiling(plan.m, *out)
-    outputs = array.shape[0]
-    need = [tiling.m * grid + 2 for grid in tiling.grid]
-    after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
-    image = _padded(importer, x, padding, after)
+    outputs, inputs = array.shape[:2]
+    full, channels = (gemm.whole(size, importer.cpu.lanes) for size in (outputs, inputs))
+    need = [*(tiling.m * grid + 2 for grid in tiling.grid), channels]
+    after = [n - p - int(x.ty.shape[d]) for d, (n, p) in enumerate(zip(need, [*padding, 0]), 1)]
+    image = importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *after), 0), x)
     tile = gemm.Tile(plan.product.rows, plan.product.vectors, importer.cpu.lanes)
+    array = np.pad(array, ((0, full - outputs), (0, channels - inputs), (0, 0), (0, 0)))
     filters = winograd.transform_filters(array, tiling.m)
     packed = np.stack([gemm.pack(np.ascontiguousarray(f.T), tile) for f in filters])
     w = importer.weight(packed, (weight, tile, tiling.m))
     spread = importer.emit_te("winograd_in", lambda t: winograd.transform_input(t, tiling), image)
 
     def multiply(t: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, outputs, plan.product)
+        return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, full, plan.product)
 
     products = importer.emit_te("winograd_multiply", multiply, spread, w)
-    return importer.emit_te("winograd_out", lambda t: winograd.transform_output(t, tiling), products)
+    return importer.emit_te("winograd_out", lambda t: winograd.transform_output(t, tiling, outputs), products)
 
 
 @dataclass(frozen=True)

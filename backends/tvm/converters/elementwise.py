@@ -33,7 +33,7 @@ def _elementary(function: Callable[[Any], Any]) -> Converter:
         value = cast(importer, importer.value(node.args[0]), "float32")
         return importer.emit_te(
             str(node.target).split(".")[1],
-            lambda t: te.compute(t.shape, lambda *i: function(t(*i)), name="T_elementary"),
+            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name="T_elementary"),
             value,
         )
 
@@ -117,8 +117,7 @@ def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) 
     dtype = str(x.ty.dtype)
 
     def compute(t: te.Tensor) -> te.Tensor:
-        def element(*i: Any) -> Any:
-            value = t(*i)
+        def element(value: Any) -> Any:
             result = value
             if high is not None:
                 result = tirx.Select(value > tirx.const(high, dtype), tirx.const(high, dtype), result)
@@ -126,7 +125,7 @@ def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) 
                 result = tirx.Select(value < tirx.const(low, dtype), tirx.const(low, dtype), result)
             return result if low is None or high is None or low <= high else tirx.const(high, dtype)
 
-        return te.compute(t.shape, element, name="T_clamp")
+        return te.compute(t.shape, lambda *i: elementwise.named(t(*i), element), name="T_clamp")
 
     return importer.emit_te("clamp", compute, x)
 
@@ -249,5 +248,9 @@ def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable]
     fast = importer.machine is not None and str(value.ty.dtype) == "float32"
     exp = elementwise.exp if fast else te.exp
     return importer.emit_te(
-        "elementwise", lambda t: te.compute(t.shape, lambda *i: element(t(*i), exp), name="T_elementwise"), value
+        "elementwise",
+        lambda t: te.compute(
+            t.shape, lambda *i: elementwise.named(t(*i), lambda x: element(x, exp)), name="T_elementwise"
+        ),
+        value,
     )

@@ -81,7 +81,7 @@ def attention(
     )
     weights = te.compute(
         (batch, heads, full_rows, full_length),
-        lambda b, h, i, s: elementwise.short_exp(scores[b, h, i, s] - top[b, h, i]),
+        lambda b, h, i, s: elementwise.named(scores[b, h, i, s] - top[b, h, i], elementwise.short_exp),
         name=f"{PREFIX}weights",
     )
     part2, lane2 = te.reduce_axis((0, full_length // lanes), name="p"), te.reduce_axis((0, lanes), name="j")

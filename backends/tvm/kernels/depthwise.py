@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares
+from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.machine import Machine
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
@@ -61,7 +61,7 @@ def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Win
     """``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
     batch, height, width, channels = (int(d) for d in x.shape)
     *taps, full = (int(d) for d in weight.shape)
-    across = _whole(out[1], task.step)
+    across = whole(out[1], task.step)
     need = [window.extent(size, k, d) for d, (size, k) in enumerate(zip((out[0], across), taps))]
 
     def element(b: Any, y: Any, z: Any, c: Any) -> Any:
@@ -82,10 +82,6 @@ def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Win
     return te.compute((batch, *out, channels), lambda *index: sums[index], name="crop")
 
 
-def _whole(size: int, part: int) -> int:
-    return -(-size // part) * part
-
-
 def tasks(
     out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: Machine, limit: int = 1
 ) -> list[Task]:
@@ -97,9 +93,9 @@ def tasks(
     batch, height, width = out
     lanes, registers = machine.lanes, -(-channels // machine.lanes)
     found = []
-    steps = sorted((7, 6, 5, 4, 3, 2, 1), key=lambda p: _whole(width, p) * (1 + 0.5 / p))
+    steps = sorted((7, 6, 5, 4, 3, 2, 1), key=lambda p: whole(width, p) * (1 + 0.5 / p))
     for place, step in enumerate(steps[: 1 if limit == 1 else 3]):
-        across = _whole(width if height > 1 or width <= SEQUENCE else SEQUENCE, step)
+        across = whole(width if height > 1 or width <= SEQUENCE else SEQUENCE, step)
         for part in (d for d in range(1, registers + 1) if registers % d == 0):
             for rows in shares(height):
                 read_rows = window.extent(rows, taps[0], 0)

@@ -29,6 +29,13 @@ TANH_P = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.
 TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
 
+def named(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of a value that has a name. TVM makes branches of selects whose sides read memory; where a loop does not vectorise,
+    the processor then mispredicts one per element."""
+    name = tirx.Var("x", value.ty)
+    return tirx.Let(name, value, function(name))
+
+
 def _f(value: float) -> Any:
     return tirx.const(value, "float32")
 

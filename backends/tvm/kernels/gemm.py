@@ -51,19 +51,22 @@ class Plan:
         return Tile(self.rows, self.vectors, machine.lanes)
 
 
-def tiles(m: int, n: int, k: int, machine: Machine) -> list[Tile]:
+def tiles(m: int, n: int, k: int, machine: Machine, line: int = 0) -> list[Tile]:
     """All tiles that fit the registers, by estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14
     to 20 sums, two vectors wide).
 
     Padding rows and columns is paid for; few sums leave the multiply-add unit waiting; sums, a row of the weight and an element of A
     that do not fit the registers together spill; four vectors pay only while the panel of packed weights that a task streams
-    (k x columns) stays in the L2 cache; one vector is bound by its loads.
+    (k x columns) stays in the L2 cache; one vector is bound by its loads. Where a window reads around its row, the rows of a tile
+    should lie in one ``line`` of the image: then one address serves them all.
     """
     streams = min(k, SLICE) * 4 * machine.lanes * 4 <= machine.cache // 2
     widths = {1: 0.82, 2: 1.0, 3: 0.99} if machine.registers == 16 else {1: 0.82, 2: 1.0, 4: 1.0 if streams else 0.8}
 
     def cost(tile: Tile) -> float:
-        busy = min(1.0, tile.rows * tile.vectors / 12) * widths[tile.vectors] * (0.96 if tile.rows > 10 else 1.0)
+        sums = tile.rows * tile.vectors
+        busy = min(1.0, 1 - 0.015 * (12 - sums)) if sums >= 8 else 0.94 - 0.075 * (8 - sums)
+        busy *= widths[tile.vectors] * (0.96 if tile.rows > 10 else 1.0) * (0.92 if line % tile.rows else 1.0)
         return round(-(-m // tile.rows) * tile.rows * -(-n // tile.columns) * tile.vectors / busy, 6)
 
     fit = [
@@ -75,13 +78,14 @@ def tiles(m: int, n: int, k: int, machine: Machine) -> list[Tile]:
     return sorted(fit, key=cost)
 
 
-def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1) -> list[Plan]:
-    """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice."""
+def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1, line: int = 0) -> list[Plan]:
+    """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice.
+    ``line``: as for :func:`tiles`."""
     depth = math.prod(taps)
     sliced = m > 1 and bool(slices_of(taps)[0])  # a single row reads the weight once anyway
     ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
     found: list[tuple[int, int, int, Plan]] = []
-    for t, tile in enumerate(tiles(m, n, depth, machine)[: 1 if limit == 1 else 6]):
+    for t, tile in enumerate(tiles(m, n, depth, machine, line)[: 1 if limit == 1 else 6]):
         for w, cut in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
             tasks = _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, machine)
@@ -287,6 +291,11 @@ def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, mach
         if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
     ]
     return [*one[:1], *wide, *one[1:]]
+
+
+def whole(size: int, part: int) -> int:
+    """``size`` rounded up to a multiple of ``part``."""
+    return -(-size // part) * part
 
 
 def shares(count: int) -> list[int]:

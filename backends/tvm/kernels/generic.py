@@ -68,6 +68,9 @@ def _schedule_reduction(
         sch.decompose_reduction(block, reduction[0])
         return
     if len(spatial) > 1 and not _reduces_rows(sch, block):
+        if width := _row_in_registers(sch, spatial[-1], machine):
+            _schedule_row(sch, block, len(reduction), width, total, machine)
+            return
         *outer, inner = spatial
         sch.reorder(*outer, *reduction, inner)
         if total >= SMALL:
@@ -78,6 +81,35 @@ def _schedule_reduction(
     if total >= SMALL:
         sch.parallel(outer)
     sch.decompose_reduction(block, reduction[0])
+
+
+def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: Machine) -> None:
+    """``width`` neighbouring results are summed in registers, over the ``reduced`` innermost loops of the block."""
+    result = sch.cache_write(block, 0, "local")
+    *outer, column = sch.get_loops(result)
+    part, row = sch.split(column, [None, width])
+    task = sch.fuse(*outer, part)
+    if total >= SMALL:
+        sch.parallel(task)
+    sch.compute_at(block, task)
+    *_, column = sch.get_loops(block)[:-reduced]
+    steps = sch.get_loops(block)[-reduced:]
+    register, lane = sch.split(column, [None, machine.lanes])
+    sch.reorder(*steps, register, lane)
+    sch.vectorize(lane)
+    sch.unroll(register)
+    sch.decompose_reduction(block, steps[0])
+    register, lane = sch.split(row, [None, machine.lanes])
+    sch.unroll(register)
+    sch.vectorize(lane)
+
+
+def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: Machine) -> int:
+    """How many neighbouring results keep their sums in registers: whole registers that divide the row; 0: the row has no such part."""
+    size = sch.get(loop).extent
+    if not hasattr(size, "value") or int(size) % machine.lanes:
+        return 0
+    return next(machine.lanes * r for r in (8, 7, 6, 5, 4, 3, 2, 1) if int(size) % (machine.lanes * r) == 0)
 
 
 def _reduces_rows(sch: s_tir.Schedule, block: Any) -> bool:

@@ -40,7 +40,9 @@ def _zero() -> Any:
 def softmax(x: te.Tensor, log: bool = False) -> te.Tensor:
     """softmax or log_softmax over the last dimension."""
     top = _reduced(x, "max", te.max, te.min_value("float32"), lambda *i: x(*i))
-    powers = te.compute(x.shape, lambda *i: elementwise.short_exp(x(*i) - top(*i[:-1])), name=f"{PREFIX}exp")
+    powers = te.compute(
+        x.shape, lambda *i: elementwise.named(x(*i) - top(*i[:-1]), elementwise.short_exp), name=f"{PREFIX}exp"
+    )
     total = _reduced(powers, "sum", te.sum, _zero(), lambda *i: powers(*i))
     if log:
         return te.compute(x.shape, lambda *i: x(*i) - top(*i[:-1]) - te.log(total(*i[:-1])), name=f"{PREFIX}out")

@@ -17,7 +17,7 @@ import numpy as np
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.kernels import batched
-from thresher.backends.tvm.kernels.gemm import inline_epilogue
+from thresher.backends.tvm.kernels.gemm import inline_epilogue, whole
 from thresher.backends.tvm.kernels.machine import Machine
 
 PREFIX = "winograd_"
@@ -131,12 +131,12 @@ def transform_input(image: te.Tensor, tiling: Tiling) -> te.Tensor:
     )
 
 
-def transform_output(products: te.Tensor, tiling: Tiling) -> te.Tensor:
-    """[(m + 2)^2, tiles, N] -> [B, H, W, N]."""
+def transform_output(products: te.Tensor, tiling: Tiling, outputs: int) -> te.Tensor:
+    """[(m + 2)^2, tiles, N in whole registers] -> [B, H, W, N]."""
     matrix, m, (down, across) = TRANSFORMS[tiling.m][2], tiling.m, tiling.grid
-    size, outputs = m + 2, int(products.shape[2])
+    size, full = m + 2, int(products.shape[2])
     columns = te.compute(
-        (tiling.count, m, size, outputs),
+        (tiling.count, m, size, full),
         lambda p, a, y, n: _chosen(
             a, [_combined(row, [products[x * size + y, p, n] for x in range(size)]) for row in matrix]
         ),
@@ -147,7 +147,10 @@ def transform_output(products: te.Tensor, tiling: Tiling) -> te.Tensor:
         p = (b * down + y // m) * across + x // m
         return _chosen(x % m, [_combined(row, [columns[p, y % m, j, n] for j in range(size)]) for row in matrix])
 
-    return te.compute((tiling.batch, tiling.height, tiling.width, outputs), element, name=OUT)
+    result = te.compute((tiling.batch, tiling.height, tiling.width, full), element, name=OUT)
+    if outputs == full:
+        return result
+    return te.compute((*result.shape[:-1], outputs), lambda *i: result[i], name="crop")
 
 
 @dataclass(frozen=True)
@@ -162,15 +165,17 @@ def plans(
     tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: Machine, limit: int = 1
 ) -> tuple[list[Plan], bool]:
     """The plans for either ``m``, ``limit`` in all, the most promising first, and whether that one is estimated to beat the convolution
-    itself. None where registers do not divide the widths.
+    itself.
 
     Estimated seconds: arithmetic at the rate of the packed product, less where it has few rows; what the transforms read and write, and
     the transformed filters, once each.
     """
     direct = tiling_of(2)
     pixels = direct.batch * direct.height * direct.width
-    if channels % machine.lanes or outputs % machine.lanes or machine.lanes < 8:
+    if machine.lanes < 8 or min(channels, outputs) < machine.lanes:
         return [], False
+    convolution = _product_seconds(pixels, 9 * channels, outputs, 1, machine)
+    channels, outputs = (whole(size, machine.lanes) for size in (channels, outputs))
     costs = {}
     for m in (2, 4):
         tiling = tiling_of(m)
@@ -184,7 +189,7 @@ def plans(
         products = batched.plans(tiling.count, outputs, channels, tiling.products, machine, limit)
         found += [(place + i, Plan(m, product)) for i, product in enumerate(products)]
     found.sort(key=lambda f: f[0])
-    faster = costs[order[0]] < 0.9 * _product_seconds(pixels, 9 * channels, outputs, 1, machine)
+    faster = costs[order[0]] < 0.9 * convolution
     return [plan for _, plan in found[:limit]], faster
 
 
@@ -217,8 +222,12 @@ def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
     """As for the input; what follows the convolution is computed on the tile."""
     columns, own = sch.get_sblock(COLUMNS), sch.get_sblock(OUT)
     m = int(sch.get(columns).writes[0].source.shape[1])
-    last = inline_epilogue(sch, own, keep=frozenset((COLUMNS,)))
-    if sch.get(last).name_hint != OUT:
+    full = int(sch.get(columns).writes[0].source.shape[-1])
+    last = inline_epilogue(sch, own, keep=frozenset((COLUMNS, OUT)))
+    cropped = int(sch.get(sch.get_loops(last)[-1]).extent) != full
+    if cropped:
+        epilogue, last = last, own
+    elif sch.get(last).name_hint != OUT:
         sch.compute_inline(own)
     b, y, x, n = sch.get_loops(last)
     y, row = sch.split(y, [None, m])
@@ -226,6 +235,9 @@ def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
     n, lane = sch.split(n, [None, machine.lanes])
     sch.reorder(b, y, x, n, row, column, lane)
     sch.parallel(sch.fuse(b, y, x))
+    if cropped:  # whole registers are computed, what there is of them is stored
+        sch.set_scope(own, 0, "local")
+        sch.reverse_compute_at(epilogue, n)
     _on_tile(sch, columns, n, (row, column), lane)
 
 
