@@ -21,11 +21,13 @@ class Lowering:
     """How to lower.
 
     ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's). ``records``: what
-    tuning found fastest, workload -> plan (:meth:`Backend.tune`). ``progress`` is told what is being done.
+    tuning found fastest, workload -> plan (:meth:`Backend.tune`). ``library``: a plan may be to call torch's own kernel. ``progress`` is
+    told what is being done.
     """
 
     strict_rounding: bool = False
     records: Mapping[str, str] = field(default_factory=dict)
+    library: bool = False
     progress: Progress = lambda message: None
 
 
@@ -36,11 +38,12 @@ class Lowered(ABC):
     """A program in the form a backend runs.
 
     ``memory``: bytes that it takes, by what for (``weights``, ``activations``), as far as the backend knows. ``tuned``:
-    workloads whose plan came from a record, of all that have plans.
+    workloads whose plan came from a record, of all that have plans. ``library``: the nodes that torch computes.
     """
 
     memory: dict[str, int]
     tuned: tuple[int, int] = (0, 0)
+    library: Sequence[str] = ()
 
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:

@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--strict-rounding", action="store_true", help="sums as the operators define them: no Winograd convolutions"
     )
+    build.add_argument(
+        "--library",
+        default="never",
+        choices=("auto", "never"),
+        help="auto: torch's own kernels where tuning found them faster; the artifact then needs torch",
+    )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
@@ -81,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--trials", type=int, default=Tune.trials, help="plans per workload, 2 to 32")
     tune.add_argument(
         "--seconds", type=float, help="begin no new workload after this long; what is missing can be measured later"
+    )
+    tune.add_argument(
+        "--library", default="auto", choices=("auto", "never"), help="whether torch's own kernels may win"
     )
     tune.add_argument("--records", metavar="FILE", help=f"default: {default_path()}")
     tune.add_argument("--again", action="store_true", help="measure what is on record, too")
@@ -179,6 +188,7 @@ def _build(options: argparse.Namespace) -> int:
         certificate=bool(options.certificate),
         widths=options.widths,
         strict_rounding=options.strict_rounding,
+        library=options.library,
     )
     compiled.save(options.output)
     if options.html:
@@ -195,7 +205,13 @@ def _tune(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input)
     how = Tune(options.trials, options.seconds, options.records, options.again, remote(options.remote))
     compiled = thresher.compile(
-        model, inputs, target=options.target, passes=split_passes(options.passes), tune=how, progress=True
+        model,
+        inputs,
+        target=options.target,
+        passes=split_passes(options.passes),
+        tune=how,
+        library=options.library,
+        progress=True,
     )
     taken, sites = compiled.report.tuned
     times = "  ".join(f"{name}: {ms:.2f} ms" for name, ms in compiled.report.tuning.items())

@@ -30,7 +30,7 @@ from thresher.program import Program, SmallModule
 from thresher.progress import Progress, show_progress
 from thresher.records import Record, Records
 from thresher.report import Check, Figures, Report
-from thresher.tuning import Tune
+from thresher.tuning import Library, Tune
 from thresher.validation import probes
 from thresher.widths import variants
 
@@ -55,6 +55,7 @@ def compile(
     widths: Literal["rule", "measured"] = "rule",
     strict_rounding: bool = False,
     tune: Tune | Literal["recorded", "never"] = "recorded",
+    library: Literal["auto", "never"] = "auto",
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -76,6 +77,8 @@ def compile(
         tune: :class:`Tune` measures the plans of the kernels on the target, records what is fastest, and keeps the result only if the whole
             model is not slower for it. ``recorded`` uses the records that stand (:mod:`thresher.records`) and those that come with the
             library; ``never`` uses none.
+        library: ``auto``: where tuning finds torch's own kernel for an operator faster than all of ours, the build calls it, and needs
+            torch where it runs (``report.library`` names the nodes). ``never``: it does not.
         certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
         progress: a progress bar; default: on a terminal.
 
@@ -84,10 +87,13 @@ def compile(
     """
     _one_of("validate", validate, ("error", "warn", "off"))
     _one_of("widths", widths, ("rule", "measured"))
+    _one_of("library", library, ("auto", "never"))
     target = target or default_target()
     model = _masked(model, masks, args, kwargs)
     with show_progress("thresher", progress) as step:
-        build = _Build(model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, step)
+        build = _Build(
+            model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, library == "auto", step
+        )
         build.capture(dynamic_shapes)
         if widths == "rule":
             build.transform(resolve_passes(passes), verify)
@@ -182,13 +188,14 @@ class _Build:
         backend: str,
         strict_rounding: bool,
         tune: Tune | str,
+        library: bool,
         step: Progress,
     ):
         self.model, self.args, self.kwargs, self.target, self.step = model, args, kwargs, target, step
         self.backend = find_backend(backend)
         self.records = Records(tune.records if isinstance(tune, Tune) else None)
         plans = {} if tune == "never" else known_plans(self.backend, target, self.records)
-        self.how = Lowering(strict_rounding, plans, step)
+        self.how = Lowering(strict_rounding, plans, library, step)
         if (
             isinstance(tune, Tune)
             and tune.remote is None
@@ -246,23 +253,28 @@ class _Build:
 
         self.backend.tune(self.specialized, self.target, options, self.how, save)
         self.how = replace(self.how, records={**self.how.records, **{r.workload: r.plan for r in made}})
-        before = self.lowered
-        if before.tuned[0]:  # it was built with records
-            before = self.backend.lower(self.specialized, self.target, replace(self.how, records={}))
-        contenders = {
-            "untuned": before,
-            "tuned": self.backend.lower(self.specialized, self.target, self.how),
-        }
-        self.lowered = contenders["tuned"]
+        before, self.lowered = self.lowered, self.backend.lower(self.specialized, self.target, self.how)
         if options.remote is None and self.runnable:
-            self.step("comparing tuned and untuned")
-            flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
-            timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, rounds=20)
-            self.tuning = {name: timing.median for name, timing in timings.items()}
-            if self.tuning["tuned"] > self.tuning["untuned"]:
-                self.records.put([r.untuned() for r in made])
-                self.lowered, self.how = contenders["untuned"], replace(self.how, records={})
+            self._keep_fastest(before, made)
         self._timed("tune", start)
+
+    def _keep_fastest(self, before: Lowered, made: Sequence[Record]) -> None:
+        """The tuned build against the untuned one, and against itself without torch's kernels; what loses is withdrawn from the records."""
+        hows = {"tuned": self.how, "untuned": replace(self.how, records={})}
+        contenders = {"tuned": self.lowered}
+        if self.lowered.library:
+            hows["tuned, without torch"] = replace(self.how, library=False)
+        for name in [n for n in hows if n != "tuned"]:
+            stands = name == "untuned" and not before.tuned[0]  # it was built without records
+            contenders[name] = before if stands else self.backend.lower(self.specialized, self.target, hows[name])
+        self.step("comparing tuned and untuned")
+        flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
+        timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, rounds=20)
+        self.tuning = {name: timing.median for name, timing in timings.items()}
+        best = min(self.tuning, key=self.tuning.__getitem__)
+        self.lowered, self.how = contenders[best], hows[best]
+        if best != "tuned":
+            self.records.put([r.untuned() for r in made if best == "untuned" or r.plan == repr(Library())])
 
     def fastest(self, candidates: dict[str, list[Pass]], verify: Any) -> None:
         """Build every candidate pipeline, and keep what runs fastest on the example inputs."""
@@ -344,6 +356,7 @@ class _Build:
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
+            library=list(self.lowered.library),
             estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip

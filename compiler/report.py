@@ -48,6 +48,7 @@ class Report:
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
     tuning: dict[str, float] = field(default_factory=dict)  # milliseconds tuned and untuned, where kernels were tuned
     tuned: tuple[int, int] = (0, 0)  # workloads with a plan from a record, of all that have plans
+    library: list[str] = field(default_factory=list)  # nodes that torch computes, where that was measured as faster
     estimate: float = 0.0  # milliseconds of a run, by the cost model that the passes decide with
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
     #: these take ``one operator at a time``, each freed after its last use.
@@ -136,6 +137,8 @@ class Report:
         console.print(f"estimated by the cost model: {self.estimate:.2f} ms")
         if self.tuned[0]:
             console.print(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
+        if self.library:
+            console.print(f"computed by torch: {', '.join(self.library)}")
         for title, times in (("", self.latency), ("widths measured: ", self.widths), ("tuning: ", self.tuning)):
             if times:
                 console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))

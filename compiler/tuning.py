@@ -1,9 +1,11 @@
-"""``Tune``: how much to measure, and where the records go. What is measured is the backend's business."""
+"""``Tune``: how much to measure, and where the records go. What is measured is the backend's business, but for one plan: ``Library``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from thresher.errors import InputError
 
@@ -15,6 +17,13 @@ class Remote:
     host: str
     port: int
     key: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """The plan of a site that torch computes. What another version of torch would take is not known."""
+
+    torch: str = torch.__version__
 
 
 @dataclass(frozen=True)

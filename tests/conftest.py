@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -12,13 +13,15 @@ from torch.nn.utils import prune
 from thresher import benchmark, models
 
 torch.set_num_threads(2)
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges a time
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch) -> None:
     """No test sees what tuning recorded on this machine, and none leaves records behind."""
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(benchmark, "PAUSE", 0.0)  # no test judges a time
+    monkeypatch.setattr(benchmark, "PAUSE", 0.0)
 
 
 def settle(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -23,7 +23,7 @@ from thresher.program import Program
 from thresher.records import Record, read_lines
 from thresher.tuning import Tune
 
-PLANS_VERSION = 1  # of the kernel templates: records of another are for other code
+PLANS_VERSION = 2  # of the kernel templates: records of another are for other code
 SHIPPED = Path(__file__).parent / "records.jsonl"
 
 
@@ -76,6 +76,7 @@ class TVMLowered(Lowered):
             "device": self.device,
             "cpu": self.cpu,
             "activations": self.memory.get("activations"),
+            "library": self.library,
             "weight_dtypes": write_weights(directory / WEIGHTS, self.weights),
         }
 
@@ -88,12 +89,12 @@ class TVMBackend(Backend):
         """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
         where, machine, cpu = resolve_target(target)
         how.progress("importing into TVM")
-        choices = Choices(how.records)
+        choices = Choices(how.records, how.library)
         module, weights = Importer(program, machine, how.strict_rounding, choices).run()
         how.progress("generating code")
         executable, activations = build(module, where, machine)
         lowered = TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
-        lowered.tuned = len(choices.taken), len(choices.sites)
+        lowered.tuned, lowered.library = (len(choices.taken), len(choices.sites)), choices.called
         return lowered
 
     def runs_here(self, target: str) -> bool:
@@ -123,7 +124,9 @@ class TVMBackend(Backend):
             )
         library = tvm.runtime.load_module(str(directory / LIBRARY))
         weights = read_weights(directory / WEIGHTS, manifest["weight_dtypes"])
-        return TVMLowered(None, weights, manifest["device"], manifest["cpu"], manifest.get("activations"), library)
+        lowered = TVMLowered(None, weights, manifest["device"], manifest["cpu"], manifest.get("activations"), library)
+        lowered.library = manifest.get("library", [])
+        return lowered
 
 
 def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]:

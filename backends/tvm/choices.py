@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from thresher.backends.tvm import library
 from thresher.signature import dtype_name
+from thresher.tuning import Library
 
 MOST = 32  # plans that a family proposes at most
 
@@ -23,23 +25,35 @@ Plans = Callable[[int], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Site:
-    """The first node with a workload, and the plans its kernel may have."""
+    """A node with a workload, and the plans its kernel may have."""
 
     node: fx.Node
     plans: Plans
 
 
 class Choices:
-    """Chooses for one program; ``records``: workload -> the text of its plan. ``sites`` and ``taken`` tell afterwards what was asked for
-    and which records were used."""
+    """Chooses for one program; ``records``: workload -> the text of its plan; ``torch``: whether a plan may be to call torch. ``sites``,
+    ``taken`` and ``called`` tell afterwards what was asked for, which records were used, and which nodes torch computes."""
 
-    def __init__(self, records: Mapping[str, str] | None = None):
-        self.records = records or {}
+    def __init__(self, records: Mapping[str, str] | None = None, torch: bool = False):
+        self.records, self.torch = records or {}, torch
         self.sites: dict[str, Site] = {}
         self.taken: set[str] = set()
+        self.called: list[str] = []
+
+    def by_library(self, workload: str, node: fx.Node) -> bool:
+        """Whether torch computes ``node``: where that is on record as fastest."""
+        if not self.torch or not library.possible(node):
+            return False
+        self.sites.setdefault(workload, Site(node, lambda limit: [library.Own()]))
+        if self.records.get(workload) != repr(Library()):
+            return False
+        self.taken.add(workload)
+        self.called.append(node.name)
+        return True
 
     def choose(self, workload: str, node: fx.Node, plans: Plans) -> Any:
-        self.sites.setdefault(workload, Site(node, plans))
+        self.sites[workload] = Site(node, plans)
         if text := self.records.get(workload):
             for plan in plans(MOST):
                 if repr(plan) == text:

@@ -18,6 +18,7 @@ from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from thresher.backends.tvm import library
 from thresher.backends.tvm.choices import Choices, workload_of
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
@@ -79,6 +80,9 @@ class Importer:
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
         try:
+            if self.choices.by_library(workload_of(node, self.strict_rounding), node):
+                self.env[node] = library.emit(self, node)
+                return
             if convert is not None:
                 self.env[node] = convert(self, node)
                 return

@@ -28,6 +28,7 @@ from tvm.runtime.vm import VirtualMachine
 
 from thresher.analysis.cost import constant_bytes
 from thresher.backends.base import Lowering
+from thresher.backends.tvm import library
 from thresher.backends.tvm.choices import MOST, Choices, Site
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels.machine import Machine
@@ -36,7 +37,7 @@ from thresher.bisect import isolate
 from thresher.errors import BackendError
 from thresher.program import Program, dtype_of, shape_of
 from thresher.records import Record
-from thresher.tuning import Remote, Tune
+from thresher.tuning import Library, Remote, Tune
 
 FOOTPRINT = 64 << 20  # bytes of weights that certainly leave the cache
 COPIES = 16  # of the weights, at most
@@ -54,12 +55,13 @@ def tune(
     save: Callable[[Record], None],
 ) -> int:
     """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands."""
-    choices = Choices()
+    choices = Choices(torch=how.library and options.remote is None)
     Importer(program, machine, how.strict_rounding, choices).run()
-    sites = {w: s for w, s in choices.sites.items() if options.again or w not in how.records}
+    known = {w for w, plan in how.records.items() if choices.torch or plan != repr(Library())}
+    sites = {w: s for w, s in choices.sites.items() if options.again or w not in known}
     start = time.perf_counter()
     with runner_of(options.remote) as runner:
-        bench = Bench(target, machine, how.strict_rounding, options, runner)
+        bench = Bench(target, machine, how.strict_rounding, options, runner, choices.torch)
         for number, (workload, site) in enumerate(sites.items()):
             if options.seconds is not None and time.perf_counter() - start > options.seconds:
                 how.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
@@ -78,14 +80,18 @@ class Bench:
     strict_rounding: bool
     options: Tune
     runner: Runner
+    torch: bool  # whether torch's own kernel is a candidate
 
     def measure(self, program: Program, workload: str, site: Site, fingerprint: str) -> Record:
         """The record of one workload."""
         alone, inputs = isolate(program, site.node, values_of(site))
         plans = [repr(plan) for plan in site.plans(MOST)[: self.options.trials]]
+        if self.torch and library.possible(site.node):
+            plans.append(repr(Library()))
+            _follow(alone)
 
         def built(plan: str) -> Any:
-            choices = Choices({workload: plan})
+            choices = Choices({workload: plan}, self.torch)
             module, weights = Importer(alone, self.machine, self.strict_rounding, choices, apart=True).run()
             return self.runner.prepare(build(module, self.target, self.machine)[0]), weights
 
@@ -100,6 +106,12 @@ class Bench:
         winner = min(final, key=final.__getitem__)
         found = Record.now(fingerprint, workload, winner, 1e6 * final[winner], 1e6 * final[rule])
         return found if final[winner] <= (1 - self.options.gain) * final[rule] else found.untuned()
+
+
+def _follow(program: Program) -> None:
+    """Put a ReLU behind the result: in a kernel of ours what follows costs nothing, behind a library's it is a pass over the result."""
+    result, end = program.output_nodes[0], program.graph.output_node()
+    end.args = ((program.insert_call(end, torch.ops.aten.relu.default, (result,), like=result),),)
 
 
 def values_of(site: Site) -> dict[Any, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
+from tvm.rpc import base
 
 import thresher
 from thresher import BackendError, InputError, Records, Remote, Tune, driver, machine_speed
@@ -165,7 +168,7 @@ def test_on_a_remote_device(monkeypatch) -> None:
         tracker.terminate()
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments(monkeypatch) -> None:
     with pytest.raises(InputError, match="trials"):
         Tune(trials=1)
     with pytest.raises(InputError, match="gain"):
@@ -175,6 +178,7 @@ def test_bad_arguments() -> None:
     model, x = example()
     with pytest.raises(BackendError, match="nothing to tune"):
         thresher.compile(model, (x,), target="cpu", backend="eager", tune=FAST)
+    monkeypatch.setattr(base, "connect_with_retry", partial(base.connect_with_retry, timeout=0.1))  # for a minute
     with pytest.raises(BackendError, match="no device 'board'"):
         thresher.compile(model, (x,), target="cpu", tune=Tune(remote=Remote("127.0.0.1", 1, "board")))
 
