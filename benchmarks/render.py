@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, quantiles
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -25,8 +25,9 @@ def main() -> None:
         "",
         *summary(rows, others),
         "",
-        f"| model | batch | masked | parameters, M | GFLOP | Thresher, ms | {' | '.join(map(title, others))} | build, s | error |",
-        "|---" * (8 + len(others)) + "|",
+        f"| model | batch | masked | parameters, M | GFLOP | Thresher, ms | {' | '.join(map(title, others))} | build, s | activations, MB "
+        "| error |",
+        "|---" * (9 + len(others)) + "|",
     ]
     for row in rows:
         low, median, high = row["milliseconds"]["thresher"]
@@ -35,7 +36,7 @@ def main() -> None:
         lines.append(
             f"| {row['model']} | {row['batch']} | {row['masked']:.0%} | {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} "
             f"| {f0 / 1e9:.2f} -> {f1 / 1e9:.2f} | {median:.2f} ({low:.2f}-{high:.2f}) | {ratios} "
-            f"| {builds(row)} | {row['error']:.1e} |"
+            f"| {builds(row)} | {memory(row)} | {row['error']:.1e} |"
         )
     (HERE.parent / "docs" / "performance.md").write_text("\n".join(lines) + "\n")
 
@@ -50,11 +51,20 @@ def builds(row: dict[str, Any]) -> str:
     return f"{seconds['thresher']:.1f}" + (f" ({seconds['torch.compile']:.1f})" if "torch.compile" in seconds else "")
 
 
+def memory(row: dict[str, Any]) -> str:
+    """What intermediate values take at most: ours as planned, and what eager and torch.compile take from torch's allocator."""
+    held = row.get("megabytes", {})
+    return " / ".join(f"{held[k]:.1f}" for k in ("thresher", "eager", "torch.compile") if k in held)
+
+
 def summary(rows: list[dict[str, Any]], others: list[str]) -> list[str]:
     """Geometric means of the ratios, and what became of the arithmetic that was saved."""
     means = {o: [row["ratio"][o] for row in rows if o in row["ratio"]] for o in others}
     text = ", ".join(f"{title(o)} {geometric_mean(v):.2f}x over {len(v)} rows" for o, v in means.items())
-    lines = [f"Geometric means: {text}. Build: Thresher's seconds (torch.compile's)."]
+    lines = [
+        f"Geometric means: {text}. Build: Thresher's seconds (torch.compile's). "
+        "Activations: Thresher / eager / torch.compile."
+    ]
     folds = [
         row for row in rows if "dense" in row["ratio"]
     ]  # in one process: times of different minutes say little here
@@ -63,6 +73,13 @@ def summary(rows: list[dict[str, Any]], others: list[str]) -> list[str]:
         lines += [
             "",
             f"Time saved / operations saved: {geometric_mean(kept):.2f} (geometric mean of {len(kept)} folds).",
+        ]
+    guesses = [row["estimate"] / row["milliseconds"]["thresher"][1] for row in rows if row.get("estimate")]
+    if len(guesses) > 1:
+        low, median, high = quantiles(guesses, n=4)
+        lines += [
+            "",
+            f"Cost model: estimated over measured time {median:.2f} (quartiles {low:.2f} to {high:.2f}, {len(guesses)} rows).",
         ]
     return lines
 

@@ -180,18 +180,27 @@ class Place:
         return {"llvm": cpu_name(), "threads": torch.get_num_threads()}
 
 
+def peak_allocated(call: Callable) -> float:
+    """Megabytes that a call holds at most, of those it takes from torch's allocator: intermediate values and results."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0) / 1e6
+
+
 def measure(name: str, amount: float, batch: int, place: Place, against: list[str], rounds: int) -> dict[str, Any]:
     model, args = prepare(name, amount)
     model, args = place.put(model, tuple(a.repeat(batch, *[1] * (a.dim() - 1)) for a in args))
     start = time.perf_counter()
     target = "cpu" if place.device == "cpu" else None  # the GPU that is there
-    compiled = thresher.compile(model, args, target=target, validate="off")
-    build = {"thresher": time.perf_counter() - start}
+    compiled = thresher.compile(model, args, target=target, validate="off", tune="never")
+    report, build = compiled.report, {"thresher": time.perf_counter() - start}
     contenders: dict[str, Callable] = {"thresher": partial(compiled, *args)}
     if amount:
         contenders["masked"] = partial(model, *args)
         dense, _ = place.put(prepare(name, 0.0)[0], ())
-        contenders["dense"] = partial(thresher.compile(dense, args, target=target, validate="off"), *args)
+        built = thresher.compile(dense, args, target=target, validate="off", tune="never")
+        contenders["dense"] = partial(built, *args)
     small = thresher.rewrite(model, args, verify="off").eval().requires_grad_(False)
     failed = {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
@@ -204,8 +213,10 @@ def measure(name: str, amount: float, batch: int, place: Place, against: list[st
             build[other] = time.perf_counter() - start
         leaves = torch.utils._pytree.tree_leaves
         error = compare(leaves(model(*args)), leaves(compiled(*args))).relative
+        megabytes = {"thresher": report.memory.get("activations", 0) / 1e6}
+        if place.device == "cpu":
+            megabytes |= {k: peak_allocated(contenders[k]) for k in ("eager", "torch.compile") if k in contenders}
         timings = interleaved({k: place.waiting(call) for k, call in contenders.items()}, rounds=rounds)
-    report = compiled.report
     return {
         "model": name,
         "masked": amount,
@@ -216,6 +227,7 @@ def measure(name: str, amount: float, batch: int, place: Place, against: list[st
         "estimate": round(report.estimate, 3),
         "error": error,
         "failed": failed,
+        "megabytes": {k: round(v, 3) for k, v in megabytes.items()},
         "build_seconds": {k: round(v, 2) for k, v in build.items()},
         "milliseconds": {k: [round(t.low, 3), round(t.median, 3), round(t.high, 3)] for k, t in timings.items()},
         "ratio": {k: round(t.median / timings["thresher"].median, 3) for k, t in timings.items() if k != "thresher"},

@@ -8,6 +8,7 @@ store) is that of dlight's ``MatmulTensorization``, which has one tile, for larg
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
 FRAGMENT, WARP, VECTOR = 16, 32, 4
+HALVES = ("float16", "bfloat16")
 DEPTH = 64  # of a slice in shared memory
 WINDOW = 256  # results that sum at most so many elements are computed by one thread each
 MULTIPROCESSORS = 108  # of the smallest GPU with these tensor cores that is worth filling (A100)
@@ -65,7 +67,7 @@ def choose_tile(batch: int, m: int, n: int) -> Tile:
 
 
 class TensorCores(GPUScheduleRule):
-    """Products and convolutions (as implicit products) of float16, any size."""
+    """Products and convolutions (as implicit products) of float16 and bfloat16, any size."""
 
     def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
@@ -74,7 +76,7 @@ class TensorCores(GPUScheduleRule):
         blocks = get_reduction_blocks(sch, sch.get_child_blocks(get_root_block(sch)))
         if blocks is None or get_index_map(sch.get(blocks[0])) is None:
             return None
-        if get_in_out_dtypes(sch.get(blocks[0]))[0] != "float16":
+        if get_in_out_dtypes(sch.get(blocks[0]))[0] not in HALVES:
             return None
         try:
             return _product(sch, blocks[0])
@@ -162,15 +164,33 @@ def _fragments(sch: s_tir.Schedule, block: Any) -> Any:
 
 
 def _tensorize(sch: s_tir.Schedule, reads: tuple[Any, Any], start: Any, inner: Any, store: Any) -> None:
-    from tvm.s_tir.tensor_intrin.cuda import get_wmma_intrin_group
-
-    sums = str(sch.get(inner).writes[0].source.dtype)
-    group = get_wmma_intrin_group("shared.dyn", "shared.dyn", "float16", sums, trans_b=True)
+    block = sch.get(inner)
+    group = _intrinsics(*(str(region.source.dtype) for region in (block.reads[-1], block.writes[0])))
     for block, name in zip(reads, ("load_a", "load_b")):
         sch.tensorize(_fragments(sch, block), group[name])
     sch.tensorize(sch.get_loops(start)[-2], group["init"])
     sch.tensorize(sch.get_loops(store)[-2], group["store"])
     sch.tensorize(sch.get_loops(inner)[-3], group["compute"])
+
+
+@functools.cache
+def _intrinsics(dtype: str, sums: str) -> dict[str, str]:
+    """The names of what works on fragments: TVM's, and made alike for bfloat16, where it has none."""
+    from tvm.s_tir.tensor_intrin import cuda as stock
+
+    shared, size = "shared.dyn", (FRAGMENT, FRAGMENT, FRAGMENT)
+    names: dict[str, str] = stock.get_wmma_intrin_group(shared, shared, "float16", sums, trans_b=True)
+    if dtype == "float16":
+        return names
+    made = {
+        "load_a": stock.get_wmma_load_intrin(*size, dtype, shared, False, False),
+        "load_b": stock.get_wmma_load_intrin(*size, dtype, shared, True, True),
+        "compute": stock.get_wmma_sync_intrin(*size, dtype, sums, True),
+    }
+    for name, (meaning, code) in made.items():
+        names[name] = f"thresher_{name}_{dtype}_{sums}"
+        s_tir.TensorIntrin.register(names[name], meaning, code)
+    return names
 
 
 class SmallWindow(GPUScheduleRule):

@@ -23,6 +23,7 @@ from thresher.backends.tvm.kernels.machine import Machine
 BLOCK, STAGED = "depthwise", "depthwise_staged"
 UNROLLED = 49  # taps; of larger windows only a row is unrolled
 STAGE = 48 << 10  # bytes of a staged copy up to which it costs nothing more
+LINE = 64  # bytes of a cache line
 SEQUENCE = 256  # pixels of a task where images are long and one pixel high
 
 
@@ -102,9 +103,10 @@ def tasks(
                 read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
                 count = batch * -(-height // rows) * -(-width // across) * (registers // part)
                 cost = float(-(-count // machine.threads) * machine.threads * rows * across * part)
-                cost *= (1 + 0.4 * read_rows / (rows * window.stride[0])) * (1 + 3 / (part * lanes))
+                whole_lines = part == registers or part * lanes * 4 % LINE == 0
+                cost *= (1 + 0.4 * read_rows / (rows * window.stride[0])) * (1.0 if whole_lines else 1.2)
                 cost *= 1 + 0.15 * max(0.0, math.log2(read / STAGE))
-                cost += 20 * count / machine.threads  # each starts with a buffer of its own
+                cost += 150 * count / machine.threads  # each starts with a buffer of its own
                 found.append((cost * (1 + 0.1 * place), Task(rows, across, part * lanes, step)))
     return [task for _, task in sorted(found, key=lambda f: f[0])[:limit]]
 

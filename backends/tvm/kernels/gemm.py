@@ -22,6 +22,7 @@ from thresher.backends.tvm.kernels.machine import Machine
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
 SLICE = 512  # depth of a slice of a long sum
+SMALL = 1 << 16  # multiply-adds that are done before another thread has woken up
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,8 @@ def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, mach
         for size in (32, 8)
         if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
     ]
-    return [*one[:1], *wide, *one[1:]]
+    alone = [(row_tiles, column_tiles)] if row_tiles * column_tiles * tile.rows * tile.columns * depth <= SMALL else []
+    return list(dict.fromkeys([*alone, *one[:1], *wide, *one[1:]]))
 
 
 def whole(size: int, part: int) -> int:

@@ -46,7 +46,12 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
     if reduction:
         _schedule_reduction(sch, block, spatial, reduction, total, machine)
     elif total >= SMALL and len(spatial) > 1:
-        sch.parallel(sch.fuse(*spatial[:-1]) if len(spatial) > 2 else spatial[0])
+        size = sch.get(spatial[-1]).extent
+        short = hasattr(size, "value") and int(size) < machine.lanes and len(spatial) > 2
+        outer = spatial[
+            : -2 if short else -1
+        ]  # one index to take apart for a few elements would cost more than they do
+        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
     elif total >= SMALL:
         _parallel_flat(sch, spatial[0], machine)
 
