@@ -42,7 +42,12 @@ def main() -> None:
 
 
 def title(other: str) -> str:
-    return {"masked": "masked eager", "dense": "Thresher, dense"}.get(other, other)
+    names = {
+        "masked": "masked eager",
+        "dense": "Thresher, dense",
+        "torch.compile, frozen": "torch.compile, weights frozen",
+    }
+    return names.get(other, other)
 
 
 def builds(row: dict[str, Any]) -> str:

@@ -104,10 +104,10 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
 
 
 def inductor(model: nn.Module, args: tuple, folder: Path, mode: str = "default") -> Callable:
-    torch._dynamo.reset()
     inductor_config.force_disable_caches = True  # a build is a build: what an earlier run left does not count
-    inductor_config.freezing = mode == "max-autotune"  # on the CPU only frozen weights are given to the autotuner
-    compiled = torch.compile(model, mode=mode)
+    # on the CPU only frozen weights are given to the autotuner; options of this build alone: the other one must stay as it is
+    options = {**torch._inductor.list_mode_options(mode), "freezing": mode == "max-autotune"}
+    compiled = torch.compile(model, options=options)
     compiled(*args)
     return partial(compiled, *args)
 
@@ -189,6 +189,7 @@ def peak_allocated(call: Callable) -> float:
 
 
 def measure(name: str, amount: float, batch: int, place: Place, against: list[str], rounds: int) -> dict[str, Any]:
+    torch._dynamo.reset()
     model, args = prepare(name, amount)
     model, args = place.put(model, tuple(a.repeat(batch, *[1] * (a.dim() - 1)) for a in args))
     start = time.perf_counter()

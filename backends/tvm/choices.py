@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.backends.tvm import library
 from thresher.signature import dtype_name
 from thresher.tuning import Library
 
 MOST = 32  # plans that a family proposes at most
 
 Plans = Callable[[int], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Own:
+    """The plan of a site that has one kernel of ours, and nothing to choose about it but the library."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,18 @@ class Site:
 
 
 class Choices:
-    """Chooses for one program; ``records``: workload -> the text of its plan; ``torch``: whether a plan may be to call torch. ``sites``,
+    """Chooses for one program; ``records``: workload -> the text of its plan; ``library``: whether a plan may be to call torch. ``sites``,
     ``taken`` and ``called`` tell afterwards what was asked for, which records were used, and which nodes torch computes."""
 
-    def __init__(self, records: Mapping[str, str] | None = None, torch: bool = False):
-        self.records, self.torch = records or {}, torch
+    def __init__(self, records: Mapping[str, str] | None = None, library: bool = False):
+        self.records, self.library = records or {}, library
         self.sites: dict[str, Site] = {}
         self.taken: set[str] = set()
         self.called: list[str] = []
 
     def by_library(self, workload: str, node: fx.Node) -> bool:
-        """Whether torch computes ``node``: where that is on record as fastest."""
-        if not self.torch or not library.possible(node):
-            return False
-        self.sites.setdefault(workload, Site(node, lambda limit: [library.Own()]))
+        """Whether torch computes ``node``, which it can: where that is on record as fastest."""
+        self.sites.setdefault(workload, Site(node, lambda limit: [Own()]))
         if self.records.get(workload) != repr(Library()):
             return False
         self.taken.add(workload)

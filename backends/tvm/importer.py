@@ -80,7 +80,7 @@ class Importer:
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
         try:
-            if self.choices.by_library(workload_of(node, self.strict_rounding), node):
+            if self._by_library(node):
                 self.env[node] = library.emit(self, node)
                 return
             if convert is not None:
@@ -99,6 +99,11 @@ class Importer:
             raise BackendError(
                 f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){place}: {type(error).__name__}: {error}"
             ) from error
+
+    def _by_library(self, node: fx.Node) -> bool:
+        if not self.choices.library or not library.possible(node):
+            return False
+        return self.choices.by_library(workload_of(node, self.strict_rounding), node)
 
     # ------------------------------------------------------------------ values
 

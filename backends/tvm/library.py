@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +23,6 @@ from thresher.program import dtype_of, is_tensor, shape_of
 from thresher.signature import dtype_name
 
 CALL = "thresher.library"
-
-
-@dataclass(frozen=True)
-class Own:
-    """The plan of a site that has one kernel of ours, and nothing to choose about it but the library."""
 
 
 def possible(node: fx.Node) -> bool:

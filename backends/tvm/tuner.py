@@ -55,13 +55,13 @@ def tune(
     save: Callable[[Record], None],
 ) -> int:
     """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands."""
-    choices = Choices(torch=how.library and options.remote is None)
+    choices = Choices(library=how.library and options.remote is None)
     Importer(program, machine, how.strict_rounding, choices).run()
-    known = {w for w, plan in how.records.items() if choices.torch or plan != repr(Library())}
+    known = {w for w, plan in how.records.items() if choices.library or plan != repr(Library())}
     sites = {w: s for w, s in choices.sites.items() if options.again or w not in known}
     start = time.perf_counter()
     with runner_of(options.remote) as runner:
-        bench = Bench(target, machine, how.strict_rounding, options, runner, choices.torch)
+        bench = Bench(target, machine, how.strict_rounding, options, runner, choices.library)
         for number, (workload, site) in enumerate(sites.items()):
             if options.seconds is not None and time.perf_counter() - start > options.seconds:
                 how.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
@@ -80,18 +80,18 @@ class Bench:
     strict_rounding: bool
     options: Tune
     runner: Runner
-    torch: bool  # whether torch's own kernel is a candidate
+    library: bool  # whether torch's own kernel is a candidate
 
     def measure(self, program: Program, workload: str, site: Site, fingerprint: str) -> Record:
         """The record of one workload."""
         alone, inputs = isolate(program, site.node, values_of(site))
         plans = [repr(plan) for plan in site.plans(MOST)[: self.options.trials]]
-        if self.torch and library.possible(site.node):
+        if self.library and library.possible(site.node):
             plans.append(repr(Library()))
             _follow(alone)
 
         def built(plan: str) -> Any:
-            choices = Choices({workload: plan}, self.torch)
+            choices = Choices({workload: plan}, self.library)
             module, weights = Importer(alone, self.machine, self.strict_rounding, choices, apart=True).run()
             return self.runner.prepare(build(module, self.target, self.machine)[0]), weights
 
