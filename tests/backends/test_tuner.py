@@ -87,7 +87,7 @@ def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
     fingerprint = backend.fingerprint("cpu")
     for number, (workload, plan) in enumerate(seen):
         Records().put([thresher.Record(fingerprint, workload, plan, 1.0, 1.0, 1e11 + number)])
-        again = thresher.compile(model, (x,), target="cpu")
+        again = thresher.compile(model, (x,), target="cpu", validate="off", verify="off")
         assert again.report.tuned[0] >= 1
         assert torch.allclose(again(x), first(x), atol=1e-5), plan
     assert len(seen) >= 20
