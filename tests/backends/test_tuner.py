@@ -64,7 +64,7 @@ def test_recorded_used_and_right(monkeypatch) -> None:
     records = measured()
     assert len(records) == 4 == compiled.report.tuned[1]
     assert all(r.microseconds > 0 and r.microseconds <= r.rule_microseconds for r in records)
-    assert set(compiled.report.tuning) == {"tuned", "untuned"}
+    assert {"tuned", "untuned"} <= set(compiled.report.tuning)  # also "tuned, without torch", where torch won
     with torch.no_grad():
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
