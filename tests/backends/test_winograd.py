@@ -47,6 +47,7 @@ def always(monkeypatch, m: int) -> None:
         (1, 9, 8, 19, 19, 1, True),
         (2, 7, 6, 16, 13, 1, False),
         (1, 8, 7, 21, 24, 1, False),
+        (1, 10, 6, 16, 16, 0, False),
     ],
 )
 def test_equal_to_eager(

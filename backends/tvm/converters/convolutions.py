@@ -33,11 +33,11 @@ from thresher.backends.tvm.kernels import batched, depthwise, gemm, winograd
 from thresher.program import shape_of
 
 
-def _padded(importer: Importer, x: Any, before: list[int], after: list[int]) -> Any:
-    """[B, *spatial, C] with zeros around the image."""
-    if not any((*before, *after)):
+def _padded(importer: Importer, x: Any, before: list[int], after: list[int], channels: int = 0) -> Any:
+    """[B, *spatial, C] with zeros around the image, and ``channels`` of them behind its own."""
+    if not any((*before, *after, channels)):
         return x
-    return importer.emit_te("pad", lambda t: pad(t, (0, *before, 0), (0, *after, 0), 0), x)
+    return importer.emit_te("pad", lambda t: pad(t, (0, *before, 0), (0, *after, channels), 0), x)
 
 
 @cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
@@ -102,9 +102,9 @@ def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: li
     x, tiling = importer.value(node.args[0]), winograd.Tiling(plan.m, *out)
     outputs, inputs = array.shape[:2]
     full, channels = (gemm.whole(size, importer.cpu.lanes) for size in (outputs, inputs))
-    need = [*(tiling.m * grid + 2 for grid in tiling.grid), channels]
-    after = [n - p - int(x.ty.shape[d]) for d, (n, p) in enumerate(zip(need, [*padding, 0]), 1)]
-    image = importer.emit_te("pad", lambda t: pad(t, (0, *padding, 0), (0, *after), 0), x)
+    need = [tiling.m * grid + 2 for grid in tiling.grid]
+    after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
+    image = _padded(importer, x, padding, after, channels - inputs)
     tile = gemm.Tile(plan.product.rows, plan.product.vectors, importer.cpu.lanes)
     array = np.pad(array, ((0, full - outputs), (0, channels - inputs), (0, 0), (0, 0)))
     filters = winograd.transform_filters(array, tiling.m)
