@@ -268,13 +268,17 @@ class _Build:
             stands = name == "untuned" and not before.tuned[0]  # it was built without records
             contenders[name] = before if stands else self.backend.lower(self.specialized, self.target, hows[name])
         self.step("comparing tuned and untuned")
-        flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
-        timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, rounds=20)
-        self.tuning = {name: timing.median for name, timing in timings.items()}
+        self.tuning = self._race(contenders, rounds=20)
         best = min(self.tuning, key=self.tuning.__getitem__)
         self.lowered, self.how = contenders[best], hows[best]
         if best != "tuned":
             self.records.put([r.untuned() for r in made if best == "untuned" or r.plan == repr(Library())])
+
+    def _race(self, contenders: dict[str, Lowered], **how: Any) -> dict[str, float]:
+        """Milliseconds of each on the example inputs, in turn."""
+        flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
+        timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, **how)
+        return {name: timing.median for name, timing in timings.items()}
 
     def fastest(self, candidates: dict[str, list[Pass]], verify: Any) -> None:
         """Build every candidate pipeline, and keep what runs fastest on the example inputs."""
@@ -286,9 +290,7 @@ class _Build:
             self.lower()
             built[name] = self.rewritten, self.pass_records, self.specialized, self.lowered
         self.step("measuring widths")
-        flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
-        timings = interleaved({name: partial(lowered.run, flat) for name, (*_, lowered) in built.items()})
-        self.widths = {name: timing.median for name, timing in timings.items()}
+        self.widths = self._race({name: lowered for name, (*_, lowered) in built.items()})
         best = built[min(self.widths, key=self.widths.__getitem__)]
         self.rewritten, self.pass_records, self.specialized, self.lowered = best
         self._timed("widths", start)

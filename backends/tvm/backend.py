@@ -37,10 +37,10 @@ class TVMLowered(Lowered):
         device: str,
         cpu: str,
         activations: int | None,
-        library: Any = None,
+        loaded: Any = None,
     ):
         self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
-        self._library = library
+        self._loaded = loaded
         self.memory = {"weights": sum(w.nbytes for w in weights)}
         if activations is not None:
             self.memory["activations"] = activations
@@ -59,7 +59,7 @@ class TVMLowered(Lowered):
                     f"this module was compiled for the CPU {self.cpu!r}; this one lacks {', '.join(missing)}: save it and run it where "
                     "they are"
                 )
-            self._module = TVMModule(self._library or self.executable, self.weights, self.device)
+            self._module = TVMModule(self._loaded or self.executable, self.weights, self.device)
         return self._module
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -67,7 +67,7 @@ class TVMLowered(Lowered):
 
     def device_code(self) -> str:
         """The generated device source (CUDA C++) of a module compiled for a GPU."""
-        host = self.executable.mod.imports[0] if self.executable is not None else self._library.imports[0]
+        host = self.executable.mod.imports[0] if self.executable is not None else self._loaded.imports[0]
         return "\n".join(m.inspect_source() for m in host.imports)
 
     def save(self, directory: Path) -> dict[str, Any]:
