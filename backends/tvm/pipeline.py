@@ -50,7 +50,12 @@ class MarkKernels:
         for name, function in list(mod.functions_items()):
             if not isinstance(function, tirx.PrimFunc):
                 continue
-            if block_names(function) & FUSABLE:
+            blocks = block_names(function)
+            if (
+                winograd.INPUT in blocks
+            ):  # it reads every pixel several times: what comes before is computed once, by itself
+                mod.update_func(name, function.with_attr("op_pattern", OPAQUE))
+            elif blocks & FUSABLE:
                 mod.update_func(name, function.with_attr("op_pattern", OUT_ELEMENTWISE_FUSABLE))
             elif int(function.attrs.get("op_pattern", OPAQUE)) < INJECTIVE and not _keeps_shape(function):
                 mod.update_func(name, function.with_attr("op_pattern", INJECTIVE))

@@ -102,20 +102,24 @@ def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: li
     x, tiling = importer.value(node.args[0]), winograd.Tiling(plan.m, *out)
     outputs, inputs = array.shape[:2]
     full, channels = (gemm.whole(size, importer.cpu.lanes) for size in (outputs, inputs))
+    image = _padded(
+        importer, x, [0, 0], [0, 0], channels - inputs
+    )  # to whole registers, once: each pixel is read several times
     need = [tiling.m * grid + 2 for grid in tiling.grid]
     after = [n - p - size for n, p, size in zip(need, padding, [int(x.ty.shape[d]) for d in (1, 2)])]
-    image = _padded(importer, x, padding, after, channels - inputs)
     tile = gemm.Tile(plan.product.rows, plan.product.vectors, importer.cpu.lanes)
     array = np.pad(array, ((0, full - outputs), (0, channels - inputs), (0, 0), (0, 0)))
     filters = winograd.transform_filters(array, tiling.m)
     packed = np.stack([gemm.pack(np.ascontiguousarray(f.T), tile) for f in filters])
     w = importer.weight(packed, (weight, tile, tiling.m))
-    spread = importer.emit_te("winograd_in", lambda t: winograd.transform_input(t, tiling), image)
+
+    def spread(t: te.Tensor) -> te.Tensor:
+        return winograd.transform_input(pad(t, (0, *padding, 0), (0, *after, 0), 0), tiling)
 
     def multiply(t: te.Tensor, w: te.Tensor) -> te.Tensor:
         return batched.product(lambda b, m, k: t[b, m, k], w, tiling.count, full, plan.product)
 
-    products = importer.emit_te("winograd_multiply", multiply, spread, w)
+    products = importer.emit_te("winograd_multiply", multiply, importer.emit_te("winograd_in", spread, image), w)
     return importer.emit_te("winograd_out", lambda t: winograd.transform_output(t, tiling, outputs), products)
 
 

@@ -209,6 +209,8 @@ def _product_seconds(rows: int, depth: int, outputs: int, batch: int, machine: M
 def schedule_input(sch: s_tir.Schedule, machine: Machine) -> None:
     """A tile and a register's width of channels at a time, everything in it unrolled."""
     rows, last = sch.get_sblock(ROWS), sch.get_sblock(INPUT)
+    for block in sch.get_producers(rows):
+        sch.compute_inline(block)
     xy, p, c = sch.get_loops(last)
     size = int(sch.get(rows).writes[0].source.shape[1])
     x, y = sch.split(xy, [size, size])
