@@ -26,7 +26,7 @@ FUSABLE = {
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
 STORAGE = "relax.memory.alloc_storage"
-INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 2, 4, 8  # TVM's OpPatternKind
+ELEMENTWISE, INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 0, 2, 4, 8  # TVM's OpPatternKind
 
 
 def block_names(function: tirx.PrimFunc) -> set[str]:
@@ -42,7 +42,9 @@ def block_names(function: tirx.PrimFunc) -> set[str]:
 class MarkKernels:
     """Correct what TVM's analysis says of a kernel before operators are fused.
 
-    Ours take elementwise epilogues, but have several stages and would pass for opaque. A padding or a slice at the end reads and writes
+    Ours take elementwise epilogues, but have several stages and would pass for opaque. Winograd's input transform must not take in what
+    comes before it, because it reads every pixel several times. A compacted bias map is read at other indices than the result has, but
+    stays an elementwise sum. A padding or a slice at the end reads and writes
     the same indices and would pass for elementwise, but changes the shape.
     """
 
@@ -51,10 +53,10 @@ class MarkKernels:
             if not isinstance(function, tirx.PrimFunc):
                 continue
             blocks = block_names(function)
-            if (
-                winograd.INPUT in blocks
-            ):  # it reads every pixel several times: what comes before is computed once, by itself
+            if winograd.INPUT in blocks:
                 mod.update_func(name, function.with_attr("op_pattern", OPAQUE))
+            elif generic.BIAS_MAP in blocks:
+                mod.update_func(name, function.with_attr("op_pattern", ELEMENTWISE))
             elif blocks & FUSABLE:
                 mod.update_func(name, function.with_attr("op_pattern", OUT_ELEMENTWISE_FUSABLE))
             elif int(function.attrs.get("op_pattern", OPAQUE)) < INJECTIVE and not _keeps_shape(function):

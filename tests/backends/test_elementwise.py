@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+import tvm
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
+from thresher.backends.tvm.converters.elementwise import compact
 
 ENDS = [
     0.0,
@@ -52,3 +59,40 @@ def test_range(name: str, relative: float, smallest: float) -> None:
     finite = want.isfinite()
     error = (got - want)[finite].abs() - relative * want[finite].abs()
     assert error.max() <= smallest
+
+
+@given(
+    before=st.integers(0, 2),
+    after=st.integers(0, 2),
+    inside=st.integers(1, 6),
+    period=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_a_compacted_constant_image_is_the_image(before: int, after: int, inside: int, period: int, seed: int) -> None:
+    """One dimension with a border, one that repeats itself, one without order."""
+    random = np.random.default_rng(seed)
+    rows = [*range(before), *[before] * inside, *range(before + 1, before + 1 + after)]
+    columns = [i % period for i in range(7)]
+    image = random.standard_normal((before + 1 + after, period, 3, 4)).astype(np.float32)[rows][:, columns]
+    table, places = compact(image)
+
+    def found(place: Callable, index: int) -> int:
+        return int(tvm.sym.Analyzer().simplify(place(tvm.tirx.IntImm("int64", index))))
+
+    assert table.shape[1] == period and table.shape[0] <= before + 1 + after
+    indices = [[found(p, i) for i in range(size)] for p, size in zip(places, image.shape)]
+    np.testing.assert_array_equal(table[np.ix_(*indices, range(4))], image)
+
+
+def test_a_bias_map_is_part_of_the_convolution_and_stored_once() -> None:
+    """Folded channels that were constant leave a map behind the next padded convolution: its interior is one vector."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[0].weight[8:] = 0
+        model[0].bias.abs_()
+    x = torch.randn(1, 8, 32, 32)
+    compiled = thresher.compile(model, (x,), tune="never")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    sizes = {w.shape for w in compiled.lowered.weights}
+    assert (1, 3, 3, 16) in sizes and (1, 30, 30, 16) not in sizes

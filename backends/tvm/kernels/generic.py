@@ -13,6 +13,7 @@ from tvm.s_tir.schedule import ScheduleError
 
 from thresher.backends.tvm.kernels.machine import Machine
 
+BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
 SMALL = 4096  # fewer elements than this are not worth waking the other threads
 
 
