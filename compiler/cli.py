@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         "--library", default="auto", choices=("auto", "never"), help="whether torch's own kernels may win"
     )
     tune.add_argument("--records", metavar="FILE", help=f"default: {default_path()}")
+    tune.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also let MetaSchedule try N schedules for every kernel without plans",
+    )
     tune.add_argument("--again", action="store_true", help="measure what is on record, too")
     tune.add_argument("--remote", metavar="HOST:PORT:KEY", help="a device behind a TVM RPC tracker")
     tune.set_defaults(run=_tune)
@@ -203,7 +210,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input)
-    how = Tune(options.trials, options.seconds, options.records, options.again, remote(options.remote))
+    how = Tune(options.trials, options.seconds, options.records, options.again, remote(options.remote), options.search)
     compiled = thresher.compile(
         model,
         inputs,

@@ -36,6 +36,7 @@ class Tune:
         records: the file; default: :func:`thresher.records.default_path`.
         again: measure workloads that have a record, too.
         remote: measure on this device instead of here.
+        search: schedules that MetaSchedule tries for every kernel that has no plans of ours (minutes for a model); 0: none.
         gain: a plan must beat the untuned one by this fraction, on samples of its own, to be recorded.
     """
 
@@ -44,10 +45,15 @@ class Tune:
     records: str | Path | None = None
     again: bool = False
     remote: Remote | None = None
+    search: int = 0
     gain: float = 0.03
 
     def __post_init__(self) -> None:
         if not 2 <= self.trials <= 32:
             raise InputError(f"trials must be between 2 and 32, not {self.trials}")
+        if self.search < 0 or (self.search and self.remote):
+            raise InputError(
+                f"search must be a number of schedules, and they are measured here, not on a remote device: {self.search}"
+            )
         if not 0 <= self.gain < 1:
             raise InputError(f"gain must be a fraction between 0 and 1, not {self.gain}")

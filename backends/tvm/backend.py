@@ -13,7 +13,7 @@ import tvm
 
 from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.backends.tvm.choices import Choices
-from thresher.backends.tvm.importer import Importer
+from thresher.backends.tvm.importer import Importer, architecture
 from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of, missing_features
 from thresher.backends.tvm.pipeline import build
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
@@ -90,9 +90,9 @@ class TVMBackend(Backend):
         where, machine, cpu = resolve_target(target)
         how.progress("importing into TVM")
         choices = Choices(how.records, how.library)
-        module, weights = Importer(program, machine, how.strict_rounding, choices).run()
+        module, weights = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where)).run()
         how.progress("generating code")
-        executable, activations = build(module, where, machine)
+        executable, activations = build(module, where, machine, choices)
         lowered = TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
         lowered.tuned, lowered.library = (len(choices.taken), len(choices.sites)), choices.called
         return lowered
@@ -111,10 +111,6 @@ class TVMBackend(Backend):
 
     def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
         where, machine, _ = resolve_target(target)
-        if machine is None:
-            raise BackendError(
-                f"tuning for {target} is not supported: kernels for GPUs have no plans yet; tune for a CPU target"
-            )
         return tune(program, where, machine, self.fingerprint(target), options, how, save)
 
     def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:

@@ -2,7 +2,7 @@
 
 A *workload* is what a kernel computes, in words: operator, shapes, literals. A *plan* is a frozen dataclass of the kernel family (tile,
 task, algorithm); it is recorded as its ``repr`` and taken back only if the family proposes a plan with that very text, so a record can
-choose among plans but never bring one in.
+choose among plans but never bring one in; but for the schedules that MetaSchedule found (``search.py``), which are programs themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from tvm import s_tir, tirx
 
+from thresher.backends.tvm import search
+from thresher.backends.tvm.search import KERNEL, TRACE
 from thresher.signature import dtype_name
 from thresher.tuning import Library
 
@@ -29,18 +32,20 @@ class Own:
 
 @dataclass(frozen=True)
 class Site:
-    """A node with a workload, and the plans its kernel may have."""
+    """What has a workload (a node, on a GPU the kernel that its operators became), and the plans its kernel may have."""
 
-    node: fx.Node
+    subject: Any
     plans: Plans
 
 
 class Choices:
-    """Chooses for one program; ``records``: workload -> the text of its plan; ``library``: whether a plan may be to call torch. ``sites``,
-    ``taken`` and ``called`` tell afterwards what was asked for, which records were used, and which nodes torch computes."""
+    """Chooses for one program; ``records``: workload -> the text of its plan; ``library``: whether a plan may be to call torch;
+    ``search``: whether kernels without plans of ours count as sites, too. ``sites``, ``taken`` and ``called`` tell afterwards what was
+    asked for, which records were used, and which nodes torch computes."""
 
-    def __init__(self, records: Mapping[str, str] | None = None, library: bool = False):
-        self.records, self.library = records or {}, library
+    def __init__(self, records: Mapping[str, str] | None = None, library: bool = False, search: bool = False):
+        self.records, self.library, self.search = records or {}, library, search
+        self.searched = search or any(workload.startswith(KERNEL) for workload in self.records)
         self.sites: dict[str, Site] = {}
         self.taken: set[str] = set()
         self.called: list[str] = []
@@ -54,14 +59,27 @@ class Choices:
         self.called.append(node.name)
         return True
 
-    def choose(self, workload: str, node: fx.Node, plans: Plans) -> Any:
-        self.sites[workload] = Site(node, plans)
+    def choose(self, workload: str, subject: Any, plans: Plans) -> Any:
+        self.sites[workload] = Site(subject, plans)
         if text := self.records.get(workload):
             for plan in plans(MOST):
                 if repr(plan) == text:
                     self.taken.add(workload)
                     return plan
         return plans(1)[0]
+
+    def schedule(self, function: tirx.PrimFunc, blocks: set[str]) -> s_tir.Schedule | None:
+        """The schedule on record for a kernel that has no plans of ours."""
+        if not self.searched:
+            return None
+        workload = search.workload_of(function, blocks)
+        if self.search or workload in self.records:
+            self.sites.setdefault(workload, Site(function, lambda limit: [Own()]))
+        plan = self.records.get(workload, "")
+        if not plan.startswith(TRACE):
+            return None
+        self.taken.add(workload)
+        return search.scheduled(function, plan)
 
 
 def workload_of(node: fx.Node, strict_rounding: bool) -> str:

@@ -7,6 +7,7 @@ in one safetensors file beside the compiled code, already packed for their kerne
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,10 +31,15 @@ WEIGHT = "vm.builtin.tuple_getitem"
 SMALL = 1  # constants of at most this many elements stay in the code
 
 
+def architecture(target: tvm.target.Target) -> int:
+    """80 for sm_80; 0 for a CPU."""
+    return int(re.sub(r"\D", "", str(target.attrs.get("arch", "0"))))
+
+
 class Importer:
     """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
     as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured; ``apart``: every weight is an argument of its
-    own, because a remote device takes no arrays of tensors."""
+    own, because a remote device takes no arrays of tensors; ``arch``: the number of a GPU's architecture (80 for sm_80), 0 for others."""
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class Importer:
         strict_rounding: bool = False,
         choices: Choices | None = None,
         apart: bool = False,
+        arch: int = 0,
     ):
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
         self.choices = Choices() if choices is None else choices
@@ -51,7 +58,7 @@ class Importer:
         self.env: dict[fx.Node, Any] = self.stock.env
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if apart else [relax.Var("weights", relax.ObjectType())]
-        self.apart = apart
+        self.apart, self.arch = apart, arch
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
 
@@ -151,15 +158,16 @@ class Importer:
     def emit(self, expression: Any) -> Any:
         return self.builder.emit(expression)
 
-    def emit_te(self, name: str, compute: Callable[..., te.Tensor], *args: Any) -> Any:
-        """A kernel from its computation; ``None`` arguments are passed through."""
+    def emit_te(self, name: str, compute: Callable[..., te.Tensor], *args: Any, scheduled: bool = False) -> Any:
+        """A kernel from its computation; ``None`` arguments are passed through. ``scheduled``: it is to stay as it is."""
         present = [a for a in args if a is not None]
 
         def call(*tensors: te.Tensor) -> te.Tensor:
             left = iter(tensors)
             return compute(*[None if a is None else next(left) for a in args])
 
-        return self.builder.emit_te(call, *present, primfunc_name_hint=name)
+        attrs = {"tirx.is_scheduled": True} if scheduled else None
+        return self.builder.emit_te(call, *present, primfunc_name_hint=name, primfunc_attrs=attrs)
 
     # ------------------------------------------------------------------ inputs
 

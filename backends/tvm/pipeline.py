@@ -6,14 +6,14 @@ CUDA: the same with the rules of ``kernels/cuda``; the launches of static shapes
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
-from unittest import mock
 
 import tvm
 from tvm import relax, s_tir, tirx
+from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 
+from thresher.backends.tvm.choices import Choices
+from thresher.backends.tvm.intrinsics import import_intrinsics
 from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
@@ -25,6 +25,10 @@ FUSABLE = {
     winograd.OUT,
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
+# CPU: indices stay 64 bits wide; from 32 LLVM makes no pointers, and computes each address in the innermost loop
+PLAIN: dict[str, Any] = {"disabled_pass": ["tirx.NarrowDataType"]}
+# CUDA: without storage rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md)
+GRAPHS: dict[str, Any] = {"config": {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}}
 STORAGE = "relax.memory.alloc_storage"
 ELEMENTWISE, INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 0, 2, 4, 8  # TVM's OpPatternKind
 
@@ -70,16 +74,21 @@ def _keeps_shape(function: tirx.PrimFunc) -> bool:
     return all(have in ("1", want) for shape in inputs for have, want in zip(reversed(shape), reversed(output)))
 
 
-def schedule_kernels(mod: tvm.IRModule, machine: Machine) -> tvm.IRModule:
+def schedule_kernels(mod: tvm.IRModule, machine: Machine, choices: Choices) -> tvm.IRModule:
     """Give every kernel its schedule, by the blocks it holds. Not a TVM pass: an error must reach the caller as ours."""
     scheduled = {}
     for name, function in mod.functions_items():
         blocks = block_names(function) if isinstance(function, tirx.PrimFunc) else set()
         if not blocks or function.attrs.get("tirx.is_scheduled", False):
             continue
+        own = family(blocks)
+        schedule = choices.schedule(function, blocks) if own is generic.schedule else None
+        if schedule is not None:
+            scheduled[name] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+            continue
         schedule = s_tir.Schedule(function)
         try:
-            family(blocks)(schedule, machine)
+            own(schedule, machine)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BackendError(f"cannot schedule kernel {name.name_hint}: {reason[0]} ... {reason[-1]}") from error
@@ -129,59 +138,38 @@ class CountStorage:
 
 
 def build(
-    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None
-) -> tuple[relax.VMExecutable, int | None]:
-    """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values (None: unknown)."""
-    if machine is None:
-        return _build_cuda(mod, target), None
-    stock = relax.backend.cpu_generic.pipeline
+    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices
+) -> tuple[relax.VMExecutable, int]:
+    """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values."""
+    context = PLAIN if machine is not None else GRAPHS
+    plan, *rest = _stock(machine).finalize_passes(target)
+    counted = CountStorage()
+    finish = tvm.transform.Sequential([*_stock(machine).dataflow_lower_passes(target), plan, counted, *rest])
+    with target, tvm.transform.PassContext(opt_level=3, **context):
+        return tvm.compile(schedule(mod, target, machine, choices), target, relax_pipeline=finish), counted.bytes
+
+
+def _stock(machine: Machine | None) -> Any:
+    """TVM's own passes for the kind of target."""
+    return cuda_pipeline if machine is None else relax.backend.cpu_generic.pipeline
+
+
+def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
+    """Fused, and every kernel with its schedule."""
     fuse = [
-        *stock.library_dispatch_passes(target),
+        *_stock(machine).library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         MarkKernels(),
+        *([relax.transform.FoldConstant()] if machine is None else []),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
+        relax.transform.RewriteDataflowReshape(),  # before it is scheduled: then it cannot be told from other copies
         relax.transform.DeadCodeElimination(),
     ]
-    plan, *rest = stock.finalize_passes(target)
-    counted = CountStorage()
-    finish = tvm.transform.Sequential([*stock.dataflow_lower_passes(target), plan, counted, *rest])
-    # indices stay 64 bits wide: from 32 LLVM makes no pointers, and computes each address in the innermost loop
-    with target, tvm.transform.PassContext(opt_level=3, disabled_pass=["tirx.NarrowDataType"]):
-        mod = schedule_kernels(tvm.transform.Sequential(fuse)(mod), machine)
-        return tvm.compile(mod, target, relax_pipeline=finish), counted.bytes
-
-
-def _build_cuda(mod: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
-    from tvm.relax.backend.cuda import pipeline as stock
-
-    _import_intrinsics()
-    passes = [
-        *stock.library_dispatch_passes(target),
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        MarkKernels(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        s_tir.dlight.ApplyDefaultSchedule(*cuda.rules()),
-        *stock.dataflow_lower_passes(target),
-        *stock.finalize_passes(target),
-    ]
-    # without storage rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md)
-    config = {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}
-    with target, tvm.transform.PassContext(opt_level=3, config=config):
-        return tvm.compile(mod, target, relax_pipeline=tvm.transform.Sequential(passes))
-
-
-def _import_intrinsics() -> None:
-    """Register what ``TensorCores`` asks for. TVMScript looks up the module of every frame of the stack, most of which have none: without
-    the shortcut one import takes half a minute."""
-    honest = inspect.getmodule
-
-    def quick(thing: Any, file: str | None = None) -> Any:
-        return None if file is not None and file.startswith("<") else honest(thing, file)
-
-    with mock.patch.object(inspect, "getmodule", quick):
-        importlib.import_module("tvm.s_tir.tensor_intrin.cuda")
+    with target, tvm.transform.PassContext(opt_level=3):
+        mod = tvm.transform.Sequential(fuse)(mod)
+        if machine is not None:
+            return schedule_kernels(mod, machine, choices)
+        import_intrinsics()
+        return s_tir.dlight.ApplyDefaultSchedule(*cuda.rules(choices))(mod)

@@ -1,6 +1,7 @@
 """Measuring the plans of a program's kernels: each workload alone, every plan built, all of them run in turn.
 
-A workload is lowered as a program of one operator, by the very code that lowers the whole model. First all plans take turns; then the
+A workload is lowered as a program of one operator, by the very code that lowers the whole model; on a GPU, where kernels get their
+schedules after fusion, as a module of one kernel. First all plans take turns; then the
 three fastest and the untuned one are measured again on fresh samples, and only a plan that wins there, too, is recorded: the fastest of
 sixteen noisy medians is mostly luck. As in the model, the input is in the cache, because something has just written it, and the weights
 are not, unless all weights of the model are: every call has other copies of them.
@@ -23,16 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 import tvm
-from torch import Tensor
+from torch import Tensor, fx
+from tvm import relax, tirx
 from tvm.runtime.vm import VirtualMachine
 
 from thresher.analysis.cost import constant_bytes
 from thresher.backends.base import Lowering
-from thresher.backends.tvm import library
+from thresher.backends.tvm import library, search
 from thresher.backends.tvm.choices import MOST, Choices, Site
-from thresher.backends.tvm.importer import Importer
+from thresher.backends.tvm.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.kernels.machine import Machine
-from thresher.backends.tvm.pipeline import build
+from thresher.backends.tvm.pipeline import build, schedule
 from thresher.bisect import isolate
 from thresher.errors import BackendError
 from thresher.program import Program, dtype_of, shape_of
@@ -48,20 +50,22 @@ ENOUGH = 0.25  # seconds of a workload's first comparison, about
 def tune(
     program: Program,
     target: tvm.target.Target,
-    machine: Machine,
+    machine: Machine | None,
     fingerprint: str,
     options: Tune,
     how: Lowering,
     save: Callable[[Record], None],
 ) -> int:
-    """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands."""
-    choices = Choices(library=how.library and options.remote is None)
-    Importer(program, machine, how.strict_rounding, choices).run()
-    known = {w for w, plan in how.records.items() if choices.library or plan != repr(Library())}
-    sites = {w: s for w, s in choices.sites.items() if options.again or w not in known}
-    start = time.perf_counter()
-    with runner_of(options.remote) as runner:
-        bench = Bench(target, machine, how.strict_rounding, options, runner, choices.library)
+    """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands. Without ``machine``
+    for a GPU."""
+    with runner_of(options.remote, "cpu" if machine is not None else "cuda") as runner:
+        by_library = machine is not None and how.library and options.remote is None
+        bench = Bench(target, machine, how.strict_rounding, options, runner, by_library)
+        choices = bench.sites(program)
+        sites = choices.sites
+        known = {w for w, plan in how.records.items() if choices.library or plan != repr(Library())}
+        sites = {w: s for w, s in sites.items() if options.again or w not in known}
+        start = time.perf_counter()
         for number, (workload, site) in enumerate(sites.items()):
             if options.seconds is not None and time.perf_counter() - start > options.seconds:
                 how.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
@@ -72,40 +76,122 @@ def tune(
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The plans of a workload as text; what is ``built`` from one (an executable and its weights), and what it is run on."""
+
+    plans: list[str]
+    built: Callable[[str], tuple[Any, list[np.ndarray]]]
+    inputs: list[np.ndarray]
+
+
+@dataclass(frozen=True)
 class Bench:
-    """Where and how kernels are measured."""
+    """Where and how kernels are measured: each as a program of one operator."""
 
     target: tvm.target.Target
-    machine: Machine
+    machine: Machine | None
     strict_rounding: bool
     options: Tune
     runner: Runner
     library: bool  # whether torch's own kernel is a candidate
 
-    def measure(self, program: Program, workload: str, site: Site, fingerprint: str) -> Record:
-        """The record of one workload."""
-        alone, inputs = isolate(program, site.node, values_of(site))
+    def sites(self, program: Program) -> Choices:
+        """The workloads of ``program``; those of kernels, which have their schedules after fusion, where there can be some."""
+        choices = Choices(library=self.library, search=self.options.search > 0)
+        module, _ = self.importer(program, choices).run()
+        if self.machine is None or choices.search:
+            schedule(module, self.target, self.machine, choices)
+        return choices
+
+    def importer(self, program: Program, choices: Choices, apart: bool = False) -> Importer:
+        return Importer(program, self.machine, self.strict_rounding, choices, apart, architecture(self.target))
+
+    def candidates(self, program: Program, workload: str, site: Site) -> Candidates:
         plans = [repr(plan) for plan in site.plans(MOST)[: self.options.trials]]
-        if self.library and library.possible(site.node):
+        if isinstance(site.subject, fx.Node):
+            return self._of_operator(program, workload, site, plans)
+        return self._of_kernel(workload, site.subject, plans)
+
+    def _of_operator(self, program: Program, workload: str, site: Site, plans: list[str]) -> Candidates:
+        alone, inputs = isolate(program, site.subject, values_of(site))
+        if self.library and library.possible(site.subject):
             plans.append(repr(Library()))
             _follow(alone)
 
         def built(plan: str) -> Any:
             choices = Choices({workload: plan}, self.library)
-            module, weights = Importer(alone, self.machine, self.strict_rounding, choices, apart=True).run()
-            return self.runner.prepare(build(module, self.target, self.machine)[0]), weights
+            module, weights = self.importer(alone, choices, apart=True).run()
+            return build(module, self.target, self.machine, choices)[0], weights
+
+        return Candidates(plans, built, [x.numpy() for x in inputs if isinstance(x, Tensor)])
+
+    def _of_kernel(self, workload: str, kernel: tirx.PrimFunc, plans: list[str]) -> Candidates:
+        """A fused kernel, with all that was fused into it."""
+        *shapes, _ = kinds = [
+            ([int(d) for d in p.ty.shape], str(p.ty.dtype)) for p in kernel.params
+        ]  # the last is the result
+        inputs = [_example(*kind) for kind in shapes]
+        if workload.startswith(search.KERNEL):
+            arguments = self.runner.sent([_example(*kind) for kind in kinds])
+            config = {} if self.machine is not None else {"tirx.disable_storage_rewrite": True}
+
+            def compiled(module: tvm.IRModule) -> Any:
+                with self.target, tvm.transform.PassContext(opt_level=3, config=config):
+                    return tvm.compile(module, self.target)["main"]
+
+            found = search.search(
+                kernel, self.target, self.options.search, compiled, lambda main: self.runner.seconds(main, arguments)
+            )
+            plans = [*plans, *([found] if found else [])]
+
+        def built(plan: str) -> Any:
+            choices = Choices({workload: plan})
+            return build(_module_of(kernel, kinds), self.target, self.machine, choices)[0], []
+
+        return Candidates(plans, built, inputs)
+
+    def measure(self, program: Program, workload: str, site: Site, fingerprint: str) -> Record:
+        """The record of one workload."""
+        given = self.candidates(program, workload, site)
+
+        def prepared(plan: str) -> Any:
+            executable, weights = given.built(plan)
+            return self.runner.prepare(executable), weights
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            kernels = dict(zip(plans, pool.map(built, plans)))
+            kernels = dict(zip(given.plans, pool.map(prepared, given.plans)))
         around = min(FOOTPRINT, constant_bytes(program))
-        calls = {plan: self.runner.load(made, weights, inputs, around) for plan, (made, weights) in kernels.items()}
-        rule = plans[0]
+        calls = {p: self.runner.load(made, weights, given.inputs, around) for p, (made, weights) in kernels.items()}
+        rule = given.plans[0]
         first = turns(calls, ROUNDS)
         best = sorted(first, key=first.__getitem__)[:3]
         final = turns({plan: calls[plan] for plan in dict.fromkeys((rule, *best))}, FINAL_ROUNDS)
         winner = min(final, key=final.__getitem__)
         found = Record.now(fingerprint, workload, winner, 1e6 * final[winner], 1e6 * final[rule])
         return found if final[winner] <= (1 - self.options.gain) * final[rule] else found.untuned()
+
+
+def _module_of(kernel: tirx.PrimFunc, kinds: list[tuple[list[int], str]]) -> tvm.IRModule:
+    """A module that calls the kernel; ``kinds``: shape and type of its parameters, the last of them the result."""
+    with BUILDING:
+        builder = relax.BlockBuilder()
+        *given, result = [relax.Var(f"x{i}", relax.TensorType(*kind)) for i, kind in enumerate(kinds)]
+        with builder.function("main", given):
+            with builder.dataflow():
+                call = relax.call_tir(builder.add_func(kernel, "kernel"), given, out_ty=result.ty)
+                value = builder.emit_output(call)
+            builder.emit_func_output(value)
+        return builder.get()
+
+
+def _example(shape: list[int], dtype: str) -> np.ndarray:
+    """Random numbers, and zeros for integers, which may be indices."""
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if kind.kind in "iub":
+        return np.zeros(shape, kind)
+    return np.random.default_rng(0).standard_normal(shape).astype(kind)
 
 
 def _follow(program: Program) -> None:
@@ -124,7 +210,7 @@ def values_of(site: Site) -> dict[Any, Any]:
             return torch.randn(shape, generator=generator).to(dtype)
         return torch.ones(shape, dtype=dtype) if dtype is torch.bool else torch.zeros(shape, dtype=dtype)
 
-    return {node: value(node) for node in site.node.all_input_nodes}
+    return {node: value(node) for node in site.subject.all_input_nodes}
 
 
 def turns(calls: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, float]:
@@ -141,7 +227,12 @@ def turns(calls: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str,
 class Runner:
     """Runs kernels in this process."""
 
-    device = tvm.cpu(0)
+    def __init__(self, kind: str):
+        self.device = tvm.device(kind, 0)
+        if not self.device.exist:
+            raise BackendError(
+                f"tuning for {kind} measures on the device, and none is here: tune where one is, or name one behind an RPC tracker (Remote)"
+            )
 
     def prepare(self, executable: Any) -> Any:
         """What can be done in several threads: here, generating machine code."""
@@ -151,13 +242,23 @@ class Runner:
         return prepared
 
     def load(
-        self, prepared: Any, weights: Sequence[np.ndarray], inputs: Sequence[Any], around: int
+        self, prepared: Any, weights: Sequence[np.ndarray], inputs: Sequence[np.ndarray], around: int
     ) -> Callable[[int], float]:
         """A function of the number of calls: the seconds that one takes. The weights rotate over ``around`` bytes."""
-        values = self.sent([x.numpy() for x in inputs if isinstance(x, Tensor)])
+        values = self.sent(inputs)
         copies = max(1, min(COPIES, around // max(1, sum(w.nbytes for w in weights))))
         sets = [[*values, *self.sent(weights)] for _ in range(copies)]
         return self.timed(self.machine(prepared), sets)
+
+    def seconds(self, main: Callable[..., Any], arguments: Sequence[Any]) -> float:
+        """What a call of a bare kernel takes: the median of a few."""
+        samples = []
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            main(*arguments)
+            self.device.sync()
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples[1:])
 
     def sent(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         return [tvm.runtime.tensor(np.ascontiguousarray(a), self.device) for a in arrays]
@@ -169,9 +270,11 @@ class Runner:
 
         def call(times: int) -> float:
             main(*sets[0])  # the caches are the last contender's
+            self.device.sync()
             start = time.perf_counter()
             for i in range(times):
                 main(*sets[(i + 1) % len(sets)])
+            self.device.sync()
             return (time.perf_counter() - start) / times
 
         return call
@@ -180,7 +283,7 @@ class Runner:
 class RemoteRunner(Runner):
     """Runs kernels on a device behind an RPC tracker; the clock is the device's."""
 
-    def __init__(self, remote: Remote, folder: Path):
+    def __init__(self, remote: Remote, kind: str, folder: Path):
         from tvm import rpc
 
         try:
@@ -190,7 +293,7 @@ class RemoteRunner(Runner):
                 f"no device {remote.key!r} at the RPC tracker {remote.host}:{remote.port}: {error}; is the tracker running, and a "
                 "server registered under that key?"
             ) from error
-        self.device, self.folder, self.count = self.session.cpu(0), folder, itertools.count()
+        self.device, self.folder, self.count = self.session.device(kind, 0), folder, itertools.count()
 
     def prepare(self, executable: Any) -> Path:
         path = self.folder / f"kernel{next(self.count)}.so"
@@ -214,9 +317,10 @@ class RemoteRunner(Runner):
 
 
 @contextmanager
-def runner_of(remote: Remote | None) -> Iterator[Runner]:
+def runner_of(remote: Remote | None, kind: str) -> Iterator[Runner]:
+    """Of devices of a ``kind``: cpu or cuda."""
     if remote is None:
-        yield Runner()
+        yield Runner(kind)
         return
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
-        yield RemoteRunner(remote, Path(folder))
+        yield RemoteRunner(remote, kind, Path(folder))

@@ -1,8 +1,10 @@
-"""Attention: fused on the CPU, composed elsewhere."""
+"""Attention: fused on the CPU and, in half precision, on tensor cores; composed elsewhere."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,39 +22,107 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import attention
+from thresher.backends.tvm.kernels import attention, flash_attention
 from thresher.program import shape_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one attention, the shapes of q, k and v as [B, H, L, E]; ``mask`` has four dimensions and may be None."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scale: float
+    shapes: tuple[list[int], list[int], list[int]]
+
+    @staticmethod
+    def of(node: fx.Node) -> Call | None:
+        """None where the dimensions are dynamic, or not three or four, or broadcast."""
+        q, k, v = node.args[:3]
+        rank = len(shape_of(q))
+        if rank not in (3, 4) or any(not isinstance(d, int) for n in (q, k, v) for d in shape_of(n)):
+            return None
+        shapes = [sizes(n) for n in (q, k, v)]
+        if any(len(s) != rank for s in shapes) or any(s[:-3] != shapes[0][:-3] for s in shapes):
+            return None
+        if shapes[0][-3] % shapes[1][-3] or (rank == 3 and shapes[0][0] != shapes[1][0]):
+            return None
+        scale = argument(node, 6, "scale")
+        scale = 1.0 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
+        causal, mask = bool(argument(node, 5, "is_causal", False)), argument(node, 3, "attn_mask")
+        four = [s if rank == 4 else [1, *s] for s in shapes]
+        return Call(q, k, v, mask, causal, scale, (four[0], four[1], four[2]))
+
+    def values(self, importer: Importer) -> list[Any]:
+        """q, k and v with four dimensions."""
+        given = [importer.value(n) for n in (self.q, self.k, self.v)]
+        if len(shape_of(self.q)) == 4:
+            return given
+        return [importer.emit(R.reshape(t, s)) for t, s in zip(given, self.shapes)]
+
+    def mask_value(self, importer: Importer) -> Any:
+        """The mask with four dimensions, boolean or float32."""
+        if self.mask is None:
+            return None
+        m = importer.value(self.mask)
+        m = importer.emit(R.reshape(m, self.mask_shape))
+        return m if str(m.ty.dtype) == "bool" else cast(importer, m, "float32")
+
+    @property
+    def mask_shape(self) -> list[int]:
+        assert self.mask is not None
+        return [1] * (4 - len(shape_of(self.mask))) + sizes(self.mask)
 
 
 @cpu_kernel(aten.scaled_dot_product_attention.default)
 def attention_kernel(importer: Importer, node: fx.Node) -> Any:
     """Fused attention for three and four dimensions."""
-    q, k, v = node.args[:3]
-    mask, causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
-    shapes = [sizes(n) for n in (q, k, v)]
-    rank = len(shapes[0])
-    if rank not in (3, 4) or any(len(s) != rank for s in shapes) or any(s[:-3] != shapes[0][:-3] for s in shapes):
+    call, machine = Call.of(node), importer.cpu
+    if call is None:
         return attention_composed(importer, node)
-    if shapes[0][-3] % shapes[1][-3] or (rank == 3 and shapes[0][0] != shapes[1][0]):
-        return attention_composed(importer, node)
-    scale = argument(node, 6, "scale")
-    scale = 1.0 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
-    values = [importer.value(n) for n in (q, k, v)]
-    if rank == 3:
-        values = [importer.emit(R.reshape(t, (1, *s))) for t, s in zip(values, shapes)]
-    m = None
-    if mask is not None:
-        m = importer.value(mask)
-        m = importer.emit(R.reshape(m, [1] * (4 - len(shape_of(mask))) + sizes(mask)))
-        m = m if str(m.ty.dtype) == "bool" else cast(importer, m, "float32")
-    machine = importer.cpu
     out = importer.emit_te(
-        "attention", lambda q, k, v, m: attention.attention(q, k, v, m, scale, causal, machine), *values, m
+        "attention",
+        lambda q, k, v, m: attention.attention(q, k, v, m, call.scale, call.causal, machine),
+        *call.values(importer),
+        call.mask_value(importer),
     )
-    return out if rank == 4 else importer.emit(R.reshape(out, sizes(node)))
+    return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
 
 
 @semantics(aten.scaled_dot_product_attention.default)
+def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
+    """In half precision on a GPU with tensor cores one kernel; composed for everything else."""
+    call, dtype = Call.of(node), result_dtype(node)
+    if call is None or not flash_attention.fits(importer.arch, dtype, call.shapes):
+        return attention_composed(importer, node)
+    values, operands = [], []
+    for given, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
+        source = before_heads(given)
+        values.append(value if source is None else importer.value(source))
+        operands.append(flash_attention.Operand.of(shape, source is not None))
+    mask, kind, place = call.mask_value(importer), "NONE", None
+    if mask is not None:
+        kind = "BOOLEAN" if str(mask.ty.dtype) == "bool" else "ADDED"
+        place = flash_attention.Operand.mask(call.mask_shape)
+    q, k, v = operands
+    problem = flash_attention.Problem(q, k, v, place, kind, call.causal, call.scale, dtype)
+    compute = partial(flash_attention.attention, problem)
+    out = importer.emit_te("flash_attention", compute, *values, mask, scheduled=True)
+    return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
+
+
+def before_heads(node: fx.Node) -> fx.Node | None:
+    """The [B, L, H, E] that ``node`` shows as [B, H, L, E]; None where it is something else."""
+    if len(shape_of(node)) == 4 and node.target is aten.transpose.int and {d % 4 for d in node.args[1:3]} == {1, 2}:
+        return node.args[0]
+    if node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]:
+        return node.args[0]
+    return None
+
+
 def attention_composed(importer: Importer, node: fx.Node) -> Any:
     """softmax(scale q k^T + mask) v, with grouped heads, any rank, boolean or additive masks; softmax in float32."""
     q, k, v = (importer.value(n) for n in node.args[:3])

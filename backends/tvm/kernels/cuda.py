@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,21 @@ from tvm.s_tir.dlight.gpu.matmul import (
 from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
+from thresher.backends.tvm.choices import Choices
+
 FRAGMENT, WARP, VECTOR = 16, 32, 4
 HALVES = ("float16", "bfloat16")
-DEPTH = 64  # of a slice in shared memory
 WINDOW = 256  # results that sum at most so many elements are computed by one thread each
 MULTIPROCESSORS = 108  # of the smallest GPU with these tensor cores that is worth filling (A100)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``warps`` [rows, columns] of a block, each with ``fragments`` [rows, columns] of sums."""
+    """``warps`` [rows, columns] of a block, each with ``fragments`` [rows, columns] of sums; ``depth`` of a slice in shared memory."""
 
     warps: tuple[int, int]
     fragments: tuple[int, int]
+    depth: int = 64
 
     @property
     def rows(self) -> int:
@@ -50,24 +53,30 @@ class Tile:
         return self.warps[1] * self.fragments[1] * FRAGMENT
 
 
-TILES = (Tile((4, 4), (2, 2)), Tile((2, 4), (2, 2)), Tile((2, 2), (2, 2)), Tile((2, 2), (1, 2)), Tile((1, 4), (1, 1)))
+SHAPES = ((4, 4), (2, 2)), ((2, 4), (2, 2)), ((2, 2), (2, 2)), ((2, 2), (1, 2)), ((1, 4), (1, 1))
+TILES = [Tile(*shape, depth) for depth in (64, 32) for shape in SHAPES]
 
 
-def choose_tile(batch: int, m: int, n: int) -> Tile:
-    """The tile with the least estimated time: waves of blocks over the multiprocessors, times the work of a block, which a small tile does
-    less efficiently because it reads more for each product."""
+def tiles(batch: int, m: int, n: int, k: int) -> list[Tile]:
+    """All tiles, by estimated time: waves of blocks over the multiprocessors, times the work of a block, which a small tile does less
+    efficiently because it reads more for each product, and a shallow slice because it waits more often."""
 
     def cost(tile: Tile) -> float:
         blocks = batch * -(-m // tile.rows) * -(-n // tile.columns)
         together = max(1, 512 // (WARP * math.prod(tile.warps)))  # small blocks share a multiprocessor
         waves = -(-blocks // (MULTIPROCESSORS * together))
-        return waves * together * (tile.rows * tile.columns + 32 * (tile.rows + tile.columns))
+        work = waves * together * (tile.rows * tile.columns + 32 * (tile.rows + tile.columns))
+        return work * -(-k // tile.depth) * (tile.depth + 8)
 
-    return min(TILES, key=cost)
+    return sorted(TILES, key=cost)
 
 
 class TensorCores(GPUScheduleRule):
-    """Products and convolutions (as implicit products) of float16 and bfloat16, any size."""
+    """Products and convolutions (as implicit products) of float16 and bfloat16, any size; ``choices`` chooses their tiles."""
+
+    def __init__(self, choices: Choices):
+        super().__init__()
+        self.choices = choices
 
     def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
@@ -78,20 +87,32 @@ class TensorCores(GPUScheduleRule):
             return None
         if get_in_out_dtypes(sch.get(blocks[0]))[0] not in HALVES:
             return None
+        workload = workload_of(sch, blocks[0])
         try:
-            return _product(sch, blocks[0])
-        except ScheduleError:
-            return None  # an access that does not fit fragments: the next rule takes it
+            return _product(
+                sch, blocks[0], lambda *size: self.choices.choose(workload, func, lambda n: tiles(*size)[:n])
+            )
+        except ScheduleError:  # an access that does not fit fragments: the next rule takes it
+            self.choices.sites.pop(workload, None)
+            return None
 
 
-def _product(sch: s_tir.Schedule, main: Any) -> s_tir.Schedule:
-    batch, i, j, k, tile = _as_product(sch, main)
+def workload_of(sch: s_tir.Schedule, main: Any) -> str:
+    """The product by its name and the shapes of what it reads and writes; what follows it does not matter."""
+    block = sch.get(main)
+    values = [region.source for region in (*block.reads, *block.writes)]
+    words = [f"{'x'.join(str(d) for d in v.shape)}:{v.dtype}" for v in values]
+    return " ".join(["tensor cores", str(block.name_hint), *words])
+
+
+def _product(sch: s_tir.Schedule, main: Any, choose: Callable[..., Tile]) -> s_tir.Schedule:
+    batch, i, j, k, tile = _as_product(sch, main, choose)
     (i, i_inner), (j, j_inner), (k, k_inner) = (sch.split(loop, [None, FRAGMENT]) for loop in (i, j, k))
     sch.reorder(i, j, k, i_inner, j_inner, k_inner)
     inner, outer = main, sch.blockize(i_inner)
     i, warp_i, fragment_i = sch.split(i, [None, tile.warps[0], tile.fragments[0]])
     j, warp_j, fragment_j = sch.split(j, [None, tile.warps[1], tile.fragments[1]])
-    k, step = sch.split(k, [None, DEPTH // FRAGMENT])
+    k, step = sch.split(k, [None, tile.depth // FRAGMENT])
     sch.annotate(k, "software_pipeline_order", [0, 3, 1, 4, 5, 2, 6])
     sch.annotate(k, "software_pipeline_stage", [0, 0, 0, 0, 0, 1, 1])
     sch.annotate(step, "software_pipeline_order", [0, 1, 2])
@@ -122,7 +143,7 @@ def _product(sch: s_tir.Schedule, main: Any) -> s_tir.Schedule:
     return sch
 
 
-def _as_product(sch: s_tir.Schedule, main: Any) -> tuple[Any, Any, Any, Any, Tile]:
+def _as_product(sch: s_tir.Schedule, main: Any, choose: Callable[..., Tile]) -> tuple[Any, Any, Any, Any, Tile]:
     """Bring the block into the form C[b, i, j] += A[b, i, k] B[b, j, k], padded to whole tiles; its loops and its tile."""
     reads = [sch.reindex(main, ("read", operand)) for operand in (0, 1)]
     write = sch.reindex(main, ("write", 0))
@@ -133,8 +154,8 @@ def _as_product(sch: s_tir.Schedule, main: Any) -> tuple[Any, Any, Any, Any, Til
     sch.transform_block_layout(main, product)
     sizes = [sch.get(loop).extent for loop in sch.get_loops(main)]
     known = [int(s) if hasattr(s, "value") else 1024 for s in sizes]
-    tile = choose_tile(*known[:3])
-    sch.pad_einsum(main, [1, tile.rows, tile.columns, DEPTH])
+    tile = choose(*known)
+    sch.pad_einsum(main, [1, tile.rows, tile.columns, tile.depth])
     return (*sch.get_loops(main), tile)
 
 
@@ -193,6 +214,21 @@ def _intrinsics(dtype: str, sums: str) -> dict[str, str]:
     return names
 
 
+class Searched(GPUScheduleRule):
+    """What a search found (``Tune(search=...)``) for kernels without tiles of ours."""
+
+    def __init__(self, choices: Choices):
+        super().__init__()
+        self.choices = choices
+
+    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
+        if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
+            return None
+        sch = s_tir.Schedule(func)
+        names = {str(sch.get(b).name_hint) for b in sch.get_child_blocks(get_root_block(sch))}
+        return self.choices.schedule(func, names)
+
+
 class SmallWindow(GPUScheduleRule):
     """Depthwise and grouped convolutions and pools: one thread per result. (dlight would give each a block of 256 threads.)"""
 
@@ -208,11 +244,12 @@ class SmallWindow(GPUScheduleRule):
         return dlight.gpu.Fallback().apply(func, target, False)
 
 
-def rules() -> list[Any]:
+def rules(choices: Choices) -> list[Any]:
     """In the order in which they are asked."""
     gpu = dlight.gpu
     return [
-        TensorCores(),
+        TensorCores(choices),
+        Searched(choices),
         gpu.Matmul(),
         gpu.GEMV(),
         SmallWindow(),

@@ -1,0 +1,128 @@
+"""Attention for GPUs in one pass over the keys, in half precision on tensor cores: what calls ``flash_attention.cuh``.
+
+TVM's schedules know no running softmax over fragments whose place in the registers the hardware fixes, so the kernel is CUDA C++, one
+template for all sizes. (FlashAttention-2: Dao, 2023.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm import te, tirx
+
+ARCH = 80  # compute capability, ten times, from which on the instructions exist
+ROWS, THREADS = 64, 128
+WIDEST = 128  # of a head: its tiles must fit 48 KB of shared memory
+HALVES = ("float16", "bfloat16")
+
+
+def fits(arch: int, dtype: str, shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether there is a kernel; ``shapes`` of q, k and v."""
+    q, k, v = shapes
+    return arch >= ARCH and dtype in HALVES and max(q[3], v[3]) <= WIDEST and 0 not in (*q, *k, *v)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A [B, H, L, E] value by the sizes and the elements between neighbours of each dimension; stride 0 where it is broadcast."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(shape: Sequence[int], heads_inside: bool = False) -> Operand:
+        """Contiguous; ``heads_inside``: stored as [B, L, H, E]."""
+        b, h, length, e = shape
+        strides = (length * h * e, e, h * e, 1) if heads_inside else (h * length * e, length * e, e, 1)
+        return Operand((b, h, length, e), strides)
+
+    @staticmethod
+    def mask(shape: Sequence[int]) -> Operand:
+        """Contiguous, of four dimensions; those of size 1 are broadcast."""
+        strides: list[int] = []
+        step = 1
+        for size in reversed(shape):
+            strides.insert(0, 0 if size == 1 else step)
+            step *= size
+        return Operand(tuple(shape), tuple(strides))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention; ``mask_kind``: NONE, BOOLEAN or ADDED (float32), as in the kernel."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    mask: Operand | None
+    mask_kind: str
+    causal: bool
+    scale: float
+    dtype: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        b, h, rows, _ = self.q.shape
+        return b * h, -(-rows // ROWS)
+
+    @property
+    def function(self) -> str:
+        """The instance of the template."""
+        e, f = self.q.shape[3], self.v.shape[3]
+        wide = all(s % 8 == 0 for o in (self.q, self.k, self.v) for s in (*o.strides[:3], o.shape[3]))
+        flags = [
+            self.dtype == "bfloat16",
+            self.causal,
+            f"thresher::{self.mask_kind}",
+            e,
+            f,
+            64 if max(e, f) <= 64 else 32,
+            wide,
+        ]
+        return (
+            f"thresher::flash_attention<{', '.join(str(x).lower() if isinstance(x, bool) else str(x) for x in flags)}>"
+        )
+
+    @property
+    def arguments(self) -> list[int | float]:
+        """What follows the pointers."""
+        (_, heads, rows, _), keys = self.q.shape, self.k.shape[2]
+        strides = [s for o in (self.q, self.k, self.v) for s in o.strides[:3]]
+        return [
+            heads,
+            heads // self.k.shape[1],
+            rows,
+            keys,
+            self.scale,
+            *strides,
+            *(self.mask.strides if self.mask else [0] * 4),
+        ]
+
+
+@functools.cache
+def source() -> str:
+    return Path(__file__).with_suffix(".cuh").read_text()
+
+
+def attention(problem: Problem, q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None) -> te.Tensor:
+    """The result [B, H, L, F], contiguous."""
+    from tvm.backend.cuda.op import cuda_func_call
+
+    def body(inputs: Any, outputs: Any) -> Any:
+        pointers = [b.data for b in inputs]
+        if mask is None:
+            pointers.append(pointers[0])
+        numbers = [tirx.const(x, "float32" if isinstance(x, float) else "int64") for x in problem.arguments]
+        call = cuda_func_call(problem.function, *pointers, outputs[0].data, *numbers, source_code=source())
+        statement = tirx.Evaluate(call)
+        for axis, extent in zip(("threadIdx.x", "blockIdx.y", "blockIdx.x"), (THREADS, *reversed(problem.grid))):
+            statement = tirx.AttrStmt(te.thread_axis(axis), "thread_extent", tirx.const(extent, "int32"), statement)
+        return statement
+
+    inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    shape = [*problem.q.shape[:3], problem.v.shape[3]]
+    return te.extern([shape], inputs, body, name="flash_attention", dtype=problem.dtype)

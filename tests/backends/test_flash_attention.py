@@ -1,0 +1,138 @@
+"""The GPU's attention kernel: its very text, run on the CPU with emulated instructions, against attention in float32; and what becomes of
+it for a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from nvrtc import kernels
+from test_cuda import bodies, compiled_code
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from thresher.backends.tvm.kernels.flash_attention import Operand, Problem, source
+
+TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """q [1, heads, rows, e], k [1, heads / group, keys, e], v [.., f]; ``mask``: its shape and whether it is boolean."""
+
+    rows: int
+    keys: int
+    e: int
+    f: int
+    dtype: str = "float16"
+    heads: int = 2
+    group: int = 1
+    causal: bool = False
+    mask: tuple[tuple[int, int, int, int], bool] | None = None
+    heads_inside: bool = False
+
+    def problem(self) -> Problem:
+        around = self.heads // self.group
+        q, k, v = (
+            Operand.of(shape, self.heads_inside)
+            for shape in (
+                (1, self.heads, self.rows, self.e),
+                (1, around, self.keys, self.e),
+                (1, around, self.keys, self.f),
+            )
+        )
+        mask = Operand.mask(self.mask[0]) if self.mask else None
+        kind = "NONE" if self.mask is None else "BOOLEAN" if self.mask[1] else "ADDED"
+        return Problem(q, k, v, mask, kind, self.causal, 0.3, self.dtype)
+
+
+CASES = [
+    Case(64, 64, 64, 64),
+    Case(70, 130, 64, 64, "bfloat16"),  # several tiles of keys, the last of them short
+    Case(5, 9, 24, 40),
+    Case(3, 17, 7, 5),  # no row starts at 16 bytes
+    Case(80, 80, 32, 32, causal=True),
+    Case(20, 70, 128, 128, "bfloat16", causal=True),
+    Case(40, 40, 16, 16, heads=4, group=2, heads_inside=True),
+    Case(33, 70, 16, 24, mask=((1, 1, 33, 70), True)),
+    Case(33, 70, 16, 24, "bfloat16", mask=((1, 2, 1, 70), False)),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A library with a function ``run<i>(q, k, v, mask, out)`` for every case."""
+    folder = tmp_path_factory.mktemp("emulated")
+    text = '#include "emulation.h"\n' + source()
+    for i, case in enumerate(CASES):
+        problem = case.problem()
+        bits, cell = "const unsigned short*", "unsigned char" if problem.mask_kind == "BOOLEAN" else "float"
+        numbers = ", ".join(f"{x}f" if isinstance(x, float) else str(x) for x in problem.arguments)
+        across, down = problem.grid
+        text += (
+            f'extern "C" void run{i}({bits} q, {bits} k, {bits} v, const {cell}* mask, unsigned short* out) {{\n'
+            f"  launch({across}, {down}, [=] {{ {problem.function}(q, k, v, mask, out, {numbers}); }});\n}}\n"
+        )
+    (folder / "kernel.cpp").write_text(text)
+    made = folder / "kernel.so"
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{Path(__file__).parent}"]
+    subprocess.run(["g++", *flags, "-o", made, folder / "kernel.cpp"], check=True)
+    return ctypes.CDLL(str(made))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_kernel_computes_attention(emulated: ctypes.CDLL, number: int) -> None:
+    case, dtype = CASES[number], TYPES[CASES[number].dtype]
+    problem = case.problem()
+    generator = torch.Generator().manual_seed(number)
+    q, k, v = (torch.randn(o.shape, generator=generator).to(dtype) for o in (problem.q, problem.k, problem.v))
+    mask = None
+    if case.mask:
+        mask = torch.randn(case.mask[0], generator=generator)
+        mask = mask > -0.5 if case.mask[1] else mask
+        if case.mask[1]:
+            mask[..., 3, :] = False  # nothing left
+    stored = [t.transpose(1, 2).contiguous() if case.heads_inside else t for t in (q, k, v)]
+    out = torch.full((1, case.heads, case.rows, case.f), float("nan"), dtype=dtype)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*stored, mask if mask is not None else stored[0], out)]
+    getattr(emulated, f"run{number}")(*pointers)
+    k, v = (t.repeat_interleave(case.group, 1) for t in (k, v))
+    added = None if mask is None else mask if case.mask and case.mask[1] else mask.double()
+    doubles = (t.double() for t in (q, k, v))
+    wanted = scaled_dot_product_attention(*doubles, added, is_causal=case.causal, scale=0.3)
+    if case.mask and case.mask[1]:
+        assert (out[:, :, 3] == 0).all()
+        wanted[:, :, 3] = 0
+    unit = 2.0**-11 if dtype is torch.float16 else 2.0**-8  # one rounding of the weights and one of the result
+    assert (out.double() - wanted).abs().max() <= 2 * unit * v.double().abs().max()
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int, size: int, causal: bool = False):
+        super().__init__()
+        self.heads, self.size, self.causal = heads, size, causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, self.size)).transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(64, torch.float16), (128, torch.bfloat16), (24, torch.float16)])
+def test_attention_is_one_kernel_without_scores_in_memory(size: int, dtype: torch.dtype) -> None:
+    args = tuple(torch.randn(2, 197, 4 * size, dtype=dtype) for _ in range(3))
+    code = compiled_code(Attention(4, size), args, "sm_80")
+    found = bodies(code)
+    assert [n for n in found if "attention" in n] and not any("softmax" in n or "matmul" in n for n in found)
+    assert len(found) <= 2, "the heads are read where they lie: no transposition but that of the result"
+    for kernel in kernels(code, "sm_80"):
+        assert kernel.shared <= 48 << 10 and kernel.spilled <= 64 and kernel.registers * kernel.threads <= 65536, kernel
+
+
+def test_before_these_instructions_attention_is_composed() -> None:
+    args = tuple(torch.randn(2, 64, 64, dtype=torch.float16) for _ in range(3))
+    assert "flash_attention" not in compiled_code(Attention(2, 32), args, "sm_75")
+    assert "flash_attention" in compiled_code(Attention(2, 32), args, "sm_80")
