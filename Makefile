@@ -37,10 +37,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
 
-# On a host with a GPU, whose environment is made already (without network: shared/scripts/pack_tvm.sh)
 gpu-bench:
-	$(BIN)/python -m pytest -m gpu tests
-	$(BIN)/python benchmarks/zoo.py --device cuda --dtypes float32 float16 --batches 1 8 --against eager torch.compile max-autotune
+	benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

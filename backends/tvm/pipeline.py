@@ -156,7 +156,17 @@ def _stock(machine: Machine | None) -> Any:
 
 def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
     """Fused, and every kernel with its schedule."""
-    fuse = [
+    mod = fuse(mod, target, machine)
+    with target, tvm.transform.PassContext(opt_level=3):
+        if machine is not None:
+            return schedule_kernels(mod, machine, choices)
+        import_intrinsics()
+        return s_tir.dlight.ApplyDefaultSchedule(*cuda.rules(choices))(mod)
+
+
+def fuse(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None) -> tvm.IRModule:
+    """Operators as kernels, and what follows a kernel as part of it."""
+    passes = [
         *_stock(machine).library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
@@ -168,8 +178,4 @@ def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | No
         relax.transform.DeadCodeElimination(),
     ]
     with target, tvm.transform.PassContext(opt_level=3):
-        mod = tvm.transform.Sequential(fuse)(mod)
-        if machine is not None:
-            return schedule_kernels(mod, machine, choices)
-        import_intrinsics()
-        return s_tir.dlight.ApplyDefaultSchedule(*cuda.rules(choices))(mod)
+        return tvm.transform.Sequential(passes)(mod)

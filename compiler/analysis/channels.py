@@ -6,7 +6,7 @@ Forward, :func:`known_facts` finds the elements that are constant; backward, :fu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -133,15 +133,17 @@ class ChannelAnalysis:
             close_all(found._open_ties(), found.keep, found.blame, more)
         return found
 
-    def padded(self, keys: Iterable[Key], multiple: int, slack: float) -> ChannelAnalysis:
-        """A smaller cut: each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live."""
+    def padded(self, keys: Iterable[Key], multiples: Sequence[int], slack: float) -> ChannelAnalysis:
+        """A smaller cut: each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live;
+        of the first of ``multiples`` for which that holds."""
         wanted: dict[Key, Tensor] = {}
         component = self.components()
         for key in {component[key]: key for key in keys if not self.full(*key)}.values():
             keep = self.keep[key]
             count = int(keep.sum())
-            missing = min(-(-count // multiple) * multiple, keep.numel()) - count
-            if 0 < missing <= slack * count:
+            steps = [min(-(-count // m) * m, keep.numel()) - count for m in multiples]
+            missing = next((step for step in steps if step <= slack * count), 0)
+            if missing:
                 wanted[key] = keep.clone().index_fill_(0, (~keep).nonzero().reshape(-1)[:missing], True)
         if not wanted:
             return self

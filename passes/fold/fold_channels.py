@@ -84,7 +84,10 @@ class FoldChannels(Pass):
             analysis = adapters.choose(analysis, markers, machine, self.gain)
         refusals = _refusals(analysis)
         outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
-        analysis = analysis.padded(outputs, self.round_to or machine.width, self.slack)
+        multiples = (
+            [self.round_to] if self.round_to else [machine.width, machine.width // 2]
+        )  # a tile, else half of one
+        analysis = analysis.padded(outputs, multiples, self.slack)
         rewrites = constants + _describe(analysis)
         if not rewrites:
             return _Round(program, [], refusals, [], False)

@@ -173,3 +173,19 @@ def test_tuning_for_a_gpu_needs_one() -> None:
     model, args = half(nn.Linear(64, 64), (torch.randn(64, 64),))
     with pytest.raises(BackendError, match="none is here"):
         thresher.compile(model, args, target="cuda:sm_90", verify="off", tune=Tune())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_half_precision_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    model, args = half(*ZOO[name](), dtype)
+    model, args = settle(model).cuda(), tuple(a.cuda() for a in args)
+    assert all(c.passed for c in thresher.compile(model, args).report.checks)
+
+
+@pytest.mark.gpu
+def test_tiles_are_measured_on_a_gpu() -> None:
+    model, args = half(nn.Sequential(nn.Linear(256, 2048), nn.GELU()).cuda(), (torch.randn(512, 256).cuda(),))
+    compiled = thresher.compile(model, args, tune=Tune(trials=4))
+    assert compiled.report.tuned[1] == 1 and all(c.passed for c in compiled.report.checks)

@@ -15,6 +15,7 @@ from test_cuda import bodies, compiled_code
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+import thresher
 from thresher.backends.tvm.kernels.flash_attention import Operand, Problem, source
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,11 +76,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         across, down = problem.grid
         text += (
             f'extern "C" void run{i}({bits} q, {bits} k, {bits} v, const {cell}* mask, unsigned short* out) {{\n'
-            f"  launch({across}, {down}, [=] {{ {problem.function}(q, k, v, mask, out, {numbers}); }});\n}}\n"
+            f"  emulated::launch({{{across}, {down}, 1}}, {{128, 1, 1}},\n"
+            f"                   [=] {{ {problem.function}(q, k, v, mask, out, {numbers}); }});\n}}\n"
         )
     (folder / "kernel.cpp").write_text(text)
     made = folder / "kernel.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{Path(__file__).parent}"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{Path(__file__).parent / 'emulation'}"]
     subprocess.run(["g++", *flags, "-o", made, folder / "kernel.cpp"], check=True)
     return ctypes.CDLL(str(made))
 
@@ -136,3 +138,16 @@ def test_before_these_instructions_attention_is_composed() -> None:
     args = tuple(torch.randn(2, 64, 64, dtype=torch.float16) for _ in range(3))
     assert "flash_attention" not in compiled_code(Attention(2, 32), args, "sm_75")
     assert "flash_attention" in compiled_code(Attention(2, 32), args, "sm_80")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [(64, torch.float16), (128, torch.bfloat16), (24, torch.float16)])
+def test_on_a_gpu(size: int, dtype: torch.dtype, causal: bool) -> None:
+    args = tuple(torch.randn(2, 197, 4 * size, dtype=dtype, device="cuda") for _ in range(3))
+    model = Attention(4, size, causal)
+    compiled = thresher.compile(model, args)
+    assert "flash_attention" in compiled.lowered.device_code()
+    wanted = model(*(a.double() for a in args))
+    unit = 2.0**-11 if dtype is torch.float16 else 2.0**-8
+    assert (compiled(*args).double() - wanted).abs().max() <= 2 * unit * args[2].double().abs().max()

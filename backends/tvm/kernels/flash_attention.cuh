@@ -2,7 +2,7 @@
 // them. Scores, softmax and the running sums of a row stay in registers; keys and values pass through shared memory, KEYS at a time.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA): a lane holds of a 16 x 8 result the columns 2 (lane % 4) and the next, in the rows
-// lane / 4 and 8 below. tests/backends/emulation.h defines the instructions for a CPU, where the tests run this very text.
+// lane / 4 and 8 below. tests/backends/emulation/emulation.h defines the instructions for a CPU, where the tests run this very text.
 
 namespace thresher {
 

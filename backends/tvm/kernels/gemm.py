@@ -21,6 +21,7 @@ from tvm.tirx import IndexMap
 from thresher.backends.tvm.kernels.machine import Machine
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
+LINE = 64  # bytes of a line of the cache
 SLICE = 512  # depth of a slice of a long sum
 SMALL = 1 << 16  # multiply-adds that are done before another thread has woken up
 
@@ -89,7 +90,10 @@ def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1,
     for t, tile in enumerate(tiles(m, n, depth, machine, line)[: 1 if limit == 1 else 6]):
         for w, cut in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
-            tasks = _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, machine)
+            shared = n * 4 % LINE != 0
+            tasks = (
+                _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, shared, machine)
+            )
             for i, task in enumerate(tasks[: 1 if limit == 1 else 4]):
                 found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, cut)))
     return [plan for *_, plan in sorted(found, key=lambda f: f[:3])[:limit]]
@@ -188,8 +192,13 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         last = _schedule_whole(sch, gemm, epilogue, tile, plan)
     else:
         last = _schedule_slices(sch, gemm, added, epilogue, tile, plan)
-    if n % tile.lanes:
+    if n % tile.lanes and n < tile.columns:
         return  # LLVM vectorises the loop with its condition; lanes with a condition each would run one at a time
+    if n % tile.lanes:  # only the last register of a row asks which of its columns there are: masked stores are slow
+        outer, last = sch.split(last, [None, tile.lanes])
+        sch.annotate(outer, "pragma_loop_partition_hint", 1)
+        sch.vectorize(last)
+        return
     if _extent(sch, last) > tile.lanes:
         _, last = sch.split(last, [None, tile.lanes])
     sch.vectorize(last)
@@ -271,10 +280,13 @@ def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
-def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
+def _whole_tasks(
+    row_tiles: int, column_tiles: int, tile: Tile, depth: int, shared: bool, machine: Machine
+) -> list[tuple[int, int]]:
     """(row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the threads.
 
-    The best for tasks of one column tile, then tasks that go over more of them for every row tile (they write whole rows).
+    The best for tasks of one column tile, then tasks that go over more of them for every row tile: they write whole rows, and come first
+    where rows begin anywhere in a line of the cache, so that column tiles ``shared`` lines.
     """
     fit = max(1, machine.cache // 2 // max(1, tile.rows * depth * 4))
 
@@ -292,7 +304,8 @@ def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, mach
         if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
     ]
     alone = [(row_tiles, column_tiles)] if row_tiles * column_tiles * tile.rows * tile.columns * depth <= SMALL else []
-    return list(dict.fromkeys([*alone, *one[:1], *wide, *one[1:]]))
+    first = [*wide, *one[:1]] if shared else [*one[:1], *wide]
+    return list(dict.fromkeys([*alone, *first, *one[1:]]))
 
 
 def whole(size: int, part: int) -> int:
