@@ -154,10 +154,10 @@ def test_unreadable_records_are_reported_and_left_out(tmp_path, monkeypatch) -> 
 
 
 class Rows(nn.Module):
-    """A reduction and a movement, which have no plans of ours."""
+    """A reduction, which has no plans of ours."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return nn.functional.softplus(x).amax(1), x.permute(2, 0, 1).contiguous()
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x).amax(1)
 
 
 def test_a_searched_schedule_is_recorded_used_and_right(monkeypatch) -> None:
@@ -168,11 +168,10 @@ def test_a_searched_schedule_is_recorded_used_and_right(monkeypatch) -> None:
     )
     x = torch.randn(4, 40, 30)
     thresher.compile(Rows(), (x,), target="cpu", tune=Tune(trials=2, search=4))
-    assert len(measured()) == 2 and all(r.plan.startswith(TRACE) for r in measured())
+    assert len(measured()) == 1 and measured()[0].plan.startswith(TRACE)
     compiled = thresher.compile(Rows(), (x,), target="cpu")
-    assert compiled.report.tuned == (2, 2)
-    for have, want in zip(compiled(x), Rows()(x)):
-        assert torch.allclose(have, want, atol=1e-6)
+    assert compiled.report.tuned == (1, 1)
+    assert torch.allclose(compiled(x), Rows()(x), atol=1e-6)
 
 
 def test_on_a_remote_device(monkeypatch) -> None:
