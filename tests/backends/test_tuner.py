@@ -73,7 +73,17 @@ def test_recorded_used_and_right(monkeypatch) -> None:
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
-def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        example(),
+        # rows that end within a register, of one tile and of several, of sums in one go and in slices
+        (nn.Linear(1536, 67).eval(), torch.randn(7, 1536)),
+        (nn.Sequential(nn.Conv2d(40, 37, 1), nn.ReLU(), nn.Conv2d(37, 19, 5)).eval(), torch.randn(1, 40, 9, 9)),
+    ],
+    ids=["families", "deep", "odd"],
+)
+def test_every_plan_of_every_kernel_is_right(model: nn.Module, x: Tensor, monkeypatch) -> None:
     """Each is built and computes what the operator does."""
     seen: list[str] = []
 
@@ -91,9 +101,8 @@ def test_every_plan_of_every_kernel_is_right(monkeypatch) -> None:
 
     quick(monkeypatch)
     monkeypatch.setattr(tuner.Bench, "measure", compare)
-    model, x = example()
     thresher.compile(model, (x,), target="cpu", tune=Tune(), library="never")
-    assert len(seen) >= 24
+    assert len(seen) >= 8 * sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
 
 
 def test_a_run_that_was_stopped_goes_on(monkeypatch) -> None:

@@ -192,9 +192,11 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         last = _schedule_whole(sch, gemm, epilogue, tile, plan)
     else:
         last = _schedule_slices(sch, gemm, added, epilogue, tile, plan)
-    if n % tile.lanes and n < tile.columns:
+    if n % tile.lanes and (n < tile.columns or added is not None):
         return  # LLVM vectorises the loop with its condition; lanes with a condition each would run one at a time
-    if n % tile.lanes:  # only the last register of a row asks which of its columns there are: masked stores are slow
+    if n % tile.lanes:
+        # Only the last register of a row asks which of its columns there are: masked stores are slow. TVM can part the loop only where
+        # its end depends on another one, the tile's number: a part of one fixed step gets an int32 among 64-bit indices.
         outer, last = sch.split(last, [None, tile.lanes])
         sch.annotate(outer, "pragma_loop_partition_hint", 1)
         sch.vectorize(last)
