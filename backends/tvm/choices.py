@@ -68,11 +68,11 @@ class Choices:
                     return plan
         return plans(1)[0]
 
-    def schedule(self, function: tirx.PrimFunc, blocks: set[str]) -> s_tir.Schedule | None:
+    def schedule(self, function: tirx.PrimFunc) -> s_tir.Schedule | None:
         """The schedule on record for a kernel that has no plans of ours."""
         if not self.searched:
             return None
-        workload = search.workload_of(function, blocks)
+        workload = search.workload_of(function)
         if self.search or workload in self.records:
             self.sites.setdefault(workload, Site(function, lambda limit: [Own()]))
         plan = self.records.get(workload, "")

@@ -15,6 +15,7 @@ from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.intrinsics import import_intrinsics
 from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, gemm, generic, rows, winograd
+from thresher.backends.tvm.kernels.blocks import block_names
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 
@@ -25,21 +26,8 @@ FUSABLE = {
     winograd.OUT,
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
-# CPU: indices stay 64 bits wide; from 32 LLVM makes no pointers, and computes each address in the innermost loop
-PLAIN: dict[str, Any] = {"disabled_pass": ["tirx.NarrowDataType"]}
-# CUDA: without storage rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md)
-GRAPHS: dict[str, Any] = {"config": {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}}
 STORAGE = "relax.memory.alloc_storage"
 ELEMENTWISE, INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 0, 2, 4, 8  # TVM's OpPatternKind
-
-
-def block_names(function: tirx.PrimFunc) -> set[str]:
-    """The names of the outer blocks of a kernel: how a kernel of ours is recognised after fusion. Empty for opaque functions."""
-    try:
-        schedule = s_tir.Schedule(function)
-        return {str(schedule.get(b).name_hint) for b in schedule.get_child_blocks(schedule.get_sblock("root"))}
-    except s_tir.ScheduleError:
-        return set()
 
 
 @tvm.transform.module_pass(opt_level=0, name="MarkKernels")
@@ -82,7 +70,7 @@ def schedule_kernels(mod: tvm.IRModule, machine: Machine, choices: Choices) -> t
         if not blocks or function.attrs.get("tirx.is_scheduled", False):
             continue
         own = family(blocks)
-        schedule = choices.schedule(function, blocks) if own is generic.schedule else None
+        schedule = choices.schedule(function) if own is generic.schedule else None
         if schedule is not None:
             scheduled[name] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
             continue
@@ -141,12 +129,23 @@ def build(
     mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices
 ) -> tuple[relax.VMExecutable, int]:
     """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values."""
-    context = PLAIN if machine is not None else GRAPHS
     plan, *rest = _stock(machine).finalize_passes(target)
     counted = CountStorage()
     finish = tvm.transform.Sequential([*_stock(machine).dataflow_lower_passes(target), plan, counted, *rest])
-    with target, tvm.transform.PassContext(opt_level=3, **context):
+    with target, context_of(machine):
         return tvm.compile(schedule(mod, target, machine, choices), target, relax_pipeline=finish), counted.bytes
+
+
+def context_of(machine: Machine | None) -> tvm.transform.PassContext:
+    """What TVM's passes are told.
+
+    CPU: indices stay 64 bits wide; from 32 LLVM makes no pointers, and computes each address in the innermost loop. CUDA: no storage
+    rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md).
+    """
+    if machine is not None:
+        return tvm.transform.PassContext(opt_level=3, disabled_pass=["tirx.NarrowDataType"])
+    config = {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}
+    return tvm.transform.PassContext(opt_level=3, config=config)
 
 
 def _stock(machine: Machine | None) -> Any:

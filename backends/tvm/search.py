@@ -23,15 +23,16 @@ from tvm import s_tir, tirx
 from tvm.ir.utils import derived_object
 
 from thresher.backends.tvm.intrinsics import import_intrinsics
+from thresher.backends.tvm.kernels.blocks import block_names
 
 KERNEL, TRACE = "kernel ", "MetaSchedule "  # how the workloads and the plans begin
 BATCH = 16  # schedules that are built and measured together
 
 
-def workload_of(function: tirx.PrimFunc, blocks: set[str]) -> str:
+def workload_of(function: tirx.PrimFunc) -> str:
     """The kernel by the names of its blocks and a hash of all that it computes."""
     plain = tirx.PrimFunc(function.params, function.body, function.ret_type)
-    return f"{KERNEL}{' '.join(sorted(blocks))} {tvm_ffi.structural_hash(plain, map_free_vars=True) & (2**64 - 1):016x}"
+    return f"{KERNEL}{' '.join(sorted(block_names(function)))} {tvm_ffi.structural_hash(plain, map_free_vars=True) & (2**64 - 1):016x}"
 
 
 def scheduled(function: tirx.PrimFunc, plan: str) -> s_tir.Schedule:

@@ -34,7 +34,7 @@ from thresher.backends.tvm import library, search
 from thresher.backends.tvm.choices import MOST, Choices, Site
 from thresher.backends.tvm.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.kernels.machine import Machine
-from thresher.backends.tvm.pipeline import build, schedule
+from thresher.backends.tvm.pipeline import build, context_of, schedule
 from thresher.bisect import isolate
 from thresher.errors import BackendError
 from thresher.program import Program, dtype_of, shape_of
@@ -133,10 +133,9 @@ class Bench:
         inputs = [_example(*kind) for kind in shapes]
         if workload.startswith(search.KERNEL):
             arguments = self.runner.sent([_example(*kind) for kind in kinds])
-            config = {} if self.machine is not None else {"tirx.disable_storage_rewrite": True}
 
             def compiled(module: tvm.IRModule) -> Any:
-                with self.target, tvm.transform.PassContext(opt_level=3, config=config):
+                with self.target, context_of(self.machine):
                     return tvm.compile(module, self.target)["main"]
 
             found = search.search(
@@ -144,9 +143,12 @@ class Bench:
             )
             plans = [*plans, *([found] if found else [])]
 
+        # plans are built in several threads, and TVM's schedules must not share a function: each has a copy, made before they start
+        text = tvm.ir.save_json(kernel)
+        modules = {plan: _module_of(tvm.ir.load_json(text), kinds) for plan in plans}
+
         def built(plan: str) -> Any:
-            choices = Choices({workload: plan})
-            return build(_module_of(kernel, kinds), self.target, self.machine, choices)[0], []
+            return build(modules[plan], self.target, self.machine, Choices({workload: plan}))[0], []
 
         return Candidates(plans, built, inputs)
 

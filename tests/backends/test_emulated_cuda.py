@@ -21,7 +21,7 @@ from thresher.backends.tvm.backend import resolve_target
 from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels.cuda import TILES
-from thresher.backends.tvm.pipeline import GRAPHS, fuse, schedule
+from thresher.backends.tvm.pipeline import context_of, fuse, schedule
 
 TARGET = resolve_target("cuda:sm_80")[0]
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')
@@ -43,7 +43,7 @@ def launches(function: tirx.PrimFunc) -> list[dict[str, int]]:
 
 def emulate(function: tirx.PrimFunc, folder: Path, values: dict[str, np.ndarray]) -> str:
     """Run a scheduled function on ``values`` by the names of its buffers; returns its code."""
-    with TARGET, tvm.transform.PassContext(opt_level=3, **GRAPHS):
+    with TARGET, context_of(None):
         code = (
             tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), TARGET)
             .mod.imports[0]

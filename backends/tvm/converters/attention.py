@@ -15,6 +15,7 @@ from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.registry import (
     R,
     aten,
+    before_swap,
     cast,
     cpu_kernel,
     result_dtype,
@@ -100,7 +101,7 @@ def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
         return attention_composed(importer, node)
     values, operands = [], []
     for given, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
-        source = before_heads(given)
+        source = before_swap(given, 1, 2) if len(shape_of(given)) == 4 else None  # stored as [B, L, H, E]
         values.append(value if source is None else importer.value(source))
         operands.append(flash_attention.Operand.of(shape, source is not None))
     mask, kind, place = call.mask_value(importer), "NONE", None
@@ -112,15 +113,6 @@ def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
     compute = partial(flash_attention.attention, problem)
     out = importer.emit_te("flash_attention", compute, *values, mask, scheduled=True)
     return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
-
-
-def before_heads(node: fx.Node) -> fx.Node | None:
-    """The [B, L, H, E] that ``node`` shows as [B, H, L, E]; None where it is something else."""
-    if len(shape_of(node)) == 4 and node.target is aten.transpose.int and {d % 4 for d in node.args[1:3]} == {1, 2}:
-        return node.args[0]
-    if node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]:
-        return node.args[0]
-    return None
 
 
 def attention_composed(importer: Importer, node: fx.Node) -> Any:

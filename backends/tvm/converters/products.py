@@ -15,6 +15,7 @@ from thresher.backends.tvm.converters.registry import (
     accumulator,
     add_bias,
     aten,
+    before_swap,
     cast,
     cpu_kernel,
     result_dtype,
@@ -65,7 +66,7 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
     if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.LEAST or shapes[1][-1] < batched.LEAST:
         return matmul(importer, node)
     *lead, m, n = sizes(node)
-    source, swapped = _before_transposition(b)
+    source = before_swap(b, -2, -1)
     machine, k = importer.cpu, shapes[0][-1]
     plan = importer.choose(node, lambda limit: batched.plans(m, n, k, math.prod(lead), machine, limit))
 
@@ -74,25 +75,13 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
             return x[(*_broadcast(i[:-2], shapes[0]), *i[-2:])]
 
         def right(*i: Any) -> Any:
-            last = (i[-1], i[-2]) if swapped else i[-2:]
+            last = i[-2:] if source is None else (i[-1], i[-2])
             return y[(*_broadcast(i[:-2], shapes[1]), *last)]
 
         packed = batched.pack(right, lead, n, k, plan.vectors * machine.lanes)
         return batched.product(left, packed, m, n, plan)
 
-    return importer.emit_te("matmul", compute, importer.value(a), importer.value(source))
-
-
-def _before_transposition(node: fx.Node) -> tuple[fx.Node, bool]:
-    """What ``node`` is the transposition (of the last two dimensions) of, and True; else itself."""
-    rank = len(shape_of(node))
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}:
-        return node.args[0], True
-    if node.target is aten.permute.default:
-        order = [d % rank for d in node.args[1]]
-        if order == [*range(rank - 2), rank - 1, rank - 2]:
-            return node.args[0], True
-    return node, False
+    return importer.emit_te("matmul", compute, importer.value(a), importer.value(b if source is None else source))
 
 
 def _broadcast(batch: Any, shape: list[int]) -> list[Any]:

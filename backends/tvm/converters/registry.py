@@ -86,6 +86,18 @@ def add_bias(importer: Importer, value: Any, bias: fx.Node | None) -> Any:
     return value if bias is None else importer.emit(R.add(value, importer.value(bias)))
 
 
+def before_swap(node: fx.Node, first: int, second: int) -> fx.Node | None:
+    """What ``node`` shows with these two dimensions exchanged; None where it is something else."""
+    order = list(range(len(shape_of(node))))
+    order[first], order[second] = order[second], order[first]
+    rank = len(order)
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:3]} == {first % rank, second % rank}:
+        return node.args[0]
+    if node.target is aten.permute.default and [d % rank for d in node.args[1]] == order:
+        return node.args[0]
+    return None
+
+
 def pad(x: te.Tensor, before: Sequence[int], after: Sequence[int], fill: float) -> te.Tensor:
     """``fill`` around ``x``."""
     padded = [d for d in range(len(x.shape)) if before[d] or after[d]]

@@ -71,8 +71,8 @@ def tiles(batch: int, m: int, n: int, k: int) -> list[Tile]:
     return sorted(TILES, key=cost)
 
 
-class TensorCores(GPUScheduleRule):
-    """Products and convolutions (as implicit products) of float16 and bfloat16, any size; ``choices`` chooses their tiles."""
+class Rule(GPUScheduleRule):
+    """A rule of ours: it is asked for kernels of GPUs only. ``choices`` chooses the plans."""
 
     def __init__(self, choices: Choices):
         super().__init__()
@@ -81,6 +81,17 @@ class TensorCores(GPUScheduleRule):
     def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
             return None
+        return self.scheduled(func, target)
+
+    def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+        """The kernel with its schedule; None: it is for another rule."""
+        raise NotImplementedError
+
+
+class TensorCores(Rule):
+    """Products and convolutions (as implicit products) of float16 and bfloat16, any size."""
+
+    def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         sch = s_tir.Schedule(func)
         blocks = get_reduction_blocks(sch, sch.get_child_blocks(get_root_block(sch)))
         if blocks is None or get_index_map(sch.get(blocks[0])) is None:
@@ -214,27 +225,17 @@ def _intrinsics(dtype: str, sums: str) -> dict[str, str]:
     return names
 
 
-class Searched(GPUScheduleRule):
+class Searched(Rule):
     """What a search found (``Tune(search=...)``) for kernels without tiles of ours."""
 
-    def __init__(self, choices: Choices):
-        super().__init__()
-        self.choices = choices
-
-    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
-        if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
-            return None
-        sch = s_tir.Schedule(func)
-        names = {str(sch.get(b).name_hint) for b in sch.get_child_blocks(get_root_block(sch))}
-        return self.choices.schedule(func, names)
+    def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
+        return self.choices.schedule(func)
 
 
-class SmallWindow(GPUScheduleRule):
+class SmallWindow(Rule):
     """Depthwise and grouped convolutions and pools: one thread per result. (dlight would give each a block of 256 threads.)"""
 
-    def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
-        if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
-            return None
+    def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         reductions = [b for b in normalize_prim_func(s_tir.Schedule(func)) or [] if b.is_reduction()]
         if len(reductions) != 1:
             return None
@@ -252,7 +253,7 @@ def rules(choices: Choices) -> list[Any]:
         Searched(choices),
         gpu.Matmul(),
         gpu.GEMV(),
-        SmallWindow(),
+        SmallWindow(choices),
         gpu.Reduction(),
         gpu.GeneralReduction(),
         gpu.Fallback(),

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares, whole
+from thresher.backends.tvm.kernels.gemm import LINE, inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.machine import Machine
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
 UNROLLED = 49  # taps; of larger windows only a row is unrolled
 STAGE = 48 << 10  # bytes of a staged copy up to which it costs nothing more
-LINE = 64  # bytes of a cache line
 SEQUENCE = 256  # pixels of a task where images are long and one pixel high
 
 
