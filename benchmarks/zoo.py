@@ -179,6 +179,11 @@ class Place:
             return {"gpu": torch.cuda.get_device_name()}
         return {"llvm": cpu_name(), "threads": torch.get_num_threads()}
 
+    def results(self) -> Path:
+        """The file of this machine's rows: those of machines are not comparable."""
+        machine = cpu_name() if self.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+        return Path(__file__).parent / "results" / f"zoo-{machine}.json"
+
 
 def peak_allocated(call: Callable) -> float:
     """Megabytes that a call holds at most, of those it takes from torch's allocator: intermediate values and results."""
@@ -268,14 +273,13 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="*", default=["float32"], choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--against", nargs="*", default=list(AGAINST), choices=list(AGAINST))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="default: results/zoo-DEVICE.json")
+    parser.add_argument("--output", type=Path, help="default: results/zoo-MACHINE.json")
     options = parser.parse_args()
-    output = options.output or Path(__file__).parent / "results" / f"zoo-{options.device}.json"
     rows = itertools.product(options.names, options.batches, options.amounts, options.dtypes)
     for name, batch, amount, dtype in rows:
         place = Place(options.device, dtype)
         row = measure(name, amount, batch, place, options.against, options.rounds)
-        write(output, row, place)
+        write(options.output or place.results(), row, place)
         ratios = "  ".join(f"{k} {v:.2f}x" for k, v in row["ratio"].items())
         taken = row["milliseconds"]["thresher"][1]
         print(

@@ -17,6 +17,7 @@ from thresher.backends.tvm.intrinsics import import_intrinsics
 from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.blocks import block_names
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.lowering import pipeline_of
 from thresher.errors import BackendError
 
 FUSABLE = {
@@ -132,18 +133,17 @@ def build(
     plan, *rest = _stock(machine).finalize_passes(target)
     counted = CountStorage()
     finish = tvm.transform.Sequential([*_stock(machine).dataflow_lower_passes(target), plan, counted, *rest])
+    lower = pipeline_of(machine)
     with target, context_of(machine):
-        return tvm.compile(schedule(mod, target, machine, choices), target, relax_pipeline=finish), counted.bytes
+        built = tvm.compile(schedule(mod, target, machine, choices), target, relax_pipeline=finish, tir_pipeline=lower)
+    return built, counted.bytes
 
 
 def context_of(machine: Machine | None) -> tvm.transform.PassContext:
-    """What TVM's passes are told.
-
-    CPU: indices stay 64 bits wide; from 32 LLVM makes no pointers, and computes each address in the innermost loop. CUDA: no storage
-    rewriting, which breaks the accumulators of products that sum in float32 (shared/design/tvm-cuda.md).
-    """
+    """What TVM's passes are told. CUDA: no storage rewriting, which breaks the accumulators of products that sum in float32
+    (shared/design/tvm-cuda.md)."""
     if machine is not None:
-        return tvm.transform.PassContext(opt_level=3, disabled_pass=["tirx.NarrowDataType"])
+        return tvm.transform.PassContext(opt_level=3)
     config = {"relax.backend.use_cuda_graph": True, "tirx.disable_storage_rewrite": True}
     return tvm.transform.PassContext(opt_level=3, config=config)
 

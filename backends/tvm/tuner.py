@@ -34,6 +34,7 @@ from thresher.backends.tvm import library, search
 from thresher.backends.tvm.choices import MOST, Choices, Site
 from thresher.backends.tvm.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.lowering import pipeline_of
 from thresher.backends.tvm.pipeline import build, context_of, schedule
 from thresher.bisect import isolate
 from thresher.errors import BackendError
@@ -136,7 +137,7 @@ class Bench:
 
             def compiled(module: tvm.IRModule) -> Any:
                 with self.target, context_of(self.machine):
-                    return tvm.compile(module, self.target)["main"]
+                    return tvm.compile(module, self.target, tir_pipeline=pipeline_of(self.machine))["main"]
 
             found = search.search(
                 kernel, self.target, self.options.search, compiled, lambda main: self.runner.seconds(main, arguments)

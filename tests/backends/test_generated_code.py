@@ -37,6 +37,17 @@ def test_no_element_decides_where_to_go(activation: nn.Module, channels: int) ->
     assert not any(c & set(re.findall(r"br i1 (%[\w.]+)", f)) for c, f in zip(compared, functions))
 
 
+@pytest.mark.parametrize("channels", [96, 67, 20])
+@pytest.mark.parametrize("grouped", [False, True], ids=["product", "depthwise"])
+def test_sums_are_in_registers(channels: int, grouped: bool) -> None:
+    """A tile's sums are on the stack, not in a buffer of the runtime's, which LLVM has to read and write each time; only the image that a
+    depthwise convolution stages is in one."""
+    layer = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels) if grouped else nn.Conv2d(16, channels, 1)
+    code = source(nn.Sequential(layer, nn.ReLU()), torch.randn(1, layer.in_channels, 14, 14), "ll")
+    product = next(f for f in code.split("\ndefine ") if "parallel_lambda" in f and re.search(r"fmul|fmuladd", f))
+    assert product.count("@__TVMBackendAllocWorkspace") == int(grouped)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_addresses_are_not_computed_in_the_innermost_loop(stride: int) -> None:
     """A 3x3 convolution whose tiles of rows lie across the lines of the image reads each row through a pointer."""

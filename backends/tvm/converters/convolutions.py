@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import fx
-from tvm import te, topi
+from tvm import relax, te, tirx, topi
 
 from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.registry import (
@@ -21,7 +21,6 @@ from thresher.backends.tvm.converters.registry import (
     aten,
     cast,
     cpu_kernel,
-    fits_kernels,
     ops,
     pad,
     result_dtype,
@@ -125,14 +124,15 @@ def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: li
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group of a convolution reads and writes: the channels from ``first`` on, for the output pixels ``out`` (batch first).
-    ``key`` names its weights."""
+    """Where a group of a convolution reads and writes: the channels from ``first`` on, for the output pixels ``out`` (batch first), the
+    first of which has its first tap at ``origin`` (default: the image's first pixel). ``key`` names its weights."""
 
     key: Any
     first: int
     out: Sequence[int]
     stride: Sequence[int]
     dilation: Sequence[int]
+    origin: Sequence[int] | None = None
 
 
 def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place, plan: gemm.Plan) -> Any:
@@ -145,12 +145,90 @@ def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place,
         def read(m: Any, *k: Any) -> Any:
             b, *pixel = gemm.unravel(m, place.out)
             *tap, c = k
-            at = [p * s + t * d for p, t, s, d in zip(pixel, tap, place.stride, place.dilation)]
+            origin = place.origin or [0] * len(tap)
+            at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, place.stride, place.dilation)]
             return image[(b, *at, place.first + c if place.first else c)]
 
         return gemm.product(read, w, (*taps, inputs), place.out, outputs, plan)
 
     return importer.emit_te("conv", compute, image, packed)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The outputs of a transposed convolution at one position modulo the stride, along one axis: those taps, of which the first reads the
+    input ``start`` pixels away and each further one ``step`` pixels more."""
+
+    taps: list[int]
+    start: int
+    step: int
+
+    @property
+    def last(self) -> int:
+        return self.start + (len(self.taps) - 1) * self.step
+
+
+def phases_of(taps: int, stride: int, padding: int, dilation: int) -> list[Phase]:
+    """out[stride j + q] = sum_t in[j + (q + padding - t dilation) / stride] w[t], over the taps t for which that is a whole number: for
+    every q an ordinary convolution."""
+    found = []
+    for q in range(stride):
+        reads = sorted(
+            ((q + padding - t * dilation) // stride, t)
+            for t in range(taps)
+            if (q + padding - t * dilation) % stride == 0
+        )
+        start = reads[0][0] if reads else 0
+        step = reads[1][0] - start if len(reads) > 1 else 1
+        found.append(Phase([t for _, t in reads], start, step))
+    return found
+
+
+@cpu_kernel(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
+def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Each position modulo the stride by an ordinary convolution with its taps, and the results side by side."""
+    x, weight, bias, stride, padding, _, groups, dilation = node.args
+    array, (batch, *out, outputs) = importer.array(weight), sizes(node)
+    per_in = array.shape[0] // groups
+    axes = [phases_of(*numbers) for numbers in zip(array.shape[2:], stride, padding, dilation)]
+    size = [-(-o // s) for o, s in zip(out, stride)]
+    before = [max(0, *(-phase.start for phase in axis)) for axis in axes]
+    after = [
+        max(0, *(count - have + phase.last for phase in axis))
+        for axis, count, have in zip(axes, size, shape_of(x)[1:-1])
+    ]
+    image = _padded(importer, importer.value(x), before, after)
+    parts = []
+    for position in itertools.product(*axes):
+        if not all(phase.taps for phase in position):
+            parts.append(relax.const(np.zeros((batch, *size, outputs), array.dtype)))
+            continue
+        own = array[(..., *np.ix_(*(phase.taps for phase in position)))]
+        origin = [phase.start + b for phase, b in zip(position, before)]
+        steps = [phase.step for phase in position]
+        of_groups = []
+        for group in range(groups):
+            kernel = np.ascontiguousarray(own[group * per_in : (group + 1) * per_in].swapaxes(0, 1))
+            key = (weight, group, tuple(origin), tuple(tuple(phase.taps) for phase in position))
+            place = Place(key, group * per_in, [batch, *size], [1] * len(size), steps, origin)
+            plan = importer.choose(node, partial(_plans_of_product, importer, [batch, *size], kernel.shape))
+            of_groups.append(_conv_group(importer, image, kernel, place, plan))
+        parts.append(of_groups[0] if groups == 1 else importer.emit(R.concat(of_groups, len(size) + 1)))
+
+    def side_by_side(*tensors: te.Tensor) -> te.Tensor:
+        def element(b: Any, *i: Any) -> Any:
+            *place, c = i
+            at = (b, *(p // s for p, s in zip(place, stride)), c)
+            value = tensors[-1][at]
+            for tensor, offsets in reversed(list(zip(tensors, itertools.product(*map(range, stride))))[:-1]):
+                here = te.all(*(p % s == o for p, s, o in zip(place, stride, offsets)))
+                value = tirx.if_then_else(here, tensor[at], value)
+            return value
+
+        return te.compute((batch, *out, outputs), element, name="side_by_side")
+
+    value = parts[0] if len(parts) == 1 and size == out else importer.emit_te("side_by_side", side_by_side, *parts)
+    return add_bias(importer, value, bias)
 
 
 @semantics(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
@@ -175,20 +253,12 @@ def conv_transpose(importer: Importer, node: fx.Node) -> Any:
         return topi.strided_slice(wide, begin, end)
 
     image = importer.emit_te("spread", spread, importer.value(x))
-    ours = importer.machine is not None and fits_kernels(node)
     parts = []
     for group in range(groups):
         kernel = np.ascontiguousarray(flipped[group].swapaxes(0, 1))
-        if ours:
-            out = sizes(node)[:-1]
-            place = Place((weight, group), group * width, out, [1] * rank, dilation)
-            plan = importer.choose(node, partial(_plans_of_product, importer, out, kernel.shape))
-            part = _conv_group(importer, image, kernel, place, plan)
-        else:
-            section = importer.emit(R.strided_slice(image, [rank + 1], [group * width], [(group + 1) * width]))
-            w = importer.weight(np.ascontiguousarray(np.moveaxis(kernel, 1, -1)), (weight, group))
-            part = importer.emit(_stock(rank)(section, w, dilation=dilation, **_layouts(rank)))
-        parts.append(part)
+        section = importer.emit(R.strided_slice(image, [rank + 1], [group * width], [(group + 1) * width]))
+        w = importer.weight(np.ascontiguousarray(np.moveaxis(kernel, 1, -1)), (weight, group))
+        parts.append(importer.emit(_stock(rank)(section, w, dilation=dilation, **_layouts(rank))))
     value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, rank + 1))
     return add_bias(importer, value, bias)
 

@@ -13,16 +13,22 @@ from typing import Any
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.kernels import elementwise
-from thresher.backends.tvm.kernels.gemm import register_product
-from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.gemm import register_product, whole
+from thresher.backends.tvm.kernels.machine import STACK, Machine
 
 PREFIX = "attention_"
-ROWS = 8
+ROWS = (8, 7, 6)  # that are computed together
 
 
 def columns_of(machine: Machine, size: int) -> int:
     """Columns of a product tile: two registers, or one where the row is short."""
     return machine.lanes * (2 if size > machine.lanes else 1)
+
+
+def rows_of(machine: Machine, rows: int) -> int:
+    """Rows of a tile: many, but their sums fit the stack, and few are computed beyond the last."""
+    fit = [r for r in ROWS if r * 2 * machine.lanes * 4 < STACK]
+    return min(fit, key=lambda r: whole(rows, r) * (1 + 0.02 * (ROWS[0] - r)))
 
 
 def attention(
@@ -33,7 +39,8 @@ def attention(
     length, out = int(k.shape[2]), int(v.shape[3])
     group = heads // int(k.shape[1])
     nr, nf = columns_of(machine, length), columns_of(machine, out)
-    full_rows, full_length, full_out = (-(-a // b) * b for a, b in ((rows, ROWS), (length, nr), (out, nf)))
+    tile = rows_of(machine, rows)
+    full_rows, full_length, full_out = (whole(a, b) for a, b in ((rows, tile), (length, nr), (out, nf)))
     low = tirx.const(-3.0e38, "float32")
 
     keys = te.compute(
@@ -126,7 +133,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
             loops = sch.get_loops(own[packed])
             sch.parallel(sch.fuse(*loops[:3]))
     b, h, i, f = sch.get_loops(last)
-    i, row = sch.split(i, [None, ROWS])
+    i, row = sch.split(i, [None, rows_of(machine, int(sch.get(i).extent))])
     width = int(sch.get(own["mixed"]).writes[0].source.shape[-1])
     columns = columns_of(machine, width)
     fo, fi = sch.split(f, [None, columns])
@@ -137,7 +144,6 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     register_product(sch, own["mixed"], machine.lanes)
     for name in ("inverse", "sum", "sum_parts", "weights", "top", "top_parts", "scores"):
         sch.compute_at(own[name], tile, preserve_unit_loops=True)
-    sch.set_scope(own["inverse"], 0, "local")
     for name in ("sum_parts", "top_parts"):
         *_, lane, part = sch.get_loops(own[name])
         sch.reorder(part, lane)

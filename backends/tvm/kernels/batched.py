@@ -15,6 +15,8 @@ from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.kernels.gemm import Tile, inline_epilogue, register_product, shares, tiles
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.lowering import PEEL
 
 PREFIX = "batched_"
 PACKED, SUMS = f"{PREFIX}packed", f"{PREFIX}sums"
@@ -91,9 +93,13 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.parallel(sch.fuse(b, i))
     sch.compute_at(sums, middle, preserve_unit_loops=True)
     register_product(sch, sums, machine.lanes)
-    if n % machine.lanes == 0:
-        _, lane = sch.split(column, [None, machine.lanes])
-        sch.vectorize(lane)
+    part = register_part(n, machine.lanes)
+    if not part and n > nr:
+        sch.annotate(j, PEEL, 1)
+    vector, lane = sch.split(column, [None, part or machine.lanes])
+    sch.vectorize(lane)
+    for loop in (row, vector):
+        sch.unroll(loop)
 
 
 def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: Machine) -> int:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.kernels.gemm import LINE, inline_epilogue, shares, whole
-from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares, whole
+from thresher.backends.tvm.kernels.machine import LINE, Machine
+from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.lowering import PEEL
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
 UNROLLED = 49  # taps; of larger windows only a row is unrolled
@@ -92,11 +94,12 @@ def tasks(
     """
     batch, height, width = out
     lanes, registers = machine.lanes, -(-channels // machine.lanes)
+    even = bool(register_part(channels, lanes))  # else a task takes all channels, and knows where they end
     found = []
     steps = sorted((7, 6, 5, 4, 3, 2, 1), key=lambda p: whole(width, p) * (1 + 0.5 / p))
     for place, step in enumerate(steps[: 1 if limit == 1 else 3]):
         across = whole(width if height > 1 or width <= SEQUENCE else SEQUENCE, step)
-        for part in (d for d in range(1, registers + 1) if registers % d == 0):
+        for part in (d for d in range(1, registers + 1) if registers % d == 0 and (even or d == registers)):
             for rows in shares(height):
                 read_rows = window.extent(rows, taps[0], 0)
                 read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
@@ -126,8 +129,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.parallel(start)
     sch.compute_at(conv, register, preserve_unit_loops=True)
     sch.compute_at(staged, start, preserve_unit_loops=True)
-    _copy(sch, staged, machine)
-    sch.set_scope(conv, 0, "local")
+    _copy(sch, staged, channels, machine.lanes)
     *spatial, i, j = sch.get_loops(conv)
     inner = spatial[-2:]
     sch.reorder(i, j, *inner)
@@ -138,13 +140,20 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.unroll(row)
     sch.vectorize(lanes)
     sch.unroll(pixel)
-    if channels % machine.lanes == 0:
-        sch.vectorize(lane)
+    if part := register_part(channels, machine.lanes):
+        within, lane = sch.split(lane, [None, part])
+        sch.unroll(within)
+    elif channels > machine.lanes:
+        sch.annotate(register, PEEL, 1)
+    sch.vectorize(lane)
 
 
-def _copy(sch: s_tir.Schedule, staged: Any, machine: Machine) -> None:
+def _copy(sch: s_tir.Schedule, staged: Any, channels: int, lanes: int) -> None:
     """The columns of zeros get loops of their own, so that the pixels between them are copied without a condition."""
     *_, column, channel = sch.get_loops(staged)
     sch.annotate(column, "pragma_loop_partition_hint", 1)
-    _, lane = sch.split(channel, [None, machine.lanes])
+    part = register_part(channels, lanes)
+    register, lane = sch.split(channel, [None, part or lanes])
+    if not part and channels > lanes:
+        sch.annotate(register, PEEL, 1)
     sch.vectorize(lane)

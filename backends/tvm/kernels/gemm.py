@@ -19,9 +19,10 @@ from tvm import s_tir, te
 from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.lowering import PEEL
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
-LINE = 64  # bytes of a line of the cache
 SLICE = 512  # depth of a slice of a long sum
 SMALL = 1 << 16  # multiply-adds that are done before another thread has woken up
 
@@ -90,10 +91,7 @@ def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1,
     for t, tile in enumerate(tiles(m, n, depth, machine, line)[: 1 if limit == 1 else 6]):
         for w, cut in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
-            shared = n * 4 % LINE != 0
-            tasks = (
-                _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, shared, machine)
-            )
+            tasks = _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, machine)
             for i, task in enumerate(tasks[: 1 if limit == 1 else 4]):
                 found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, cut)))
     return [plan for *_, plan in sorted(found, key=lambda f: f[:3])[:limit]]
@@ -189,34 +187,36 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     plan = Plan(rows, vectors, row_tiles, column_tiles, bool(sliced))
     tile = plan.tile(machine)
     if added is None:
-        last = _schedule_whole(sch, gemm, epilogue, tile, plan)
-    else:
-        last = _schedule_slices(sch, gemm, added, epilogue, tile, plan)
-    if n % tile.lanes and (n < tile.columns or added is not None):
-        return  # LLVM vectorises the loop with its condition; lanes with a condition each would run one at a time
-    if n % tile.lanes:
-        # Only the last register of a row asks which of its columns there are: masked stores are slow. TVM can part the loop only where
-        # its end depends on another one, the tile's number: a part of one fixed step gets an int32 among 64-bit indices.
-        outer, last = sch.split(last, [None, tile.lanes])
-        sch.annotate(outer, "pragma_loop_partition_hint", 1)
-        sch.vectorize(last)
+        _schedule_whole(sch, gemm, epilogue, tile, plan)
         return
-    if _extent(sch, last) > tile.lanes:
-        _, last = sch.split(last, [None, tile.lanes])
-    sch.vectorize(last)
+    last = _schedule_slices(sch, gemm, added, epilogue, tile, plan)
+    if part := register_part(n, tile.lanes):  # else LLVM vectorises the loop with its condition
+        _, last = sch.split(last, [None, part])
+        sch.vectorize(last)
 
 
-def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, plan: Plan) -> Any:
-    """The sum of a tile is complete in one go; returns the epilogue's column loop."""
+def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, plan: Plan) -> None:
+    """The sum of a tile is complete in one go, and the epilogue takes it from the registers."""
+    n = _extent(sch, sch.get_loops(epilogue)[-1])
     i, j, *k = sch.get_loops(gemm)
     outer, middle, rows = sch.split(i, [None, plan.row_tiles, tile.rows])
     blocks, column, vectors, lanes = sch.split(j, [None, plan.column_tiles, tile.vectors, tile.lanes])
     sch.reorder(outer, blocks, middle, column, *k, rows, vectors, lanes)
-    sch.set_scope(gemm, 0, "local")
+    all_columns = _extent(sch, blocks) == 1  # then the end of a row is known where the last tile is code of its own
+    if all_columns and n % tile.columns and _extent(sch, column) > 1:
+        sch.annotate(column, PEEL, 1)
     sch.parallel(sch.fuse(outer, blocks))
     sch.reverse_compute_at(epilogue, column)
     _registers(sch, gemm, k, (rows, vectors, lanes))
-    return sch.get_loops(epilogue)[-1]
+    *_, row, last = sch.get_loops(epilogue)
+    part = register_part(n, tile.lanes)
+    vector, lane = sch.split(last, [None, part or tile.lanes])
+    if part or all_columns:
+        sch.unroll(row)
+        sch.unroll(vector)
+    else:  # only the last register of a row asks which of its columns there are (LoopPartition needs an end that is no constant)
+        sch.annotate(vector, "pragma_loop_partition_hint", 1)
+    sch.vectorize(lane)
 
 
 def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, tile: Tile, plan: Plan) -> Any:
@@ -229,7 +229,6 @@ def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, 
     sch.parallel(task)
     sch.reverse_compute_at(epilogue, task)
     sch.compute_at(gemm, middle, preserve_unit_loops=True)
-    sch.set_scope(gemm, 0, "local")
     count = sum(int(v.iter_type) == 2 for v in sch.get(gemm).iter_vars)
     *_, gi, gj = sch.get_loops(gemm)[:-count]
     k = sch.get_loops(gemm)[-count:]
@@ -263,7 +262,6 @@ def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, An
 def register_product(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
     """The innermost loops (row, column, k) of a product as a tile of sums in registers, a few steps of k unrolled; for products that are
     computed at the place where their tile is used."""
-    sch.set_scope(block, 0, "local")
     *_, row, column, k = sch.get_loops(block)
     vector, lane = sch.split(column, [None, lanes])
     size = _extent(sch, k)
@@ -282,13 +280,11 @@ def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
-def _whole_tasks(
-    row_tiles: int, column_tiles: int, tile: Tile, depth: int, shared: bool, machine: Machine
-) -> list[tuple[int, int]]:
+def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
     """(row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the threads.
 
-    The best for tasks of one column tile, then tasks that go over more of them for every row tile: they write whole rows, and come first
-    where rows begin anywhere in a line of the cache, so that column tiles ``shared`` lines.
+    First tasks that go over all column tiles for every row tile, where the weight fits the cache: they write whole rows, read A once, and
+    know where a row ends. Then tasks of one column tile.
     """
     fit = max(1, machine.cache // 2 // max(1, tile.rows * depth * 4))
 
@@ -306,8 +302,7 @@ def _whole_tasks(
         if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
     ]
     alone = [(row_tiles, column_tiles)] if row_tiles * column_tiles * tile.rows * tile.columns * depth <= SMALL else []
-    first = [*wide, *one[:1]] if shared else [*one[:1], *wide]
-    return list(dict.fromkeys([*alone, *first, *one[1:]]))
+    return list(dict.fromkeys([*alone, *wide, *one]))
 
 
 def whole(size: int, part: int) -> int:

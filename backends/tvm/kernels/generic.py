@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import s_tir
+from tvm import s_tir, sym, tirx
 from tvm.s_tir.schedule import ScheduleError
 
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.registers import register_part, vectorise
 
 BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
+TRANSPOSED = 32  # neighbouring results that are computed together where what they need lies in lines across
+MOST = 8  # registers of sums
 SMALL = 4096  # fewer elements than this are not worth waking the other threads
 
 
@@ -47,14 +50,56 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
     if reduction:
         _schedule_reduction(sch, block, spatial, reduction, total, machine)
     elif total >= SMALL and len(spatial) > 1:
-        size = sch.get(spatial[-1]).extent
-        short = hasattr(size, "value") and int(size) < machine.lanes and len(spatial) > 2
-        outer = spatial[
-            : -2 if short else -1
-        ]  # one index to take apart for a few elements would cost more than they do
-        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+        _schedule_elements(sch, block, spatial, machine)
     elif total >= SMALL:
         _parallel_flat(sch, spatial[0], machine)
+
+
+def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: Machine) -> None:
+    """The outer loops over the threads, the innermost in registers. What is read across it is read a cache line at a time."""
+    size = sch.get(loops[-1]).extent
+    known = hasattr(size, "value")
+    across = _read_across(sch, block)
+    if across is not None and known:
+        step, inner = sch.split(loops[-1], [None, min(int(size), TRANSPOSED)])
+        outer = [loop for i, loop in enumerate(loops[:-1]) if i != across]
+        sch.reorder(*outer, step, loops[across], inner)
+        sch.parallel(sch.fuse(*outer, step))
+        return
+    short = known and int(size) < machine.lanes and len(loops) > 2
+    outer = loops[: -2 if short else -1]  # one index to take apart for a few elements would cost more than they do
+    sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+    if known and _reads_along(sch, block):
+        vectorise(sch, loops[-1], machine.lanes)
+
+
+def _reads_along(sch: s_tir.Schedule, block: Any) -> bool:
+    """Whether everything that is read either lies along the last spatial loop, in its order, or is the same for all of it."""
+    *_, last = [v.var for v in sch.get(block).iter_vars if int(v.iter_type) == 0]
+    analyzer = sym.Analyzer()
+
+    def along(region: Any) -> bool:
+        *others, inner = [r.min for r in region]
+        step = inner if _without(inner, last) else analyzer.simplify(inner - last)
+        return all(_without(index, last) for index in (*others, step))
+
+    return all(along(read.region) for read in sch.get(block).reads if read.region)
+
+
+def _read_across(sch: s_tir.Schedule, block: Any) -> int | None:
+    """The number of the loop along which lies what is read, where that is not the last one; None: nothing is, or in parts."""
+    *others, last = [v.var for v in sch.get(block).iter_vars]
+    for read in sch.get(block).reads:
+        if read.region and not _without(read.region[-1].min, *others) and _without(read.region[-1].min, last):
+            found = [i for i, var in enumerate(others) if read.region[-1].min.same_as(var)]
+            if found and not all(_without(r.min, last) for r in read.region):
+                return found[0]
+    return None
+
+
+def _without(expression: Any, *variables: tirx.Var) -> bool:
+    """Whether none of the variables is in the expression."""
+    return not set(variables) & set(tirx.analysis.undefined_vars(tirx.Evaluate(expression), []))
 
 
 def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: Machine) -> None:
@@ -74,7 +119,7 @@ def _schedule_reduction(
         sch.decompose_reduction(block, reduction[0])
         return
     if len(spatial) > 1 and not _reduces_rows(sch, block):
-        if width := _row_in_registers(sch, spatial[-1], machine):
+        if _reads_along(sch, block) and (width := _row_in_registers(sch, spatial[-1], machine)):
             _schedule_row(sch, block, len(reduction), width, total, machine)
             return
         *outer, inner = spatial
@@ -91,31 +136,35 @@ def _schedule_reduction(
 
 def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: Machine) -> None:
     """``width`` neighbouring results are summed in registers, over the ``reduced`` innermost loops of the block."""
-    result = sch.cache_write(block, 0, "local")
+    result = sch.cache_write(block, 0, "global")
     *outer, column = sch.get_loops(result)
     part, row = sch.split(column, [None, width])
     task = sch.fuse(*outer, part)
     if total >= SMALL:
         sch.parallel(task)
-    sch.compute_at(block, task)
+    sch.compute_at(block, task, preserve_unit_loops=True)
     *_, column = sch.get_loops(block)[:-reduced]
     steps = sch.get_loops(block)[-reduced:]
-    register, lane = sch.split(column, [None, machine.lanes])
+    register, lane = vectorise(sch, column, machine.lanes)
     sch.reorder(*steps, register, lane)
-    sch.vectorize(lane)
     sch.unroll(register)
     sch.decompose_reduction(block, steps[0])
-    register, lane = sch.split(row, [None, machine.lanes])
-    sch.unroll(register)
-    sch.vectorize(lane)
+    sch.unroll(vectorise(sch, row, machine.lanes)[0])
 
 
 def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: Machine) -> int:
-    """How many neighbouring results keep their sums in registers: whole registers that divide the row; 0: the row has no such part."""
+    """How many neighbouring results keep their sums in registers: a whole number of registers, or parts of them, that divides the row, or
+    a row that is short; 0: the row has no such part."""
     size = sch.get(loop).extent
-    if not hasattr(size, "value") or int(size) % machine.lanes:
+    if not hasattr(size, "value"):
         return 0
-    return next(machine.lanes * r for r in (8, 7, 6, 5, 4, 3, 2, 1) if int(size) % (machine.lanes * r) == 0)
+    part, size = register_part(int(size), machine.lanes), int(size)
+    most = MOST * machine.lanes
+    return (
+        next((part * r for r in range(most // part, 0, -1) if size % (part * r) == 0), 0)
+        if part
+        else size * (size <= most)
+    )
 
 
 def _reduces_rows(sch: s_tir.Schedule, block: Any) -> bool:

@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+LINE = 64  # bytes of a line of the cache
+STACK = 1024  # bytes: smaller buffers within a kernel are on the stack, where LLVM can keep them in registers
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -19,8 +22,8 @@ class Machine:
 
     @property
     def accumulators(self) -> int:
-        """Registers a tile may use for its sums: two or more stay free for operands."""
-        return 12 if self.registers == 16 else 26
+        """Registers a tile may use for its sums: two or more stay free for operands, and their buffer is on the stack."""
+        return min(12 if self.registers == 16 else 26, (STACK - 1) // (4 * self.lanes))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.kernels import elementwise
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.registers import vectorise
 
 LANES = 16
 PREFIX = "row_"  # blocks of these kernels
@@ -109,7 +110,6 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     stages = [b for b, name in zip(blocks[:-1], names[:-1]) if name.startswith(PREFIX)]
     for block in reversed(stages):
         sch.compute_at(block, row, preserve_unit_loops=True)
-        sch.set_scope(block, 0, "local")
     for block, name in zip(blocks[:-1], names[:-1]):
         if name.startswith(PREFIX) and name.endswith("_parts"):
             *_, lane, k = sch.get_loops(block)
@@ -118,13 +118,4 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
             start = sch.decompose_reduction(block, k)
             sch.vectorize(sch.get_loops(start)[-1])
     for block in [*(b for b, name in zip(blocks, names) if name == f"{PREFIX}exp" and b is not last), last]:
-        _vectorise_last(sch, block, machine.lanes)
-
-
-def _vectorise_last(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
-    loop = sch.get_loops(block)[-1]
-    extent = int(sch.get(loop).extent)
-    if extent % lanes == 0 and extent > lanes:
-        _, loop = sch.split(loop, [None, lanes])
-    if extent % lanes == 0:
-        sch.vectorize(loop)
+        vectorise(sch, sch.get_loops(block)[-1], machine.lanes)

@@ -19,6 +19,8 @@ from tvm import s_tir, te, tirx
 from thresher.backends.tvm.kernels import batched
 from thresher.backends.tvm.kernels.gemm import inline_epilogue, whole
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.lowering import PEEL
 
 PREFIX = "winograd_"
 ROWS, INPUT, COLUMNS, OUT = (f"{PREFIX}{stage}" for stage in ("rows", "input", "columns", "out"))
@@ -172,16 +174,18 @@ def plans(
     """
     direct = tiling_of(2)
     pixels = direct.batch * direct.height * direct.width
-    if machine.lanes < 8 or min(channels, outputs) < machine.lanes:
+    if machine.lanes < 8:
         return [], False
-    convolution = _product_seconds(pixels, 9 * channels, outputs, 1, machine)
+    convolution = _product_seconds(pixels, 9 * channels, whole(outputs, machine.lanes), 1, machine)
     channels, outputs = (whole(size, machine.lanes) for size in (channels, outputs))
     costs = {}
     for m in (2, 4):
         tiling = tiling_of(m)
-        moved = 4 * (pixels * (channels + outputs) + 2 * tiling.products * tiling.count * (channels + outputs))
+        between = tiling.products * tiling.count
+        moved = 4 * (pixels + 2 * between) * (channels + outputs)
+        speed = MOVED[4 * between * max(channels, outputs) > machine.cache * machine.threads]
         cost = _product_seconds(tiling.count, channels, outputs, tiling.products, machine)
-        costs[m] = cost + moved / (MOVED * machine.threads) + STAGES
+        costs[m] = cost + moved / (speed * machine.threads) + STAGES
     order = [4, 2] if costs[4] < 0.9 * costs[2] else [2, 4]
     found = []
     for place, m in enumerate(order):
@@ -193,7 +197,7 @@ def plans(
     return [plan for _, plan in found[:limit]], faster
 
 
-MOVED = 1.2e10  # bytes a thread moves in a second between the stages (they stay in the shared cache)
+MOVED = (3e10, 2e10)  # bytes a thread moves in a second between the stages, where they fit the L2 caches, and where not
 STREAMED = 1.4e10  # bytes of weights that all threads together read in a second
 STAGES = 2e-5  # seconds that two more parallel stages cost
 RATE = 7.5e9  # multiply-adds per lane and second of the packed product, per thread, with enough rows
@@ -217,7 +221,7 @@ def schedule_input(sch: s_tir.Schedule, machine: Machine) -> None:
     c, lane = sch.split(c, [None, machine.lanes])
     sch.reorder(p, c, x, y, lane)
     sch.parallel(p)
-    _on_tile(sch, rows, c, (x, y), lane)
+    _on_tile(sch, rows, x, (x, y), lane)
 
 
 def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
@@ -238,15 +242,21 @@ def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
     sch.reorder(b, y, x, n, row, column, lane)
     sch.parallel(sch.fuse(b, y, x))
     if cropped:  # whole registers are computed, what there is of them is stored
-        sch.set_scope(own, 0, "local")
-        sch.reverse_compute_at(epilogue, n)
-    _on_tile(sch, columns, n, (row, column), lane)
+        sch.reverse_compute_at(epilogue, row)
+        *_, beside, stored = sch.get_loops(epilogue)
+        part = register_part(int(sch.get(epilogue).writes[0].source.shape[-1]), machine.lanes)
+        if not part and full > machine.lanes:
+            sch.annotate(n, PEEL, 1)
+        within, stored = sch.split(stored, [None, part or machine.lanes])
+        sch.vectorize(stored)
+        for loop in (beside, within):
+            sch.unroll(loop)
+    _on_tile(sch, columns, row, (row, column), lane)
 
 
 def _on_tile(sch: s_tir.Schedule, first: Any, at: Any, tile: tuple[Any, Any], lane: Any) -> None:
     """The first of two one-dimensional transforms in registers at ``at``, all loops over the tile unrolled."""
     sch.compute_at(first, at, preserve_unit_loops=True)
-    sch.set_scope(first, 0, "local")
     *_, i, j, inner = sch.get_loops(first)
     for loop in (i, j, *tile):
         sch.unroll(loop)
