@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,14 @@ import tvm
 from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.importer import Importer, architecture
-from thresher.backends.tvm.kernels.machine import Machine, cpu_name, machine_of, missing_features
+from thresher.backends.tvm.kernels.machine import (
+    Machine,
+    cpu_name,
+    llvm_target,
+    machine_of,
+    missing_features,
+    triple_of,
+)
 from thresher.backends.tvm.pipeline import build
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
 from thresher.backends.tvm.tuner import tune
@@ -71,7 +79,7 @@ class TVMLowered(Lowered):
         return "\n".join(m.inspect_source() for m in host.imports)
 
     def save(self, directory: Path) -> dict[str, Any]:
-        self.executable.export_library(str(directory / LIBRARY))
+        self.executable.export_library(str(directory / LIBRARY), fcompile=_linker(self.cpu))
         return {
             "device": self.device,
             "cpu": self.cpu,
@@ -79,6 +87,18 @@ class TVMLowered(Lowered):
             "library": self.library,
             "weight_dtypes": write_weights(directory / WEIGHTS, self.weights),
         }
+
+
+def _linker(cpu: str) -> Any:
+    """What makes a shared library for a CPU (None: this machine's compiler)."""
+    if not (triple := triple_of(cpu)):
+        return None
+    compiler = f"{triple}-g++"
+    if shutil.which(compiler) is None:
+        raise BackendError(
+            f"saving code for {cpu!r} here needs the compiler {compiler}, which is not found (Debian: g++-{triple.replace('_', '-')})"
+        )
+    return tvm.support.cc.cross_compiler(compiler)
 
 
 class TVMBackend(Backend):
@@ -130,8 +150,12 @@ def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]
     kind, _, detail = target.partition(":")
     if kind == "cpu":
         cpu = detail or cpu_name()
+        if triple_of(cpu) is None:
+            raise BackendError(
+                f"unknown CPU in target {target!r}: give the name LLVM has for it, for instance cpu:x86-64-v3 or cpu:neoverse-n1"
+            )
         machine = machine_of(cpu)
-        return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": machine.threads}), machine, cpu
+        return llvm_target(cpu, **{"num-cores": machine.threads}), machine, cpu
     if kind == "cuda" and re.fullmatch(r"sm_\d+a?", detail):
         host = {"kind": "llvm", "mcpu": "x86-64-v3"}
         device = {

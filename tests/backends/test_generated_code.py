@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 import thresher
+from thresher.errors import BackendError
+
+FUSED = r"\bvfmadd\w*|\bfmla\b"
 
 
-def source(model: nn.Module, x: torch.Tensor, kind: str) -> str:
+def source(model: nn.Module, x: torch.Tensor, kind: str, target: str = "cpu") -> str:
     """The LLVM IR (``ll``) or the assembly (``s``) of a model's kernels."""
-    compiled = thresher.compile(model.eval(), (x,), target="cpu", validate="off", verify="off", strict_rounding=True)
+    compiled = thresher.compile(model.eval(), (x,), target=target, validate="off", verify="off", strict_rounding=True)
 
     def llvm(module: Any) -> Any:
         return next((i for i in module.imports if i.kind == "llvm"), None) or llvm(module.imports[0])
@@ -52,6 +56,33 @@ def test_sums_are_in_registers(channels: int, grouped: bool) -> None:
 def test_addresses_are_not_computed_in_the_innermost_loop(stride: int) -> None:
     """A 3x3 convolution whose tiles of rows lie across the lines of the image reads each row through a pointer."""
     code = source(nn.Conv2d(48, 144, 3, stride, 1), torch.randn(1, 48, 28 * stride, 28 * stride), "s")
-    hottest = max(re.split(r"\n\.L\w+:", code), key=lambda block: len(re.findall(r"\bvfmadd|\bfmla", block)))
-    assert len(re.findall(r"\bvfmadd|\bfmla", hottest)) >= 32
+    hottest = max(re.split(r"\n\.L\w+:", code), key=lambda block: len(re.findall(FUSED, block)))
+    assert len(re.findall(FUSED, hottest)) >= 32
     assert not re.findall(r"\bmovslq|\bvpextr|\bcltq|\bsxtw", hottest)
+
+
+@pytest.mark.parametrize("cpu", ["neoverse-n1", "x86-64-v3", "x86-64-v4"])
+def test_other_cpus_use_their_vectors(cpu: str) -> None:
+    """The innermost loop multiplies and adds in the registers of the processor it is for, and leaves none of them."""
+    code = source(nn.Conv2d(48, 96, 3, 1, 1), torch.randn(1, 48, 28, 28), "s", f"cpu:{cpu}")
+    blocks = re.split(r"\n\.L\w+:|\n\s+(?:j\w+|b\.\w+)\s", code)  # between labels and jumps
+    hottest = max(blocks, key=lambda block: len(re.findall(FUSED, block)))
+    register = {"neoverse-n1": r"v\d+\.4s", "x86-64-v3": r"%ymm", "x86-64-v4": r"%zmm"}[cpu]
+    assert len(re.findall(rf"(?:{FUSED}).*{register}", hottest)) >= 24
+    stored = [
+        line for line in hottest.splitlines() if re.search(rf"\b(?:st[rp]\s+q|vmov[au]ps\s+{register}\d+, )", line)
+    ]
+    assert not stored
+
+
+def test_unknown_cpus_are_named() -> None:
+    with pytest.raises(BackendError, match="unknown CPU in target 'cpu:frobnicator'"):
+        source(nn.Conv2d(8, 8, 1), torch.randn(1, 8, 4, 4), "s", "cpu:frobnicator")
+
+
+def test_saving_for_another_architecture_names_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = thresher.compile(nn.Conv2d(8, 8, 1).eval(), (torch.randn(1, 8, 4, 4),), target="cpu:neoverse-n1")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(BackendError, match=r"needs the compiler aarch64-linux-gnu-g\+\+"):
+        compiled.save(tmp_path / "model.thresher")
+    assert not list(tmp_path.iterdir())

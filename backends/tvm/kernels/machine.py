@@ -6,8 +6,25 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LINE = 64  # bytes of a line of the cache
+INSTRUCTIONS = (
+    "sse",
+    "ssse",
+    "avx",
+    "fma",
+    "f16c",
+    "bmi",
+    "lzcnt",
+    "movbe",
+    "popcnt",
+    "neon",
+    "sve",
+    "fullfp16",
+    "dotprod",
+)
+FOREIGN = ("aarch64-linux-gnu", "x86_64-linux-gnu")  # architectures that code is built for on others
 STACK = 1024  # bytes: smaller buffers within a kernel are on the stack, where LLVM can keep them in registers
 
 
@@ -35,21 +52,36 @@ def cpu_name() -> str:
 
 
 @functools.cache
-def features(cpu: str) -> frozenset[str]:
-    """The vector instruction sets an LLVM CPU name stands for, from LLVM's own table."""
+def triple_of(cpu: str) -> str | None:
+    """The LLVM triple of the architecture that has a CPU of this name; empty: this machine's; None: none that code can be built for."""
     import tvm
 
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
-    has = tvm.get_global_func("target.target_has_feature")
-    return frozenset(
-        f
-        for f in ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512vnni", "avx512bf16", "neon")
-        if has(f, target)
-    )
+    names = tvm.get_global_func("target.llvm_get_cpu_archlist")
+    return next((t for t in ("", *FOREIGN) if cpu in names(tvm.target.Target(_description(t)))), None)
+
+
+def _description(triple: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "llvm", **({"mtriple": triple} if triple else {}), **more}
+
+
+def llvm_target(cpu: str, **more: Any) -> Any:
+    """TVM's target for an LLVM CPU name."""
+    import tvm
+
+    return tvm.target.Target(_description(triple_of(cpu) or "", mcpu=cpu, **more))
+
+
+@functools.cache
+def features(cpu: str) -> frozenset[str]:
+    """The instruction sets an LLVM CPU name stands for that LLVM uses without being asked, from its own table."""
+    import tvm
+
+    found = tvm.get_global_func("target.llvm_get_cpu_features")(llvm_target(cpu))
+    return frozenset(str(name) for name in found if str(name).startswith(INSTRUCTIONS))
 
 
 def missing_features(cpu: str) -> list[str]:
-    """Vector instruction sets that code for ``cpu`` uses and this processor has not."""
+    """Instruction sets that code for ``cpu`` may use and this processor has not."""
     return sorted(features(cpu) - features(cpu_name())) if cpu else []
 
 
