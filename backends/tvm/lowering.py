@@ -61,8 +61,9 @@ def _shortened(loop: tirx.For) -> tirx.Stmt:
         if 0 < size < int(loop.extent):
             for term in rest:
                 value = tirx.if_then_else(term, value, other)
-            parts = [(0, size, value), (size, int(loop.extent) - size, other)]
-            return tirx.SeqStmt([_lanes(lane, *p, tirx.BufferStore(body.buffer, v, body.indices)) for *p, v in parts])
+            first = _lanes(lane, 0, size, tirx.BufferStore(body.buffer, value, body.indices))
+            others = tirx.BufferStore(body.buffer, other, body.indices)
+            return tirx.SeqStmt([first, _lanes(lane, size, int(loop.extent) - size, others)])
     return loop
 
 

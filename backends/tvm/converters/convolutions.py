@@ -203,7 +203,7 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         if not all(phase.taps for phase in position):
             parts.append(relax.const(np.zeros((batch, *size, outputs), array.dtype)))
             continue
-        own = array[(..., *np.ix_(*(phase.taps for phase in position)))]
+        own = array[np.ix_(*map(range, array.shape[:2]), *(phase.taps for phase in position))]
         origin = [phase.start + b for phase, b in zip(position, before)]
         steps = [phase.step for phase in position]
         of_groups = []
