@@ -197,7 +197,7 @@ def plans(
     return [plan for _, plan in found[:limit]], faster
 
 
-MOVED = (3e10, 2e10)  # bytes a thread moves in a second between the stages, where they fit the L2 caches, and where not
+MOVED = (4e10, 3e10)  # bytes a thread moves in a second between the stages, where they fit the L2 caches, and where not
 STREAMED = 1.4e10  # bytes of weights that all threads together read in a second
 STAGES = 2e-5  # seconds that two more parallel stages cost
 RATE = 7.5e9  # multiply-adds per lane and second of the packed product, per thread, with enough rows
