@@ -31,7 +31,7 @@ def machine(found: dict[str, Any]) -> list[str]:
     return [
         f"## {where['gpu']}" if "gpu" in where else f"## CPU {where['llvm']}, {where['threads']} threads",
         "",
-        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.",
+        f"{', '.join(f'{k} {v}' for k, v in versions.items())}. {found.get('note', '')}".rstrip(),
         "",
         *summary(rows, others),
         "",

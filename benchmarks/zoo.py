@@ -5,8 +5,8 @@
 Contenders run what ``thresher.rewrite`` gives back: eager, ``torch.compile`` (default mode, and max-autotune), onnxruntime and OpenVINO
 (from the same ``torch.onnx`` export, float32); on a GPU (``--device cuda``) eager and the two of torch.compile. ``masked`` is eager on the
 model as the pruner left it, ``dense`` is Thresher on the unpruned model. A ratio says how many times as long the other takes. Writes the
-machine, the versions, the build times and every ratio, slow rows included; rows of the same model, amount, batch and dtype are replaced,
-all others stay.
+machine, the versions, the build times and every ratio (the median over the rounds, in each of which all met the same neighbours), slow
+rows included; rows of the same model, amount, batch and dtype are replaced, but for what contenders showed that did not take part again.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def measure(name: str, amount: float, batch: int, place: Place, against: list[st
         "megabytes": {k: round(v, 3) for k, v in megabytes.items()},
         "build_seconds": {k: round(v, 2) for k, v in build.items()},
         "milliseconds": {k: [round(t.low, 3), round(t.median, 3), round(t.high, 3)] for k, t in timings.items()},
-        "ratio": {k: round(t.median / timings["thresher"].median, 3) for k, t in timings.items() if k != "thresher"},
+        "ratio": {k: round(t.over(timings["thresher"]), 3) for k, t in timings.items() if k != "thresher"},
     }
 
 
@@ -254,6 +254,8 @@ def write(path: Path, row: dict[str, Any], place: Place) -> None:
         before.get(k) == v for k, v in here.items()
     )  # rows of other machines and versions are not mixed with these
     rows = {key(r): r for r in before["rows"]} if same else {}
+    for part in ("ratio", "milliseconds", "build_seconds", "megabytes"):
+        row[part] = {**rows.get(key(row), {}).get(part, {}), **row[part]}
     rows[key(row)] = row
     order = sorted(rows.values(), key=lambda r: (r["batch"], list(ZOO).index(r["model"]), r["masked"]))
     path.parent.mkdir(parents=True, exist_ok=True)

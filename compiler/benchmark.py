@@ -12,27 +12,35 @@ PAUSE = 0.1  # seconds between contenders: worker threads of the last one spin f
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call: the median and the quartiles over all rounds."""
+    """Milliseconds per call: the median and the quartiles over all rounds, and the median of each round."""
 
     median: float
     low: float
     high: float
+    rounds: tuple[float, ...] = ()
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as ``other``: the median of the ratios of each round, in which both met the same neighbours."""
+        return statistics.median(mine / its for mine, its in zip(self.rounds, other.rounds, strict=True))
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 10, calls: int = 3) -> dict[str, Timing]:
     """Each round gives every contender one warm call and ``calls`` timed ones, in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             time.sleep(PAUSE)
             call()
-            for _ in range(calls):
-                start = time.perf_counter()
-                call()
-                samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append([_milliseconds(call) for _ in range(calls)])
     return {name: _timing(values) for name, values in samples.items()}
 
 
-def _timing(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, low, high)
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timing(rounds: list[list[float]]) -> Timing:
+    low, median, high = statistics.quantiles([sample for of_round in rounds for sample in of_round], n=4)
+    return Timing(median, low, high, tuple(map(statistics.median, rounds)))

@@ -61,6 +61,7 @@ class Importer:
         self.apart, self.arch = apart, arch
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
+        self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding behind them adds
 
     @property
     def cpu(self) -> Machine:

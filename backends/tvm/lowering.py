@@ -3,13 +3,14 @@
 * Buffers of less than a kilobyte that live within a kernel are on the stack (TVM would ask its runtime for those in the scope ``local``;
   ours are ``global``), so that LLVM can keep them in registers.
 * Indices stay 64 bits wide: from 32 LLVM makes no pointers, and computes each address in the innermost loop.
-* The last step of a loop marked ``PEEL`` becomes code of its own. Where a row of results ends within a tile, the loop over the tiles of
-  a row is marked: in the steps before the last no store has a condition, and in the last every condition is known when it is compiled,
-  so that what nobody stores is not computed either.
+* A loop is cut where a schedule says so (:func:`cut`). Where a row of results ends within a tile, the last step of the loop over the
+  tiles of a row becomes code of its own: in the steps before it no store has a condition, and in the last every condition is known when
+  it is compiled, so that what nobody stores is not computed either.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,24 +20,44 @@ from tvm import s_tir, tirx
 
 from thresher.backends.tvm.kernels.machine import Machine
 
-PEEL = "thresher.peel_last"  # the annotation of a loop
+CUTS, IDLE, SUMS = (f"thresher.{word}" for word in ("cuts", "idle", "sums"))  # the annotations of loops
 CPU = "thresher_cpu"  # the name of the pipeline
 
 
-@tvm.transform.module_pass(opt_level=0, name="PeelLast")
-class PeelLast:
-    """Cut the last step off every marked loop of known length."""
+def cut(sch: s_tir.Schedule, loop: Any, *steps: int) -> None:
+    """Make code of its own from each of these steps of a loop on."""
+    sch.annotate(loop, CUTS, list(steps))
+
+
+def idle(sch: s_tir.Schedule, loop: Any, step: int, sums: Any) -> None:
+    """From ``step`` of a loop on, leave the loop ``sums`` within it out: nobody reads what it would add up."""
+    sch.annotate(loop, IDLE, step)
+    sch.annotate(sums, SUMS, 1)
+
+
+@tvm.transform.module_pass(opt_level=0, name="CutLoops")
+class CutLoops:
+    """Cut every marked loop."""
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
-        return _mapped(mod, _peeled)
+        return _mapped(mod, _cut)
 
 
-def _peeled(loop: tirx.For) -> tirx.Stmt:
-    if PEEL not in loop.annotations:
+def _cut(loop: tirx.For) -> tirx.Stmt:
+    if CUTS not in loop.annotations:
         return loop
-    one = tirx.const(1, "int64")
-    parts = [(loop.min, loop.extent - one), (loop.min + loop.extent - one, one)]
-    return tirx.SeqStmt([tirx.For(loop.loop_var, start, size, loop.kind, loop.body) for start, size in parts])
+    bounds = [0, *(int(step) for step in loop.annotations[CUTS]), int(loop.extent)]
+    resting = int(loop.annotations.get(IDLE, loop.extent))
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        body = loop.body if start < resting else tvm_ffi.structural_map(loop.body, (tirx.For, _left_out))
+        first, count = (tirx.const(v, "int64") for v in (start, end - start))
+        parts.append(tirx.For(loop.loop_var, first, count, loop.kind, body))
+    return tirx.SeqStmt(parts)
+
+
+def _left_out(loop: tirx.For) -> tirx.Stmt:
+    return tirx.Evaluate(tirx.const(0, "int32")) if SUMS in loop.annotations else loop
 
 
 @tvm.transform.module_pass(opt_level=0, name="ShortenVectors")
@@ -118,7 +139,7 @@ def phases() -> tvm.transform.Sequential:
             s_tir.transform.LowerOpaqueBlock(),
             tirx.transform.FlattenBuffer(),
             tirx.transform.BF16ComputeLegalize(),
-            PeelLast(),
+            CutLoops(),
             tirx.transform.ConvertSSA(),
             s_tir.transform.StmtSimplify(),
             ShortenVectors(),

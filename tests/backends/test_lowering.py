@@ -77,3 +77,30 @@ def test_phases_take_every_tap_once(taps: int, stride: int, padding: int, dilati
 def test_parts_of_registers() -> None:
     assert [register_part(n, 16) for n in (64, 72, 68, 67, 8, 3)] == [16, 8, 4, 0, 8, 0]
     assert [register_part(n, 8) for n in (64, 72, 68, 66)] == [8, 8, 4, 0]
+
+
+class Narrow(nn.Module):
+    """A residual of ``wide`` channels, to which ``narrow`` ones are added."""
+
+    def __init__(self, narrow: int, wide: int, kernel: int, bias: bool) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(wide, narrow, kernel, padding=kernel // 2, bias=bias)
+        self.behind = wide - narrow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (nn.functional.pad(self.inner(x), (0, 0, 0, 0, 0, self.behind)) + x).relu()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("narrow", "wide", "kernel", "bias"),
+    [(64, 128, 1, True), (40, 96, 1, False), (7, 100, 1, True), (33, 67, 3, True), (32, 33, 1, True), (3, 5, 3, False)],
+)
+def test_a_narrow_addend_is_added_in_the_product(target: str, narrow: int, wide: int, kernel: int, bias: bool) -> None:
+    model, x = Narrow(narrow, wide, kernel, bias).eval(), torch.randn(1, wide, 14, 13)
+    compiled = thresher.compile(model, (x,), target=target, verify="off", tune="never", strict_rounding=True)
+    words = [line.split() for line in compiled.lowered.executable.as_text().splitlines() if "call" in line]
+    kernels = [name for _, name, *_ in words if not name.startswith("vm.")]
+    (product,) = [name for name in kernels if "conv" in name]
+    assert product.startswith("fused_conv_add_add" if bias else "fused_conv_add_")
+    assert [name for name in kernels if "pad" in name] == (["pad"] if kernel > 1 else [])

@@ -14,6 +14,7 @@ from torch import fx
 from tvm import relax, te, tirx, topi
 
 from thresher.analysis.rows.base import argument
+from thresher.backends.tvm.converters.products import widen
 from thresher.backends.tvm.converters.registry import (
     R,
     accumulator,
@@ -51,14 +52,15 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     plan = importer.choose(node, lambda limit: _plans(importer, node, array, out, limit))
     if isinstance(plan, winograd.Plan):
         return add_bias(importer, _conv_winograd(importer, node, array, out, plan), bias)
+    plan, wide = widen(importer, node, plan) if groups == 1 else (plan, 0)
     image, parts = _padded(importer, importer.value(x), padding, padding), []
     per_out = outputs // groups
     for group in range(groups):
         rows_of_group = array[group * per_out : (group + 1) * per_out]
         place = Place((weight, group), group * inputs, out, stride, dilation)
-        parts.append(_conv_group(importer, image, rows_of_group, place, plan))
+        parts.append(_conv_group(importer, image, rows_of_group, place, plan, wide))
     value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
-    return add_bias(importer, value, bias)
+    return add_bias(importer, value, bias, wide)
 
 
 def _plans(
@@ -135,8 +137,9 @@ class Place:
     origin: Sequence[int] | None = None
 
 
-def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place, plan: gemm.Plan) -> Any:
-    """One group as a product: rows are the output pixels, the sum goes over the taps and the input channels. ``array``: [O, I, *taps]."""
+def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place, plan: gemm.Plan, wide: int = 0) -> Any:
+    """One group as a product: rows are the output pixels, the sum goes over the taps and the input channels. ``array``: [O, I, *taps];
+    ``wide``: as for :func:`gemm.product`."""
     outputs, inputs, *taps = array.shape
     tile = plan.tile(importer.cpu)
     packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (place.key, tile))
@@ -149,7 +152,7 @@ def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place,
             at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, place.stride, place.dilation)]
             return image[(b, *at, place.first + c if place.first else c)]
 
-        return gemm.product(read, w, (*taps, inputs), place.out, outputs, plan)
+        return gemm.product(read, w, (*taps, inputs), place.out, outputs, plan, wide)
 
     return importer.emit_te("conv", compute, image, packed)
 

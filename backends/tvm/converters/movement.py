@@ -93,6 +93,8 @@ def full_like(importer: Importer, node: fx.Node) -> Any:
 def constant_pad(importer: Importer, node: fx.Node) -> Any:
     """Negative amounts crop."""
     x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0
+    if x in importer.widened:
+        return importer.value(x)
     rank = len(shape_of(node))
     pairs = [(0, 0)] * (rank - len(amounts) // 2) + [
         (amounts[i], amounts[i + 1]) for i in range(len(amounts) - 2, -1, -2)

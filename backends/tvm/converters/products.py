@@ -36,13 +36,32 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
     lead, (n, k) = sizes(x)[:-1], sizes(weight)
     machine = importer.cpu
     plan = importer.choose(node, lambda limit: gemm.plans(math.prod(lead), n, (k,), machine, limit))
+    plan, wide = widen(importer, node, plan)
     tile = plan.tile(machine)
     packed = importer.weight(gemm.pack(importer.array(weight), tile), (weight, tile))
 
     def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return gemm.product(lambda m, i: x[(*gemm.unravel(m, lead), i)], w, (k,), lead, n, plan)
+        return gemm.product(lambda m, i: x[(*gemm.unravel(m, lead), i)], w, (k,), lead, n, plan, wide)
 
-    return add_bias(importer, importer.emit_te("linear", compute, importer.value(x), packed), bias)
+    return add_bias(importer, importer.emit_te("linear", compute, importer.value(x), packed), bias, wide)
+
+
+def widen(importer: Importer, node: fx.Node, plan: gemm.Plan) -> tuple[gemm.Plan, int]:
+    """The plan of a product and its width (0: its own) with the zeros behind its columns that a padding adds, the only use of ``node``.
+
+    So a narrow result and the wide one that it is added to (a residual) meet in the product's epilogue.
+    """
+    users, n = list(node.users), int(shape_of(node)[-1])
+    if len(users) != 1 or users[0].target is not aten.constant_pad_nd.default:
+        return plan, 0
+    (before, behind, *others), fill = users[0].args[1], argument(users[0], 2, "value", 0)
+    if fill or before or behind <= 0 or any(others):
+        return plan, 0
+    wider = gemm.widened(plan, n, n + behind, importer.cpu)
+    if wider is None:
+        return plan, 0
+    importer.widened.add(node)
+    return wider, n + behind
 
 
 @semantics(aten.linear.default)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from tvm import relax, te, tirx
@@ -82,8 +83,16 @@ def cast(importer: Importer, value: Any, dtype: str) -> Any:
     return value if str(value.ty.dtype) == dtype else importer.emit(R.astype(value, dtype))
 
 
-def add_bias(importer: Importer, value: Any, bias: fx.Node | None) -> Any:
-    return value if bias is None else importer.emit(R.add(value, importer.value(bias)))
+def add_bias(importer: Importer, value: Any, bias: fx.Node | None, wide: int = 0) -> Any:
+    """``wide``: the width of ``value`` where it has zeros behind its columns."""
+    if bias is None:
+        return value
+    if wide:
+        array = importer.array(bias)
+        vector = importer.weight(np.pad(array, (0, wide - len(array))), (bias, wide))
+    else:
+        vector = importer.value(bias)
+    return importer.emit(R.add(value, vector))
 
 
 def before_swap(node: fx.Node, first: int, second: int) -> fx.Node | None:

@@ -16,7 +16,7 @@ from tvm.tirx import IndexMap
 from thresher.backends.tvm.kernels.gemm import Tile, inline_epilogue, register_product, shares, tiles
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.kernels.registers import register_part
-from thresher.backends.tvm.lowering import PEEL
+from thresher.backends.tvm.lowering import cut
 
 PREFIX = "batched_"
 PACKED, SUMS = f"{PREFIX}packed", f"{PREFIX}sums"
@@ -95,7 +95,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
     register_product(sch, sums, machine.lanes)
     part = register_part(n, machine.lanes)
     if not part and n > nr:
-        sch.annotate(j, PEEL, 1)
+        cut(sch, j, (n - 1) // nr)
     vector, lane = sch.split(column, [None, part or machine.lanes])
     sch.vectorize(lane)
     for loop in (row, vector):

@@ -20,7 +20,7 @@ from tvm import s_tir, te, tirx
 from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.machine import LINE, Machine
 from thresher.backends.tvm.kernels.registers import register_part
-from thresher.backends.tvm.lowering import PEEL
+from thresher.backends.tvm.lowering import cut
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
 UNROLLED = 49  # taps; of larger windows only a row is unrolled
@@ -144,7 +144,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         within, lane = sch.split(lane, [None, part])
         sch.unroll(within)
     elif channels > machine.lanes:
-        sch.annotate(register, PEEL, 1)
+        cut(sch, register, channels // machine.lanes)
     sch.vectorize(lane)
 
 
@@ -155,5 +155,5 @@ def _copy(sch: s_tir.Schedule, staged: Any, channels: int, lanes: int) -> None:
     part = register_part(channels, lanes)
     register, lane = sch.split(channel, [None, part or lanes])
     if not part and channels > lanes:
-        sch.annotate(register, PEEL, 1)
+        cut(sch, register, channels // lanes)
     sch.vectorize(lane)

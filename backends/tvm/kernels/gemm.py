@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.kernels.registers import register_part
-from thresher.backends.tvm.lowering import PEEL
+from thresher.backends.tvm.lowering import cut, idle
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
 SLICE = 512  # depth of a slice of a long sum
@@ -89,11 +89,11 @@ def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1,
     ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
     found: list[tuple[int, int, int, Plan]] = []
     for t, tile in enumerate(tiles(m, n, depth, machine, line)[: 1 if limit == 1 else 6]):
-        for w, cut in enumerate(ways):
+        for w, slices in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
-            tasks = _slice_tasks(*grid, tile, SLICE, machine) if cut else _whole_tasks(*grid, tile, depth, machine)
+            tasks = _slice_tasks(*grid, tile, SLICE, machine) if slices else _whole_tasks(*grid, tile, depth, machine)
             for i, task in enumerate(tasks[: 1 if limit == 1 else 4]):
-                found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, cut)))
+                found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, slices)))
     return [plan for *_, plan in sorted(found, key=lambda f: f[:3])[:limit]]
 
 
@@ -122,21 +122,24 @@ def product(
     rows: Sequence[int],
     n: int,
     plan: Plan,
+    wide: int = 0,
 ) -> te.Tensor:
-    """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``.
+    """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``, or
+    ``[*rows, wide]`` with zeros behind the n columns (:func:`widened`).
 
     A deep sum may be computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of
     a task pass over it; the slices' results add up in a second block.
     """
-    m, columns = math.prod(rows), int(packed.shape[-1])
-    full_m, full_n = -(-m // plan.rows) * plan.rows, packed.shape[0] * columns
+    m, blocks, columns = math.prod(rows), int(packed.shape[0]), int(packed.shape[-1])
+    full_m, full_n = whole(m, plan.rows), whole(max(wide, n), columns)
     outer, factor = slices_of(taps, SLICE) if plan.sliced else ([], 1)
     attrs = {"plan": [int(v) for v in astuple(plan)]}
 
     def element(i: Any, j: Any, outside: Sequence[Any], inside: Sequence[Any]) -> Any:
         row = te.min(i, m - 1) if full_m != m else i
         k = [*outside, *inside] if factor == 1 else [outside[0] * (taps[0] // factor) + inside[0]]
-        return read(row, *k) * packed[(j // columns, *k, j % columns)]
+        panel = te.min(j // columns, blocks - 1) if full_n > blocks * columns else j // columns
+        return read(row, *k) * packed[(panel, *k, j % columns)]
 
     if not outer:
         axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(taps)]
@@ -159,9 +162,19 @@ def product(
         row = index[0]
         for size, i in zip(rows[1:], index[1:-1]):
             row = row * size + i
-        return sums[row, index[-1]]
+        value, column = sums[row, index[-1]], index[-1]
+        return te.if_then_else(column < blocks * columns, value, 0.0) if full_n > blocks * columns else value
 
-    return te.compute((*rows, n), crop, name="crop")
+    return te.compute((*rows, max(wide, n)), crop, name="crop")
+
+
+def widened(plan: Plan, n: int, wide: int, machine: Machine) -> Plan | None:
+    """The plan of a product with ``n`` columns whose result is to have zeros behind them, up to ``wide``; None: this one can't, because a
+    task does not take whole rows."""
+    columns = plan.tile(machine).columns
+    if plan.sliced or plan.column_tiles * columns < n:
+        return None
+    return replace(plan, column_tiles=-(-wide // columns))
 
 
 def slices_of(taps: Sequence[int], least: int = 2 * SLICE) -> tuple[list[int], int]:
@@ -203,11 +216,16 @@ def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, p
     blocks, column, vectors, lanes = sch.split(j, [None, plan.column_tiles, tile.vectors, tile.lanes])
     sch.reorder(outer, blocks, middle, column, *k, rows, vectors, lanes)
     all_columns = _extent(sch, blocks) == 1  # then the end of a row is known where the last tile is code of its own
-    if all_columns and n % tile.columns and _extent(sch, column) > 1:
-        sch.annotate(column, PEEL, 1)
+    count, end = _extent(sch, column), n // tile.columns
+    summed = int(sch.get(gemm).reads[1].source.shape[0])  # column tiles; those after them are of a wider result
+    ends = sorted({step for step in (summed, end) if all_columns and 0 < step < count})
+    if ends:
+        cut(sch, column, *ends)
     sch.parallel(sch.fuse(outer, blocks))
     sch.reverse_compute_at(epilogue, column)
-    _registers(sch, gemm, k, (rows, vectors, lanes))
+    sums = _registers(sch, gemm, k, (rows, vectors, lanes))
+    if summed < count:
+        idle(sch, column, summed, sums)
     *_, row, last = sch.get_loops(epilogue)
     part = register_part(n, tile.lanes)
     vector, lane = sch.split(last, [None, part or tile.lanes])
@@ -243,8 +261,8 @@ def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, 
     return sch.get_loops(epilogue)[-1]
 
 
-def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, Any]) -> None:
-    """Unroll the tile and a few steps of the innermost sum; start the sums from zero in registers."""
+def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, Any]) -> Any:
+    """Unroll the tile and a few steps of the innermost sum; start the sums from zero in registers. Returns the outermost loop that sums."""
     rows, vectors, lanes = tile
     depth = _extent(sch, k[-1])
     unroll = next(u for u in (4, 3, 2, 1) if depth % u == 0) if depth > 4 else depth
@@ -252,11 +270,13 @@ def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, An
     sch.vectorize(lanes)
     for loop in (rows, vectors, step):
         sch.unroll(loop)
-    start = sch.decompose_reduction(gemm, (*k[:-1], deep)[0])
+    outermost = (*k[:-1], deep)[0]
+    start = sch.decompose_reduction(gemm, outermost)
     *_, row, vector, lane = sch.get_loops(start)
     sch.vectorize(lane)
     sch.unroll(row)
     sch.unroll(vector)
+    return outermost
 
 
 def register_product(sch: s_tir.Schedule, block: Any, lanes: int) -> None:

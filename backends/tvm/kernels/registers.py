@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import s_tir
 
-from thresher.backends.tvm.lowering import PEEL
+from thresher.backends.tvm.lowering import cut
 
 CRUMB = 4  # elements: a narrower part of a register is not worth an instruction
 
@@ -28,6 +28,6 @@ def vectorise(sch: s_tir.Schedule, loop: Any, lanes: int) -> tuple[Any, Any]:
     part = register_part(n, lanes)
     step, lane = sch.split(loop, [None, part or min(lanes, n)])
     if not part and n > lanes:
-        sch.annotate(step, PEEL, 1)
+        cut(sch, step, n // lanes)
     sch.vectorize(lane)
     return step, lane

@@ -20,7 +20,7 @@ from thresher.backends.tvm.kernels import batched
 from thresher.backends.tvm.kernels.gemm import inline_epilogue, whole
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.kernels.registers import register_part
-from thresher.backends.tvm.lowering import PEEL
+from thresher.backends.tvm.lowering import cut
 
 PREFIX = "winograd_"
 ROWS, INPUT, COLUMNS, OUT = (f"{PREFIX}{stage}" for stage in ("rows", "input", "columns", "out"))
@@ -244,9 +244,10 @@ def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
     if cropped:  # whole registers are computed, what there is of them is stored
         sch.reverse_compute_at(epilogue, row)
         *_, beside, stored = sch.get_loops(epilogue)
-        part = register_part(int(sch.get(epilogue).writes[0].source.shape[-1]), machine.lanes)
-        if not part and full > machine.lanes:
-            sch.annotate(n, PEEL, 1)
+        outputs = int(sch.get(epilogue).writes[0].source.shape[-1])
+        part = register_part(outputs, machine.lanes)
+        if not part and outputs > machine.lanes:
+            cut(sch, n, outputs // machine.lanes)
         within, stored = sch.split(stored, [None, part or machine.lanes])
         sch.vectorize(stored)
         for loop in (beside, within):
