@@ -158,13 +158,10 @@ def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: Machine) -> int:
     size = sch.get(loop).extent
     if not hasattr(size, "value"):
         return 0
-    part, size = register_part(int(size), machine.lanes), int(size)
-    most = MOST * machine.lanes
-    return (
-        next((part * r for r in range(most // part, 0, -1) if size % (part * r) == 0), 0)
-        if part
-        else size * (size <= most)
-    )
+    part, size, most = register_part(int(size), machine.lanes), int(size), MOST * machine.lanes
+    if not part:
+        return size if size <= most else 0
+    return next(part * r for r in range(most // part, 0, -1) if size % (part * r) == 0)
 
 
 def _reduces_rows(sch: s_tir.Schedule, block: Any) -> bool:
