@@ -90,17 +90,18 @@ def _shortened(loop: tirx.For) -> tirx.Stmt:
 
 def _lanes(lane: tirx.Var, start: int, count: int, body: tirx.Stmt) -> tirx.Stmt:
     """``body`` for ``count`` neighbouring lanes from ``start`` on, in one register."""
-
-    def moved(variable: tirx.Var) -> Any:
-        return variable + start if start and variable.same_as(lane) else variable
-
+    own = tirx.Var(lane.name, "int64")
     zero, size = (tirx.const(v, "int64") for v in (0, count))
     kind = tirx.ForKind.VECTORIZED if count > 1 else tirx.ForKind.SERIAL
-    return tirx.For(lane, zero, size, kind, tvm_ffi.structural_map(body, (tirx.Var, moved)))
+
+    def moved(variable: tirx.Var) -> Any:
+        return own + start if variable.same_as(lane) else variable
+
+    return tirx.For(own, zero, size, kind, tvm_ffi.structural_map(body, (tirx.Var, moved)))
 
 
 def _is_choice(value: Any) -> bool:
-    return isinstance(value, tvm.ir.Call) and value.op.name == "tirx.if_then_else"
+    return isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "") == "tirx.if_then_else"
 
 
 def _first_lanes(condition: Any, lane: tirx.Var) -> tuple[int, list[Any]]:
@@ -119,7 +120,7 @@ def _first_lanes(condition: Any, lane: tirx.Var) -> tuple[int, list[Any]]:
 
 def _mapped(mod: tvm.IRModule, change: Callable[[tirx.For], tirx.Stmt]) -> tvm.IRModule:
     """Every kernel with its loops changed, inner ones first."""
-    for name, function in mod.functions_items():
+    for name, function in list(mod.functions_items()):
         if isinstance(function, tirx.PrimFunc):
             mod.update_func(name, function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, change))))
     return mod

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import fx
-from tvm import relax, te, tirx, topi
+from tvm import te, tirx, topi
 
 from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.products import widen
@@ -201,11 +201,11 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         for axis, count, have in zip(axes, size, shape_of(x)[1:-1])
     ]
     image = _padded(importer, importer.value(x), before, after)
-    parts = []
-    for position in itertools.product(*axes):
+    parts, places = [], []
+    for offsets, position in zip(itertools.product(*map(range, stride)), itertools.product(*axes)):
         if not all(phase.taps for phase in position):
-            parts.append(relax.const(np.zeros((batch, *size, outputs), array.dtype)))
-            continue
+            continue  # more stride than taps: nothing gets here
+        places.append(offsets)
         own = array[np.ix_(*map(range, array.shape[:2]), *(phase.taps for phase in position))]
         origin = [phase.start + b for phase, b in zip(position, before)]
         steps = [phase.step for phase in position]
@@ -218,19 +218,21 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
             of_groups.append(_conv_group(importer, image, kernel, place, plan))
         parts.append(of_groups[0] if groups == 1 else importer.emit(R.concat(of_groups, len(size) + 1)))
 
+    all_reached = len(parts) == math.prod(stride)
+
     def side_by_side(*tensors: te.Tensor) -> te.Tensor:
         def element(b: Any, *i: Any) -> Any:
             *place, c = i
             at = (b, *(p // s for p, s in zip(place, stride)), c)
-            value = tensors[-1][at]
-            for tensor, offsets in reversed(list(zip(tensors, itertools.product(*map(range, stride))))[:-1]):
+            value = tensors[-1][at] if all_reached else tirx.const(0.0, "float32")
+            for tensor, offsets in list(zip(tensors, places))[: -1 if all_reached else None]:
                 here = te.all(*(p % s == o for p, s, o in zip(place, stride, offsets)))
                 value = tirx.if_then_else(here, tensor[at], value)
             return value
 
         return te.compute((batch, *out, outputs), element, name="side_by_side")
 
-    value = parts[0] if len(parts) == 1 and size == out else importer.emit_te("side_by_side", side_by_side, *parts)
+    value = parts[0] if math.prod(stride) == 1 else importer.emit_te("side_by_side", side_by_side, *parts)
     return add_bias(importer, value, bias)
 
 

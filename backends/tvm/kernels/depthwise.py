@@ -19,7 +19,7 @@ from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.kernels.gemm import inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.machine import LINE, Machine
-from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.kernels.registers import register_part, vectorise
 from thresher.backends.tvm.lowering import cut
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
@@ -152,8 +152,4 @@ def _copy(sch: s_tir.Schedule, staged: Any, channels: int, lanes: int) -> None:
     """The columns of zeros get loops of their own, so that the pixels between them are copied without a condition."""
     *_, column, channel = sch.get_loops(staged)
     sch.annotate(column, "pragma_loop_partition_hint", 1)
-    part = register_part(channels, lanes)
-    register, lane = sch.split(channel, [None, part or lanes])
-    if not part and channels > lanes:
-        cut(sch, register, channels // lanes)
-    sch.vectorize(lane)
+    vectorise(sch, channel, lanes, channels)

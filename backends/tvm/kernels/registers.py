@@ -21,13 +21,14 @@ def register_part(n: int, lanes: int) -> int:
     return part if part >= CRUMB else 0
 
 
-def vectorise(sch: s_tir.Schedule, loop: Any, lanes: int) -> tuple[Any, Any]:
-    """Run a loop of known length over neighbouring elements in registers; what does not fill one is code of its own. Returns the loops
-    over the registers and within one."""
-    n = int(sch.get(loop).extent)
-    part = register_part(n, lanes)
-    step, lane = sch.split(loop, [None, part or min(lanes, n)])
-    if not part and n > lanes:
-        cut(sch, step, n // lanes)
+def vectorise(sch: s_tir.Schedule, loop: Any, lanes: int, count: int = 0) -> tuple[Any, Any]:
+    """Run a loop of known length over neighbouring elements in registers; what does not fill one is code of its own. ``count``: the
+    elements there are, where the loop goes over padded ones. Returns the loops over the registers and within one."""
+    size = int(sch.get(loop).extent)
+    count = count or size
+    part = register_part(count, lanes)
+    step, lane = sch.split(loop, [None, part or min(lanes, size)])
+    if not part and count > lanes:
+        cut(sch, step, count // lanes)
     sch.vectorize(lane)
     return step, lane
