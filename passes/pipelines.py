@@ -1,8 +1,10 @@
 """The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
 
+from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
 from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
 from thresher.passes.canonicalize.canonicalize_threshold import CanonicalizeThreshold
 from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
+from thresher.passes.canonicalize.share_key_heads import ShareKeyHeads
 from thresher.passes.canonicalize.simplify import Simplify
 from thresher.passes.fold.fold_batch_norm import FoldBatchNorm
 from thresher.passes.fold.fold_channels import FoldChannels
@@ -16,6 +18,8 @@ canonicalize = (
     EvaluateConstants(),  # masks, parametrizations, position grids
     Simplify(),  # no-ops, split -> slice, x @ W -> linear
     CanonicalizeAttention(),  # matmul-softmax-matmul -> one site
+    EvaluateConstants(),  # masks that were regrouped for it
+    ShareKeyHeads(),  # keys repeated for groups of queries are stored once
     CanonicalizeThreshold(),  # every threshold -> thresher::shrink
 )
 
@@ -28,6 +32,7 @@ exact = (
     PermuteChannels(),  # what is dead on one side to the end
     FoldChannels(),  # what pruning left behind
     Simplify(),  # what folding left behind
+    SkipMaskedBlocks(),  # scores that constant masks forbid
 )
 
 #: Nothing but the capture.

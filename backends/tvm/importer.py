@@ -87,6 +87,8 @@ class Importer:
             return self.builder.get(), self.weights
 
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
+        if node in self.env:  # the operator before it gave this value, too
+            return
         try:
             if self._by_library(node):
                 self.env[node] = library.emit(self, node)

@@ -2,4 +2,5 @@
 
 import thresher.ops.channels_last
 import thresher.ops.norms
-import thresher.ops.shrink  # noqa: F401
+import thresher.ops.shrink
+import thresher.ops.sparse_attention  # noqa: F401

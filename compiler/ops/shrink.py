@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.ops.define import define
+
 KINDS = ("soft", "hard", "positive", "above")
 
 
@@ -30,30 +32,10 @@ def _reference(x: Tensor, t: Tensor, kind: str) -> Tensor:
     raise ValueError(f"thresher::shrink: unknown kind {kind!r}; one of {', '.join(KINDS)}")
 
 
-torch.library.define("thresher::shrink", "(Tensor x, Tensor t, str kind) -> Tensor")
-torch.library.impl("thresher::shrink", "CompositeExplicitAutograd")(_reference)
-
-
-@torch.library.register_fake("thresher::shrink")
 def _fake(x: Tensor, t: Tensor, kind: str) -> Tensor:
     if kind not in KINDS:
         raise ValueError(f"thresher::shrink: unknown kind {kind!r}; one of {', '.join(KINDS)}")
     return x.new_empty(torch.broadcast_shapes(x.shape, t.shape))
 
 
-def _keep(ctx, inputs, output):
-    x, t, ctx.kind = inputs
-    ctx.save_for_backward(x, t)
-
-
-def _backward(ctx, grad):
-    x, t = ctx.saved_tensors
-    with torch.enable_grad():
-        x, t = x.detach().requires_grad_(), t.detach().requires_grad_(t.is_floating_point())
-        y = _reference(x, t, ctx.kind)
-    inputs = [x, t] if t.requires_grad else [x]
-    grads = torch.autograd.grad(y, inputs, grad, allow_unused=True)
-    return grads[0], grads[1] if len(grads) > 1 else None, None
-
-
-torch.library.register_autograd("thresher::shrink", _backward, setup_context=_keep)
+define("shrink", "(Tensor x, Tensor t, str kind) -> Tensor", _reference, _fake)

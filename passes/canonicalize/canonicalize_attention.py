@@ -1,8 +1,10 @@
-"""Every spelling of attention becomes one ``aten.scaled_dot_product_attention``.
+"""Every spelling of attention becomes one site: ``aten.scaled_dot_product_attention``.
 
-    softmax(c * (q @ k^T) + mask) @ v        with the scale c before or after the product, times or divided, or absent
+    softmax(c * (q @ k^T) + bias) @ v        masked, scaled before or after the product, in float32 between half types, or by einsum
 
-matmul or bmm, three or four dimensions, the mask added as a tensor. A scale on q or on k stays where it is and the site gets scale 1.
+matmul, bmm or baddbmm; masks added, ``where`` or ``masked_fill``; heads and batch regrouped in between; tokens or channels first (then the
+weights come second in the last product, transposed). Capped scores (``cap * tanh(scores / cap)``) become ``thresher::sparse_attention``
+over all blocks, because ATen's operator has no cap. What mixes scores of several heads (talking heads) stays as it is.
 """
 
 from __future__ import annotations
@@ -14,12 +16,23 @@ import torch
 from torch import fx
 
 from thresher.analysis.rows.base import argument
+from thresher.ops.sparse_attention import DENSE
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.canonicalize.attention_scores import (
+    CONVERSIONS,
+    LAYOUTS,
+    PRODUCTS,
+    Bias,
+    NotAttention,
+    Scores,
+    layout,
+    product_behind,
+)
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 
 aten = torch.ops.aten
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+MIXING = (aten.linear.default, aten.conv2d.default)
 
 
 @register_pass
@@ -34,103 +47,150 @@ class CanonicalizeAttention(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes, refusals = program.clone(), [], []
         for node in list(work.calls(*SOFTMAX)):
-            site = _find(work, node)
-            if isinstance(site, str):
-                if site:
-                    refusals.append(Note.at(node, site))
-                continue
-            _replace(work, site)
-            notes.append(Note.at(node, "written as one attention site"))
+            try:
+                values = _values_product(node)
+                if values is None:
+                    continue
+                scores = product_behind(work, node)
+                _replace(work, node, scores, *values)
+                notes.append(Note.at(node, "written as one attention site"))
+            except NotAttention as reason:
+                refusals.append(Note.at(node, str(reason)))
         return PassResult(work.clean().propagate(), notes, refusals) if notes else PassResult(program, [], refusals)
 
 
-@dataclass
-class _Site:
-    result: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-
-
-def _find(program: Program, softmax: fx.Node) -> _Site | str:
-    """The site around ``softmax``, "" if it is no attention at all, or a sentence saying why it was not taken."""
-    products = [u for u in softmax.users if u.target in PRODUCTS and u.args[0] is softmax]
-    if not products:
-        return ""
-    if len(softmax.users) > 1:
-        return "the attention weights are used besides the product with the values"
-    if argument(softmax, 1, "dim") % len(shape_of(softmax)) != len(shape_of(softmax)) - 1:
-        return "the softmax is not over the keys"
-    scores, mask, scale = softmax.args[0], None, 1.0
-    if (
-        isinstance(scores, fx.Node)
-        and scores.target is aten.add.Tensor
-        and len(scores.users) == 1
-        and "alpha" not in scores.kwargs
-    ):
-        left, right = scores.args[:2]
-        first = _peel(left)
-        scores, mask = (left, right) if first is not None else (right, left)
-    peeled = _peel(scores)
-    if peeled is None:
-        return "the scores are not a scaled product of queries and keys"
-    product, scale = peeled
-    key = _transposed(program, product.args[1])
-    if key is None:
-        return "the keys are not transposed in their last two dimensions"
-    q, v = product.args[0], products[0].args[1]
-    if not all(is_tensor(n) for n in (q, v)) or not len(shape_of(q)) == len(shape_of(key)) == len(shape_of(v)):
-        return "queries, keys and values differ in rank"
-    if mask is not None and (not is_tensor(mask) or dtype_of(mask) != dtype_of(q)):
-        return "the mask is not a tensor of the queries' dtype"
-    return _Site(products[0], q, key, v, mask, scale)
-
-
-def _peel(node: Any) -> tuple[fx.Node, float] | None:
-    """The product behind scalar factors, and their product."""
-    scale = 1.0
-    while isinstance(node, fx.Node) and len(node.users) == 1:
-        if node.target in PRODUCTS:
-            return node, scale
-        if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1]
-        elif (
-            node.target in (aten.div.Tensor, aten.div.Scalar)
-            and isinstance(node.args[1], (int, float))
-            and "rounding_mode" not in node.kwargs
-        ):
-            scale /= node.args[1]
-        else:
+def _values_product(softmax: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The product of the weights with the values, and whether they are its right side, transposed; None: this is no attention."""
+    weights = softmax
+    while True:
+        products = [u for u in weights.users if u.target in PRODUCTS[:2]]
+        if products:
+            break
+        behind = [u for u in weights.users if u.target in (*LAYOUTS, *CONVERSIONS)]
+        if not behind:
+            if any(u.target in MIXING and _leads_to_product(u) for u in weights.users):
+                raise NotAttention("talking heads: the weights of several heads are mixed before they meet the values")
             return None
-        node = node.args[0]
-    return None
+        if len(weights.users) > 1:
+            raise NotAttention("the attention weights are used besides the product with the values")
+        weights = behind[0]
+    if len(weights.users) > 1:
+        raise NotAttention("the attention weights are used besides the product with the values")
+    if argument(softmax, 1, "dim") % len(shape_of(softmax)) != len(shape_of(softmax)) - 1:
+        raise NotAttention("the softmax is not over the keys")
+    product = products[0]
+    right = product.args[1] is weights
+    if layout(softmax, weights) != ("transposed" if right else "kept"):
+        raise NotAttention("the attention weights change places before the product with the values")
+    return product, right
 
 
-def _transposed(program: Program, node: Any) -> fx.Node | None:
-    """What ``node`` is the transpose of, in the last two dimensions; made by a new permute where it is part of a longer one."""
-    if not is_tensor(node) or program.constant(node) is not None:
-        return None
-    rank = len(shape_of(node))
-    if node.target is aten.permute.default:
-        order = [d % rank for d in node.args[1]]
-        if order == [*range(rank - 2), rank - 1, rank - 2]:
-            return node.args[0]
-        order[-1], order[-2] = order[-2], order[-1]
-        return program.insert_call(node, aten.permute.default, (node.args[0], order), like=node)
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:3]} == {rank - 1, rank - 2}:
-        return node.args[0]
-    with_transpose = [*range(rank - 2), rank - 1, rank - 2]
-    return program.insert_call(next(iter(node.users)), aten.permute.default, (node, with_transpose), like=node)
+def _leads_to_product(node: fx.Node) -> bool:
+    return any(
+        u.target in PRODUCTS or (u.target in (*LAYOUTS, *CONVERSIONS) and _leads_to_product(u)) for u in node.users
+    )
 
 
-def _replace(program: Program, site: _Site) -> None:
-    kwargs: dict[str, Any] = {"scale": site.scale}
-    args: tuple = (site.q, site.k, site.v)
-    if site.mask is not None:
-        kwargs["attn_mask"] = site.mask
-    with program.graph.inserting_before(site.result):
-        new = program.graph.call_function(aten.scaled_dot_product_attention.default, args, kwargs)
-    new.meta = {k: v for k, v in site.result.meta.items()}
-    site.result.replace_all_uses_with(new)
+def _replace(program: Program, softmax: fx.Node, scores: Scores, product: fx.Node, right: bool) -> None:
+    """The site in the place of ``product``; all of it in the layout of the softmax, [batch and heads ..., L, S]."""
+    lead, dtype = list(shape_of(softmax)[:-2]), dtype_of(product)
+    q, k = scores.product.args[-2:] if scores.product.target is not aten.baddbmm.default else scores.product.args[1:3]
+    v = product.args[0] if right else product.args[1]
+    if not all(is_tensor(n) for n in (q, k, v)) or any(dtype_of(n) != dtype for n in (q, k, v)):
+        raise NotAttention("queries, keys and values are not of one type")
+    if any(isinstance(d, torch.SymInt) for d in lead) and len({len(shape_of(n)) for n in (q, k, v, softmax)}) > 1:
+        raise NotAttention("batch and heads are regrouped, and dynamic")
+    edit = _Edit(program, product)
+    for factor in scores.factors:
+        q = edit(aten.mul.Tensor, q, factor)
+    q, k = edit.regrouped(q, lead), edit.regrouped(edit.transposed(k), lead)
+    mask = edit.mask(scores.biases, lead, dtype)
+    v = edit.regrouped(edit.transposed(v) if right else v, lead)
+    if scores.softcap:
+        new = edit.capped(q, k, v, mask, scores)
+    else:
+        kwargs: dict[str, Any] = {"scale": scores.scale} | ({} if mask is None else {"attn_mask": mask})
+        new = program.insert_call(product, aten.scaled_dot_product_attention.default, (q, k, v), kwargs)
+    result = edit.regrouped(edit.transposed(new) if right else new, list(shape_of(product)[:-2]))
+    if shape_of(result) != shape_of(product):
+        raise NotAttention("queries, keys and values are broadcast against each other")
+    product.replace_all_uses_with(result)
+
+
+class _Edit:
+    """Inserts calls before ``before``."""
+
+    def __init__(self, program: Program, before: fx.Node):
+        self.program, self.before = program, before
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.program.insert_call(self.before, target, args, kwargs)
+
+    def regrouped(self, node: fx.Node, lead: list) -> fx.Node:
+        """``node`` with the dimensions before the last two as ``lead``."""
+        if list(shape_of(node)[:-2]) == lead:
+            return node
+        try:
+            return self(aten.reshape.default, node, [*lead, *shape_of(node)[-2:]])
+        except RuntimeError as error:
+            raise NotAttention("queries, keys and values are broadcast against each other") from error
+
+    def transposed(self, node: fx.Node) -> fx.Node:
+        """``node`` with its last two dimensions exchanged: what it was made from, where it is such a transpose itself."""
+        rank = len(shape_of(node))
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        if node.target is aten.permute.default:
+            given = [d % rank for d in node.args[1]]
+            given[-1], given[-2] = given[-2], given[-1]
+            return node.args[0] if given == [*range(rank)] else self(aten.permute.default, node.args[0], given)
+        return self(aten.permute.default, node, order)
+
+    def mask(self, biases: list[Bias], lead: list, dtype: torch.dtype) -> fx.Node | None:
+        """All biases and masks as one tensor that broadcasts to [lead ..., L, S]; boolean if they only forbid."""
+        if len(biases) == 1 and biases[0].low == -float("inf"):
+            return self.bias_layout(self.allowed(biases[0]), biases[0].shape, lead)
+        total = None
+        for bias in biases:
+            value = self.bias_layout(self.added(bias, dtype), bias.shape, lead)
+            total = value if total is None else self(aten.add.Tensor, total, value)
+        return total
+
+    def allowed(self, bias: Bias) -> fx.Node:
+        return self(aten.logical_not.default, bias.node) if bias.inverted else bias.node
+
+    def added(self, bias: Bias, dtype: torch.dtype) -> fx.Node:
+        if bias.low is not None:
+            low = max(bias.low, torch.finfo(dtype).min)
+            zero, least = (
+                self.program.add_constant(torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before)
+                for name, v in (("allowed", 0.0), ("masked", -float("inf") if bias.low == -float("inf") else low))
+            )
+            chosen = (least, zero) if bias.inverted else (zero, least)
+            return self(aten.where.self, bias.node, *chosen)
+        node = bias.node if bias.scale == 1 else self(aten.mul.Tensor, bias.node, bias.scale)
+        return node if dtype_of(node) == dtype else self(aten._to_copy.default, node, dtype=dtype)
+
+    def bias_layout(self, node: fx.Node, shape: tuple, lead: list) -> fx.Node:
+        """A bias of scores that were [shape], for scores that are [lead ..., L, S]."""
+        if list(shape[:-2]) == lead:
+            return node
+        last = [1, 1, *shape_of(node)][-2:]
+        wide = self(aten.expand.default, node, [*shape[:-2], *last])
+        return self(aten.reshape.default, wide, [*lead, *last])
+
+    def capped(self, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, scores: Scores) -> fx.Node:
+        if len(shape_of(q)) != 4:
+            raise NotAttention("capped scores of another rank than [batch, heads, queries, keys]")
+        return self(
+            torch.ops.thresher.sparse_attention.default,
+            q,
+            k,
+            v,
+            mask,
+            None,
+            None,
+            *DENSE,
+            scores.scale,
+            False,
+            scores.softcap,
+        )

@@ -1,0 +1,55 @@
+"""Keys and values that are repeated for groups of query heads are stored once, and the attention says that its heads share them.
+
+    attention(q, repeat(k, g), repeat(v, g)) = attention(q, k, v, enable_gqa=True)        (grouped queries: Ainslie et al., 2023)
+
+The repetition is spelled unsqueeze, expand, reshape (transformers) or ``repeat_interleave``, which is exported the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from thresher.analysis.rows.base import argument
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, shape_of
+from thresher.rewriter import aten
+
+SDPA = aten.scaled_dot_product_attention.default
+
+
+@register_pass
+@dataclass(frozen=True)
+class ShareKeyHeads(Pass):
+    """Drop the repetition of keys and values for groups of query heads."""
+
+    name: ClassVar[str] = "share-key-heads"
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize-attention",)
+    target_ops: ClassVar[tuple] = (SDPA,)
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work, notes = program.clone(), []
+        for node in work.calls(SDPA):
+            k, v = (_before_repetition(n) for n in node.args[1:3])
+            if k is None or v is None or shape_of(k)[1] != shape_of(v)[1] or argument(node, 7, "enable_gqa", False):
+                continue
+            node.args = (node.args[0], k, v, *node.args[3:])
+            node.kwargs = {**node.kwargs, "enable_gqa": True}
+            notes.append(Note.at(node, f"{shape_of(node)[1]} query heads share {shape_of(k)[1]} key heads"))
+        return PassResult(work.clean(), notes) if notes else PassResult(program)
+
+
+def _before_repetition(node: fx.Node) -> fx.Node | None:
+    """The [B, G, S, E] value that ``node``, [B, H, S, E], repeats for each of H / G heads."""
+    if node.target is not aten.reshape.default or node.args[0].target is not aten.expand.default:
+        return None
+    wide = node.args[0]
+    narrow = wide.args[0]
+    if len(shape_of(wide)) != 5 or narrow.target not in (aten.unsqueeze.default, aten.reshape.default):
+        return None
+    source, (b, g, _, s, e) = narrow.args[0], shape_of(wide)
+    if shape_of(narrow) != (b, g, 1, s, e) or shape_of(source) != (b, g, s, e):
+        return None
+    return source if shape_of(node) == (b, shape_of(wide)[1] * shape_of(wide)[2], s, e) else None

@@ -1,0 +1,159 @@
+"""Attention over lists of blocks: the reference against masked attention, the kernels against the reference, and what they skip."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from thresher.backends.tvm import TVMBackend
+from thresher.capture import capture
+from thresher.ops.sparse_attention import block_lists, block_mask
+from thresher.pass_manager import PassManager
+from thresher.passes import pipelines
+from thresher.validation import compare
+
+sparse_attention = torch.ops.thresher.sparse_attention.default
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_lists(shape: tuple[int, ...], seed: int, density: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Lists for a random block mask [b, h, query blocks, key blocks]; some rows may be empty."""
+    return block_lists(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density)
+
+
+def spread(grid: Tensor, block_q: int, block_k: int, rows: int, keys: int) -> Tensor:
+    return grid.repeat_interleave(block_q, -2)[..., :rows, :].repeat_interleave(block_k, -1)[..., :keys]
+
+
+class Site(nn.Module):
+    def __init__(self, lists: tuple[Tensor, Tensor] | None, *how, **more):
+        super().__init__()
+        self.register_buffer("blocks", lists[0] if lists else None)
+        self.register_buffer("counts", lists[1] if lists else None)
+        self.how, self.more = how, more
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return sparse_attention(q, k, v, mask, self.blocks, self.counts, *self.how, **self.more)
+
+
+def compiled(model: nn.Module, *inputs: Tensor) -> Tensor:
+    program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, inputs)).rounded()
+    return TVMBackend().lower(program, "cpu").run(inputs)[0]
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def test_lists_and_masks_are_inverse() -> None:
+    grid = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    assert torch.equal(block_mask(*block_lists(grid), 7), grid)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_is_masked_attention(causal: bool) -> None:
+    q, k, v = (rand(2, 4, 50, 8, seed=i).double() for i in range(3))
+    grid = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.5
+    grid[..., 0] = True
+    allowed = spread(grid, 16, 16, 50, 50)
+    if causal:
+        allowed = allowed & torch.ones(50, 50, dtype=torch.bool).tril()
+    found = sparse_attention(q, k, v, None, *block_lists(grid), 16, 16, 0.3, causal)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, allowed, scale=0.3))
+
+
+def test_reference_is_differentiable() -> None:
+    q, k, v = (rand(1, 2, 12, 4, seed=i).double().requires_grad_() for i in range(3))
+    lists = random_lists((1, 2, 3, 3), 1)
+    assert torch.autograd.gradcheck(lambda *x: sparse_attention(*x, None, *lists, 4, 4, 0.5, False, 5.0), (q, k, v))
+
+
+@given(st.floats(1.0, 12.0), st.integers(0, 100))
+@settings(max_examples=25, deadline=None)
+def test_what_skipping_loses_is_bounded(skip: float, seed: int) -> None:
+    q, k, v = (3 * rand(1, 2, 64, 8, seed=seed + i).double() for i in range(3))
+    dense = F.scaled_dot_product_attention(q, k, v, scale=0.35)
+    found = sparse_attention(q, k, v, None, None, None, 16, 16, 0.35, skip=skip)
+    assert (found - dense).abs().max() <= 2 * 64 * math.exp(-skip) * v.abs().max()
+
+
+# ---------------------------------------------------------------------- the kernel
+
+
+@given(
+    st.tuples(st.integers(1, 2), st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)])),
+    st.tuples(st.integers(16, 150), st.integers(1, 150)),
+    st.sampled_from([8, 16, 20, 33, 64]),
+    st.sampled_from([8, 24, 50, 64, 72]),
+    st.sampled_from(["dense", "lists", "one list", "causal", "causal lists"]),
+    st.sampled_from(["", "added", "boolean", "keys", "heads"]),
+    st.sampled_from([None, 4.0]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_kernel_is_the_reference(batch_heads, lengths, width, out, kind, masked, softcap, seed) -> None:
+    (batch, (heads, groups)), (rows, keys) = batch_heads, lengths
+    q = rand(batch, heads, rows, width, seed=seed)
+    k, v = rand(batch, groups, keys, width, seed=seed + 1), rand(batch, groups, keys, out, seed=seed + 2)
+    lists = None
+    if "list" in kind:
+        lead = (1, 1) if kind == "one list" else (batch, heads)
+        lists = random_lists((*lead, -(-rows // 32), -(-keys // 16)), seed)
+    noise = rand(batch, heads, rows, keys, seed=seed + 3)
+    mask = {
+        "": None, "added": noise, "boolean": noise > -0.5, "keys": noise[:, :1, :1] > 0, "heads": noise[:1, :, :, :1],
+    }[masked]  # fmt: skip
+    site = Site(lists, 32, 16, 0.2, "causal" in kind, softcap)
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    assert not compare([site(*inputs)], [compiled(site, *inputs)]).exceeds(1e-5)
+
+
+@pytest.mark.parametrize("skip", [0.5, 2.0, 6.0])
+def test_kernel_skips_what_the_reference_skips(skip: float) -> None:
+    q, k, v = (2 * rand(1, 2, 100, 16, seed=i) for i in range(3))
+    k = k * torch.linspace(2, 0.1, 100).reshape(100, 1)
+    site = Site(None, 32, 16, 0.4, skip=skip)
+    exact = F.scaled_dot_product_attention(q, k, v, scale=0.4)
+    wanted = site(q, k, v)
+    assert compare([exact], [wanted]).exceeds(1e-4)
+    assert not compare([wanted], [compiled(site, q, k, v)]).exceeds(1e-5)
+
+
+def test_heads_inside_the_tokens_are_read_and_written_in_place() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = x.reshape(2, 40, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 40, 32)
+
+    x = rand(2, 40, 96)
+    assert not compare([Layer()(x)], [compiled(Layer(), x)]).exceeds(1e-5)
+
+
+def test_other_types_are_composed() -> None:
+    q, k, v = (rand(1, 2, 40, 8, seed=i).double() for i in range(3))
+    site = Site(random_lists((1, 2, 2, 3), 5), 32, 16, 0.3, softcap=3.0)
+    grid = block_mask(site.blocks, site.counts, 3)
+    wanted, found = site(q, k, v), compiled(site, q, k, v)
+    seen = grid.any(-1).repeat_interleave(32, -1)[
+        ..., :40
+    ]  # a row without keys is 0 in the reference, and composed the mean of all
+    assert not compare([wanted[seen]], [found[seen]]).exceeds(1e-9)
+
+
+def test_masked_blocks_are_not_read() -> None:
+    """Infinities among the keys and values that no list names do not come out."""
+    q, k, v = (rand(1, 1, 64, 16, seed=i) for i in range(3))
+    k[:, :, 16:32], v[:, :, 16:32] = math.inf, math.nan
+    lists = block_lists(torch.tensor([True, False, True, True]).expand(1, 1, 2, 4))
+    found = compiled(Site(lists, 32, 16, 0.25), q, k, v)
+    kept = [*range(16), *range(32, 64)]
+    wanted = F.scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept], scale=0.25)
+    assert not compare([wanted], [found]).exceeds(1e-5)
