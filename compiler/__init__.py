@@ -7,6 +7,7 @@
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.artifact import load
+from thresher.budget import Budget
 from thresher.capture import capture
 from thresher.certificate import Certificate
 from thresher.compiled import Compiled
@@ -28,11 +29,15 @@ from thresher.passes import pipelines
 from thresher.program import Program
 from thresher.records import Record, Records
 from thresher.report import Report
+from thresher.selection import BoundedPass, Candidate
 from thresher.tuning import Remote, Tune
 
 __all__ = [
     "ArtifactError",
     "BackendError",
+    "Budget",
+    "BoundedPass",
+    "Candidate",
     "CaptureError",
     "Certificate",
     "Compiled",

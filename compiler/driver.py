@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,6 +18,8 @@ from thresher import machine_speed
 from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.benchmark import interleaved
+from thresher.budget import Budget
+from thresher.calibration import Calibration
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
@@ -56,6 +58,8 @@ def compile(
     strict_rounding: bool = False,
     tune: Tune | Literal["recorded", "never"] = "recorded",
     library: Literal["auto", "never"] = "auto",
+    calibration: Iterable[Any] | None = None,
+    budget: Budget | None = None,
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -64,7 +68,8 @@ def compile(
         model: an ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2`` file.
         args, kwargs: example inputs; their shapes are compiled for, except dimensions that ``dynamic_shapes`` frees.
         target: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``; default: the GPU if there is one, else this CPU.
-        passes: a pipeline by name (``exact``, ``canonicalize``, ``none``) or a sequence of passes and ``name{option=value}`` strings.
+        passes: a pipeline by name (``exact``, ``canonicalize``, ``none``) or a sequence of passes and ``name{option=value}`` strings;
+            approximate passes go after the exact ones: ``["exact", "sparse-attention"]``, or ``["exact", "approximate"]`` for all of them.
         backend: ``tvm``, or ``eager`` for the reference.
         dynamic_shapes: as in ``torch.export.export``.
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.masks`. The reference is then the masked model.
@@ -79,6 +84,9 @@ def compile(
             library; ``never`` uses none.
         library: ``auto``: where tuning finds torch's own kernel for an operator faster than all of ours, the build calls it, and needs
             torch where it runs (``report.library`` names the nodes). ``never``: it does not.
+        calibration: samples for approximate passes: inputs like the example ones (a tensor, a tuple, or a dictionary of keyword arguments).
+        budget: how far the approximate model may be from the original one (:class:`Budget`). What it saves is measured: an approximate
+            model that is not faster than the exact one is not kept.
         certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
         progress: a progress bar; default: on a terminal.
 
@@ -95,6 +103,7 @@ def compile(
             model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, library == "auto", step
         )
         build.capture(dynamic_shapes)
+        build.calibrate(calibration, budget)
         if widths == "rule":
             build.transform(resolve_passes(passes), verify)
             build.lower()
@@ -116,15 +125,27 @@ def rewrite(
     dynamic_shapes: Any = None,
     masks: Masks | None = None,
     verify: Literal["each", "final", "off"] = "final",
+    calibration: Iterable[Any] | None = None,
+    budget: Budget | None = None,
 ) -> SmallModule:
     """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does.
 
-    ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.program.notes["certificate"]`` the proof of the fold.
+    ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.program.notes["certificate"]`` the proof of the fold, and
+    ``module.program.notes["ledger"]`` what approximate passes spent of the budget.
     """
     model = _masked(model, masks, args, kwargs)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    program = PassManager(resolve_passes(passes), verify).run(program)
+    samples = _calibration(program, calibration, budget)
+    program = PassManager(resolve_passes(passes), verify).run(program, Context(calibration=samples))
+    if samples is not None:
+        program.notes["ledger"] = samples.ledger
     return program.to_module()
+
+
+def _calibration(captured: Program, samples: Iterable[Any] | None, budget: Budget | None) -> Calibration | None:
+    if (samples is None) != (budget is None):
+        raise InputError("approximate passes need both: calibration= (samples) and budget= (how much error is allowed)")
+    return None if samples is None or budget is None else Calibration.of(captured, samples, budget)
 
 
 def known_plans(backend: Backend, target: str, records: Records) -> dict[str, str]:
@@ -225,10 +246,16 @@ class _Build:
         self.captured = capture(self.model, self.args, self.kwargs, dynamic_shapes=dynamic_shapes)
         self._timed("capture", start)
 
+    def calibrate(self, samples: Iterable[Any] | None, budget: Budget | None) -> None:
+        self.calibration = _calibration(self.captured, samples, budget)
+
     def transform(self, passes: Sequence[str | Pass], verify: Any) -> None:
         start = time.perf_counter()
         manager = PassManager(passes, verify)
-        self.rewritten = manager.run(self.captured, Context(self.target, self.step, self.machine)).rounded()
+        context = Context(self.target, self.step, self.machine, self.calibration)
+        self.rewritten = manager.run(self.captured, context).rounded()
+        approximated = any(r.status == "changed" and r.preserves == "bounded" for r in manager.records)
+        self.exact = manager.exact.rounded() if approximated and manager.exact is not None else None
         self.pass_records = manager.records
         self._timed("passes", start)
 

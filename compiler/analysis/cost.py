@@ -14,6 +14,7 @@ from torch import fx
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.facts import sizes
 from thresher.errors import InputError
+from thresher.ops.sparse_attention import arguments
 from thresher.program import Program, dtype_of, is_tensor
 
 aten, ops = torch.ops.aten, torch.ops.thresher
@@ -59,6 +60,7 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
+    ops.sparse_attention.default: _attention,
     ops.conv2d_nhwc.default: _convolution,
     ops.conv3d_ndhwc.default: _convolution,
     ops.conv_transpose2d_nhwc.default: _transposed,
@@ -91,15 +93,29 @@ def machine_of(target: str) -> Machine:
     return MACHINES[kind]
 
 
-def flops_of(node: fx.Node) -> int:
-    """Operations of one call; 0 for what the field does not count (elementwise, movement, norms)."""
+def flops_of(node: fx.Node, program: Program | None = None) -> int:
+    """Operations of one call; 0 for what the field does not count (elementwise, movement, norms). Of attention over lists what is listed:
+    with its ``program`` as it is where the lists are constants, else the most that can be."""
     counter = COUNTERS.get(node.target)
-    return counter(node) if counter is not None else 0
+    if counter is None:
+        return 0
+    return round(counter(node) * listed_share(node, program)) if node.target is ops.sparse_attention.default else counter(node)
+
+
+def listed_share(node: fx.Node, program: Program | None) -> float:
+    """The part of the scores that attention over lists computes."""
+    _, k, _, _, blocks, counts, _, block_k, *_ = arguments(node)
+    if blocks is None:
+        return 1.0
+    columns = -(-sizes(k)[2] // block_k)
+    known = program.constant(counts) if program is not None else None
+    most = sizes(blocks)[3] if known is None else float(known.double().mean())
+    return min(1.0, most / columns)
 
 
 def count_flops(program: Program) -> int:
     """Operations of one run on inputs of the example's shapes."""
-    return sum(flops_of(node) for node in program.calls() if is_tensor(node))
+    return sum(flops_of(node, program) for node in program.calls() if is_tensor(node))
 
 
 def constant_bytes(program: Program) -> int:
@@ -109,7 +125,7 @@ def constant_bytes(program: Program) -> int:
     )
 
 
-def seconds_of(node: fx.Node, machine: Machine) -> float:
+def seconds_of(node: fx.Node, machine: Machine, program: Program | None = None) -> float:
     """The estimated time of one call: its arithmetic or what it moves, whichever takes longer, and a launch.
 
     A pointwise operator behind a value that only it reads becomes part of that kernel: only its other operands have to be read.
@@ -119,12 +135,12 @@ def seconds_of(node: fx.Node, machine: Machine) -> float:
     if _rides(node):
         return sum(_bytes(n) for n in node.all_input_nodes[1:]) / machine.bandwidth
     moved = _bytes(node) + sum(_bytes(n) for n in node.all_input_nodes)
-    return max(flops_of(node) / machine.flops, moved / machine.bandwidth) + machine.launch
+    return max(flops_of(node, program) / machine.flops, moved / machine.bandwidth) + machine.launch
 
 
 def seconds(program: Program, machine: Machine) -> float:
     """The estimated time of one run on inputs of the example's shapes."""
-    return sum(seconds_of(node, machine) for node in program.calls())
+    return sum(seconds_of(node, machine, program) for node in program.calls())
 
 
 FREE = {

@@ -2,5 +2,6 @@
 
 import thresher.ops.channels_last
 import thresher.ops.norms
+import thresher.ops.select_blocks
 import thresher.ops.shrink
 import thresher.ops.sparse_attention  # noqa: F401

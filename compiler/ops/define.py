@@ -21,17 +21,20 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
         ctx.save_for_backward(*(inputs[i] for i in ctx.places))
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        inputs, wanted = list(ctx.others), []
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        inputs, wanted = list(ctx.others), [i for i in ctx.places if ctx.needs_input_grad[i]]
         for i, x in zip(ctx.places, ctx.saved_tensors):
             inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[i])
-            wanted += [i] if ctx.needs_input_grad[i] else []
         with torch.enable_grad():
             result = reference(*inputs)
-        grads: list[Any] = [None] * len(inputs)
-        found = torch.autograd.grad(result, [inputs[i] for i in wanted], grad, allow_unused=True) if wanted else []
-        for i, g in zip(wanted, found):
-            grads[i] = g
-        return tuple(grads)
+        results = result if isinstance(result, tuple) else (result,)
+        pairs = [(r, g) for r, g in zip(results, grads) if r.requires_grad and g is not None]
+        found: list[Any] = [None] * len(inputs)
+        if wanted and pairs:
+            outputs, given = zip(*pairs)
+            asked = [inputs[i] for i in wanted]
+            for i, g in zip(wanted, torch.autograd.grad(outputs, asked, given, allow_unused=True)):
+                found[i] = g
+        return tuple(found)
 
     torch.library.register_autograd(full, backward, setup_context=keep)

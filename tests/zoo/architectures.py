@@ -12,20 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from thresher.models.pretrained import allow_torchvision
+
 Builder = Callable[[], tuple[nn.Module, tuple]]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_SHIM: list[torch.library.Library] = []
-
-
-def _shim_torchvision() -> None:
-    """PyPI's torchvision links CUDA: without it, importing needs the two operators that its Python code registers fakes for."""
-    if not _SHIM:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _SHIM.append(library)
-
 
 # ---------------------------------------------------------------------- torchvision
 
@@ -42,14 +33,14 @@ FIXED = {
 
 def torchvision_names() -> list[str]:
     """All 80 classification architectures."""
-    _shim_torchvision()
+    allow_torchvision()
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
-    _shim_torchvision()
+    allow_torchvision()
     import torchvision
 
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -70,7 +61,7 @@ TIMM = """vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_22
 
 
 def timm_model(name: str) -> tuple[nn.Module, tuple]:
-    _shim_torchvision()
+    allow_torchvision()
     import timm
 
     model = timm.create_model(name, pretrained=False)
@@ -92,7 +83,7 @@ SMALL = {
 
 
 def transformers_model(name: str) -> tuple[nn.Module, tuple]:
-    _shim_torchvision()
+    allow_torchvision()
     import transformers
 
     config_class = getattr(transformers, f"{name}Config")
