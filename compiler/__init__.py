@@ -35,8 +35,8 @@ from thresher.tuning import Remote, Tune
 __all__ = [
     "ArtifactError",
     "BackendError",
-    "Budget",
     "BoundedPass",
+    "Budget",
     "Candidate",
     "CaptureError",
     "Certificate",

@@ -1,7 +1,7 @@
 """``Budget``: how far an approximate model may be from the original one, by which measure; and the ledger of what was spent.
 
-An error is measured per calibration sample between the outputs of the original eager model and those of the candidate. What must stay within
-the limit is not the mean of a few samples but the mean that is to be expected: the upper end of its confidence interval,
+An error is measured per calibration sample between the outputs of the original eager model and those of the candidate. What must stay
+within the limit is not the mean of a few samples but the mean that is to be expected: the upper end of its confidence interval,
 
     mean + t(n - 1) s / sqrt(n)            Student's t, one-sided, at ``confidence``; s: the samples' standard deviation
 
@@ -26,7 +26,9 @@ Metric = Callable[[Any, Any], float]
 def _floats(outputs: Sequence[Any]) -> list[Tensor]:
     found = [o.double() for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
     if not found:
-        raise InputError("the model has no floating-point output to measure an error on: give Budget(metric=f, max_drop=...)")
+        raise InputError(
+            "the model has no floating-point output to measure an error on: give Budget(metric=f, max_drop=...)"
+        )
     return found
 
 
@@ -91,7 +93,7 @@ class Budget:
     @property
     def name(self) -> str:
         named = next((n for n in METRICS if getattr(self, n) is not None), None)
-        return named or getattr(self.metric, "__name__", "metric")
+        return named or str(getattr(self.metric, "__name__", "metric"))
 
     @property
     def limit(self) -> float:
@@ -140,4 +142,3 @@ class Spent:
     after: float
     held_out: Measured
     changes: list[str] = field(default_factory=list)
-

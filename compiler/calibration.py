@@ -46,7 +46,9 @@ class Calibration:
             except InputError as error:
                 raise InputError(f"calibration sample {number}: {error}") from error
         if len(flat) < LEAST:
-            raise InputError(f"calibration needs at least {LEAST} samples, some of which judge the result; there are {len(flat)}")
+            raise InputError(
+                f"calibration needs at least {LEAST} samples, some of which judge the result; there are {len(flat)}"
+            )
         order = random.Random(budget.seed).sample(range(len(flat)), len(flat))
         judges = min(max(round(budget.held_out * len(flat)), 2), len(flat) - 2)
         return Calibration(original, budget, [flat[i] for i in order[judges:]], [flat[i] for i in order[:judges]])
@@ -57,7 +59,11 @@ class Calibration:
 
     def error(self, program: Program, flat: list[Any], metric: Callable[[Any, Any], float] | None = None) -> float:
         """Of one sample, by the budget's metric or another one on flat outputs."""
-        reference, found = self.reference(flat), program.run(*flat)
+        return self.distance(flat, program.run(*flat), metric)
+
+    def distance(self, flat: list[Any], found: list[Any], metric: Callable[[Any, Any], float] | None = None) -> float:
+        """From what the original says to a sample to what was found, both flat."""
+        reference = self.reference(flat)
         if metric is not None:
             return metric(reference, found)
         if self.budget.on_structure:
@@ -71,7 +77,9 @@ class Calibration:
         return self._references[id(flat)]
 
 
-def watch(program: Program, samples: Sequence[list[Any]], nodes: dict[fx.Node, Callable[[dict[fx.Node, Any]], None]]) -> None:
+def watch(
+    program: Program, samples: Sequence[list[Any]], nodes: dict[fx.Node, Callable[[dict[fx.Node, Any]], None]]
+) -> None:
     """Run ``program`` on every sample, and call ``nodes[n]`` with the values of n and of its arguments when n has been computed."""
     needed = {source for node in nodes for source in (node, *node.all_input_nodes)}
     for flat in samples:

@@ -107,6 +107,7 @@ def compile(
         if widths == "rule":
             build.transform(resolve_passes(passes), verify)
             build.lower()
+            build.keep_approximation_if_faster()
         else:
             build.fastest(variants(resolve_passes(passes)), verify)
         if isinstance(tune, Tune):
@@ -236,6 +237,9 @@ class _Build:
         self.checks: list[Check] = []
         self.widths: dict[str, float] = {}
         self.tuning: dict[str, float] = {}
+        self.approximation: dict[str, float] = {}
+        self.calibration: Calibration | None = None
+        self.exact: Program | None = None  # what an approximate model was made from
 
     def _timed(self, stage: str, start: float) -> None:
         self.seconds[stage] = time.perf_counter() - start
@@ -268,6 +272,25 @@ class _Build:
         self.specialized = program
         self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
         self._timed("lower", start)
+
+    def keep_approximation_if_faster(self) -> None:
+        """Nobody wants an error that buys nothing."""
+        if self.exact is None or not self.runnable:
+            return
+        start = time.perf_counter()
+        built = {"approximate": (self.rewritten, self.specialized, self.lowered)}
+        self.rewritten = self.exact
+        self.lower()
+        built["exact"] = self.rewritten, self.specialized, self.lowered
+        self.step("comparing exact and approximate")
+        self.approximation = self._race({name: lowered for name, (*_, lowered) in built.items()})
+        best = min(self.approximation, key=self.approximation.__getitem__)
+        self.rewritten, self.specialized, self.lowered = built[best]
+        if best == "exact":
+            self.exact = None
+            for record in (r for r in self.pass_records if r.status == "changed" and r.preserves == "bounded"):
+                record.status, record.failure = "reverted", "measured: not faster than the exact model"
+        self._timed("approximation", start)
 
     def tune(self, options: Tune) -> None:
         """Measure the kernels, build with the fastest, and keep that only if the whole model is not slower for it."""
@@ -356,12 +379,33 @@ class _Build:
         for label, flat in zip(("example", "random"), probes(self.rewritten)):
             reference = self.eager(flat)
             rewritten = self.rewritten.run(*flat)
-            checks.append(check_outputs(f"rewritten = eager, {label} input", reference, rewritten))
+            exact = rewritten if self.exact is None else self.exact.run(*flat)
+            checks.append(check_outputs(f"rewritten = eager, {label} input", reference, exact))
             if self.runnable:
                 outputs = signature.with_literals(self.lowered.run(signature.check(flat)))
                 checks.append(check_outputs(f"compiled = rewritten, {label} input", rewritten, outputs))
-                checks.append(check_outputs(f"compiled = eager, {label} input", reference, outputs))
-        return checks
+                if self.exact is None:
+                    checks.append(check_outputs(f"compiled = eager, {label} input", reference, outputs))
+        return [*checks, *self.within_budget()]
+
+    def within_budget(self) -> list[Check]:
+        """The approximate model, compiled where it runs here, against the eager one, on the samples that chose nothing."""
+        calibration = self.calibration
+        if self.exact is None or calibration is None:
+            return []
+        signature = self.rewritten.signature(self.target.partition(":")[0])
+
+        def outputs(flat: list[Any]) -> list[Any]:
+            if not self.runnable:
+                return self.rewritten.run(*flat)
+            return signature.with_literals(self.lowered.run(signature.check(flat)))
+
+        found = calibration.budget.summary([calibration.distance(flat, outputs(flat)) for flat in calibration.judging])
+        what = "compiled" if self.runnable else "rewritten"
+        limit = calibration.budget.limit
+        detail = f"worst sample {found.worst:.2e}"
+        name = f"{what} ~ eager, {calibration.budget.name}, held-out samples"
+        return [Check(name, found.mean, limit, found.bound <= limit * (1 + 1e-3), detail)]
 
     def eager(self, flat: Sequence[Any]) -> list[Any]:
         """The model itself on flat inputs; the captured program where there is no module to call."""
@@ -385,7 +429,8 @@ class _Build:
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
-            library=list(self.lowered.library),
+            library=list(self.lowered.library), approximation=self.approximation,
+            spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
             estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip

@@ -193,7 +193,8 @@ class PassManager:
 
     def _run_stages(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
         """Exact passes that follow each other are checked together, approximate ones run each with its share of the budget."""
-        done, approximate, spent = [], sum(p.preserves == "bounded" for p in chain), 0
+        done: list[PassRecord] = []
+        approximate, spent = sum(p.preserves == "bounded" for p in chain), 0
         for exact, group in itertools.groupby(chain, lambda p: p.preserves == "exact"):
             if exact:
                 program = self._run_and_check(list(group), program, context, len(done))

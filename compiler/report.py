@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thresher.budget import Measured, Spent
 from thresher.pass_manager import Note, PassRecord
 
 
@@ -48,6 +49,8 @@ class Report:
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
     tuning: dict[str, float] = field(default_factory=dict)  # milliseconds tuned and untuned, where kernels were tuned
     tuned: tuple[int, int] = (0, 0)  # workloads with a plan from a record, of all that have plans
+    approximation: dict[str, float] = field(default_factory=dict)  # milliseconds of the exact and the approximate model
+    spent: list[Spent] = field(default_factory=list)  # what approximate passes spent of the budget
     library: list[str] = field(default_factory=list)  # nodes that torch computes, where that was measured as faster
     estimate: float = 0.0  # milliseconds of a run, by the cost model that the passes decide with
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
@@ -71,7 +74,8 @@ class Report:
         before, after = Figures(**raw.pop("before")), Figures(**raw.pop("after"))
         checks = [Check(**c) for c in raw.pop("checks")]
         tuned = tuple(raw.pop("tuned"))
-        return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, **raw)
+        spent = [Spent(**{**s, "held_out": Measured(**s["held_out"])}) for s in raw.pop("spent")]
+        return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, spent=spent, **raw)
 
     # ------------------------------------------------------------------ terminal
 
@@ -131,6 +135,8 @@ class Report:
                 "ok" if check.passed else f"FAILED {check.detail}",
             )
         console.print(checks)
+        if self.spent:
+            console.print(_ledger_table(self.spent))
         if self.memory:
             parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
             console.print(f"memory: {parts}")
@@ -139,7 +145,12 @@ class Report:
             console.print(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
         if self.library:
             console.print(f"computed by torch: {', '.join(self.library)}")
-        for title, times in (("", self.latency), ("widths measured: ", self.widths), ("tuning: ", self.tuning)):
+        for title, times in (
+            ("", self.latency),
+            ("approximation: ", self.approximation),
+            ("widths measured: ", self.widths),
+            ("tuning: ", self.tuning),
+        ):
             if times:
                 console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))
 
@@ -154,6 +165,10 @@ class Report:
             _html_table("Memory", ("what", "MB"), [(name, f"{v / 1e6:.2f}") for name, v in self.memory.items()]),
             _html_times("Latency (medians, interleaved)", self.latency),
             _html_times("Widths measured (medians, interleaved)", self.widths),
+            _html_times("Exact and approximate (medians, interleaved)", self.approximation),
+            _html_table("Error ledger (held-out samples)", LEDGER_COLUMNS, list(map(_ledger_row, self.spent)))
+            if self.spent
+            else "",
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
             _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
         ]
@@ -197,6 +212,26 @@ def _pass_row(record: PassRecord) -> tuple:
     error = "" if record.error is None else f"{record.error:.1e}"
     counts = len(record.rewrites), len(record.refusals)
     return record.name, result, record.preserves, *counts, error, f"{record.seconds:.2f}"
+
+
+LEDGER_COLUMNS = ("approximate pass", "changes", "error before", "error after", "at most", "worst sample")
+
+
+def _ledger_row(spent: Spent) -> tuple:
+    held_out = spent.held_out
+    errors = (f"{e:.2e}" for e in (spent.before, spent.after, held_out.bound, held_out.worst))
+    return spent.name, str(len(spent.changes)), *errors
+
+
+def _ledger_table(spent: list[Spent]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="error ledger (held-out samples)", title_justify="left")
+    for column in LEDGER_COLUMNS:
+        table.add_column(column, justify="left" if column == LEDGER_COLUMNS[0] else "right")
+    for one in spent:
+        table.add_row(*_ledger_row(one))
+    return table
 
 
 def _saved(before: float, after: float) -> str:

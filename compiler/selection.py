@@ -7,8 +7,8 @@ and ``saved``, the seconds it saves by the cost model. Then
    model's output over the sum of its errors at the site says what an error there costs. Small independent errors add up in squares.
 2. *order*: of every key the candidates on the upper hull of (predicted error, saved) make steps of falling gain; all steps of all keys,
    by seconds saved per predicted error, are one path from "nothing" to "everything".
-3. *how far*: bisection over the path, by the model's measured error on the samples that choose, in the budget's metric. What is asked is only
-   whether an error is within a limit, so a larger limit never stops earlier.
+3. *how far*: bisection over the path, by the model's measured error on the samples that choose, in the budget's metric. What is asked is
+   only whether an error is within a limit, so a larger limit never stops earlier.
 4. *judged*: on the samples that chose nothing. Over the limit means the next smaller limit of a fixed ladder, from 3 on.
 
 The whole is deterministic, and both 3 and 4 are monotone in the budget.
@@ -64,7 +64,9 @@ class BoundedPass(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         calibration = context.calibration
         if calibration is None:
-            raise PassError(f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)")
+            raise PassError(
+                f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)"
+            )
         limit = calibration.budget.limit * context.share
         if limit == 0:
             return PassResult(program, [], [Note("", "", "the budget is 0: nothing is approximated")])
@@ -93,7 +95,9 @@ class _Search:
 
     def run(self, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
         """The candidates that are chosen."""
-        sensitivity = {group: self.sensitivity(group, candidates) for group in dict.fromkeys(c.group for c in candidates)}
+        sensitivity = {
+            group: self.sensitivity(group, candidates) for group in dict.fromkeys(c.group for c in candidates)
+        }
         path = steps(candidates, sensitivity)
         for allowed in ladder(limit):
             chosen = self.farthest(path, allowed)

@@ -71,8 +71,8 @@ def minilm() -> nn.Module:
 
 
 def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """``count`` inputs for :func:`minilm`: English news of gensim's wheel, cut into texts of ``length`` tokens. A batch holds one whole text
-    and shorter ones."""
+    """``count`` inputs for :func:`minilm`: English news of gensim's wheel, cut into texts of ``length`` tokens. A batch holds one whole
+    text and shorter ones."""
     from tokenizers import Tokenizer
 
     text = (_folder("gensim") / "test" / "test_data" / "lee_background.cor").read_text()

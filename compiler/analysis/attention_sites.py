@@ -75,7 +75,7 @@ def attention_sites(program: Program) -> tuple[list[AttentionSite], dict[fx.Node
 
 
 def head_weights(program: Program, site: AttentionSite) -> Tensor:
-    """How much a change of each head's output weighs behind the projection: float64 [H, F, F], W_h^T W_h; identities where there is none."""
+    """What a change of each head's output weighs behind the projection: float64 [H, F, F], W_h^T W_h; identities where there is none."""
     heads, width = shape_of(site.node)[1], shape_of(site.node)[3]
     weight = program.constant(site.projection)
     if weight is None:

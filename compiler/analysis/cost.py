@@ -99,7 +99,11 @@ def flops_of(node: fx.Node, program: Program | None = None) -> int:
     counter = COUNTERS.get(node.target)
     if counter is None:
         return 0
-    return round(counter(node) * listed_share(node, program)) if node.target is ops.sparse_attention.default else counter(node)
+    return (
+        round(counter(node) * listed_share(node, program))
+        if node.target is ops.sparse_attention.default
+        else counter(node)
+    )
 
 
 def listed_share(node: fx.Node, program: Program | None) -> float:

@@ -34,7 +34,9 @@ def block_means(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
     return total / torch.nn.functional.pad(there, pad).unflatten(2, (-1, block)).sum(3).clamp(min=1)
 
 
-def block_scores(q: Tensor, k: Tensor, keys: Tensor | None, block_q: int, block_k: int, scale: float, causal: bool) -> Tensor:
+def block_scores(
+    q: Tensor, k: Tensor, keys: Tensor | None, block_q: int, block_k: int, scale: float, causal: bool
+) -> Tensor:
     """[B, H, query blocks, key blocks]; -inf where a block may not be listed."""
     valid = None if keys is None else keys[:, 0]
     means = block_means(k, block_k, valid).repeat_interleave(q.shape[1] // k.shape[1], 1)

@@ -5,8 +5,8 @@ A_ls v_s. Attention over a set J of blocks is then
 
     o_J = sum_{j in J} O_j / sum_{j in J} m_j
 
-so that every pattern costs one small product over blocks, not an attention. Errors are measured behind the projection W of the site: |(o_J -
-o) W_h|^2, over |o W|^2 of all heads together.
+so that every pattern costs one small product over blocks, not an attention. Errors are measured behind the projection W of the site:
+|(o_J - o) W_h|^2, over |o W|^2 of all heads together.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Sample:
         return mixed.permute(1, 0, 2, 3)
 
 
-def each_head(site: AttentionSite, values: dict[Any, Any], blocks: Blocks, use: Callable[[int, int, Sample], None]) -> None:
+def each_head(
+    site: AttentionSite, values: dict[Any, Any], blocks: Blocks, use: Callable[[int, int, Sample], None]
+) -> None:
     """Call ``use(batch, head, sample)`` for every head, with the values that a run gave the site."""
     q, k, v = (values[n].float() for n in (site.q, site.k, site.v))
     mask = None if site.mask is None else values[site.mask]

@@ -35,7 +35,8 @@ PREFIXES = (0, 1, 2, 5)  # tokens before those of an image: class, distillation,
 
 def static_patterns(mass: Tensor, rows: int, keys: int, block_q: int, block_k: int) -> dict[str, Tensor]:
     """All patterns for ``mass`` [H, query blocks, key blocks] of ``rows`` x ``keys`` tokens."""
-    found = shapes(*mass.shape[-2:], block_q, block_k)
+    _, query_blocks, key_blocks = mass.shape
+    found = shapes(query_blocks, key_blocks, block_q, block_k)
     if rows == keys and (grid := grid_of(rows)):
         found |= planes(*grid, block_q, block_k)
     return found | attended(mass, block_q, block_k)

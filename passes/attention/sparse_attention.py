@@ -1,14 +1,15 @@
 """Each head looks at fewer blocks of keys: always the same ones, or those whose means promise the most.
 
-Static patterns (``patterns.py``) cost nothing at run time. Selected blocks (``thresher::select_blocks``) follow the input: a fixed number, the
-highest by the scores of the blocks' means. What a head gets is decided by what it does to the model's output on calibration samples; all
-heads of a layer run in one kernel, each over its own list, and a head that loses too much keeps all of its keys.
+Static patterns (``patterns.py``) cost nothing at run time. Selected blocks (``thresher::select_blocks``) follow the input: a fixed number,
+the highest by the scores of the blocks' means. What a head gets is decided by what it does to the model's output on calibration samples;
+all heads of a layer run in one kernel, each over its own list, and a head that loses too much keeps all of its keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -87,7 +88,12 @@ class SparseAttention(BoundedPass):
         return found
 
     def of_site(
-        self, site: AttentionSite, blocks: Blocks, choices: dict[str, list[Choice]], errors: dict[str, Tensor], context: Context
+        self,
+        site: AttentionSite,
+        blocks: Blocks,
+        choices: dict[str, list[Choice]],
+        errors: dict[str, Tensor],
+        context: Context,
     ) -> list[Candidate]:
         batch, heads, _, _ = site.shape
         possible = blocks.rows(site) * blocks.columns(site) * (0.5 if site.causal else 1.0)
@@ -99,12 +105,9 @@ class SparseAttention(BoundedPass):
             for h, choice in enumerate(of_heads):
                 saved = dense * (1 - choice.count() / possible) - (selecting if choice.keep else 0.0)
                 if saved > 0:
-                    found.append(
-                        Candidate(
-                            (site.node.name, h), site.module, f"head {h}: {name}", float(errors[name][h]), saved,
-                            site.node.name, site.module, choice,
-                        )  # fmt: skip
-                    )
+                    key, where = (site.node.name, h), (site.node.name, site.module)
+                    error = float(errors[name][h])
+                    found.append(Candidate(key, site.module, f"head {h}: {name}", error, saved, *where, choice))
         return found
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
@@ -131,7 +134,9 @@ def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict
     site.node.replace_all_uses_with(new)
 
 
-def _selected(program: Program, site: AttentionSite, blocks: Blocks, of_heads: Sequence[Choice], always: Tensor) -> list[fx.Node]:
+def _selected(
+    program: Program, site: AttentionSite, blocks: Blocks, of_heads: Sequence[Choice], always: Tensor
+) -> list[fx.Node]:
     import operator
 
     keep = torch.tensor([c.keep for c in of_heads])
@@ -183,7 +188,7 @@ def _mass(
 
         each_head(site, values, blocks[site.node], add)
 
-    watch(program, samples, {s.node: lambda values, s=s: collect(s, values) for s in sites})
+    watch(program, samples, {s.node: partial(collect, s) for s in sites})
     return found
 
 
@@ -206,14 +211,16 @@ def _errors(
 
         each_head(site, values, cut, add)
 
-    watch(program, samples, {s.node: lambda values, s=s: collect(s, values) for s in sites})
+    watch(program, samples, {s.node: partial(collect, s) for s in sites})
     return {node: errors.relative() for node, errors in found.items()}
 
 
 def _scores(site: AttentionSite, values: dict[fx.Node, Any], blocks: Blocks) -> Tensor:
     keys = None if site.mask is None else values[site.mask]
     keys = keys if keys is None or keys.dtype is torch.bool else keys > -1e4
-    return block_scores(values[site.q].float(), values[site.k].float(), keys, blocks.q, blocks.k, site.scale, site.causal)
+    return block_scores(
+        values[site.q].float(), values[site.k].float(), keys, blocks.q, blocks.k, site.scale, site.causal
+    )
 
 
 def _grid(choice: Choice, scores: Tensor | None, b: int, h: int) -> Tensor:

@@ -157,3 +157,58 @@ def test_masked_blocks_are_not_read() -> None:
     kept = [*range(16), *range(32, 64)]
     wanted = F.scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept], scale=0.25)
     assert not compare([wanted], [found]).exceeds(1e-5)
+
+
+# ---------------------------------------------------------------------- selected blocks
+
+
+class Selected(nn.Module):
+    """Attention over blocks that are selected, and the lists as a mask."""
+
+    def __init__(self, forced: Tensor, keep: Tensor, mass: Tensor, most: int, causal: bool, keys: Tensor | None = None):
+        super().__init__()
+        for name, value in (("forced", forced), ("keep", keep), ("mass", mass), ("keys", keys)):
+            self.register_buffer(name, value)
+        self.most, self.causal = most, causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        how = (self.keys, self.forced, self.keep, self.mass, 32, 16, 0.5, self.most, self.causal)
+        lists = torch.ops.thresher.select_blocks(q, k, *how)
+        return sparse_attention(q, k, v, self.keys, *lists, 32, 16, 0.5, self.causal)
+
+
+@given(st.booleans(), st.booleans(), st.integers(33, 150), st.integers(0, 100))
+@settings(max_examples=15, deadline=None)
+def test_selected_blocks_compile(causal: bool, masked: bool, keys: int, seed: int) -> None:
+    rows, (heads, groups) = 70, (4, 2)
+    q = rand(2, heads, rows, 8, seed=seed)
+    k, v = rand(2, groups, keys, 8, seed=seed + 1), rand(2, groups, keys, 16, seed=seed + 2)
+    columns = -(-keys // 16)
+    generator = torch.Generator().manual_seed(seed)
+    forced = torch.rand(1, heads, 3, columns, generator=generator) < 0.1
+    keep = torch.randint(0, columns, (heads,), generator=generator)
+    mass = torch.tensor([2.0, 0.6, 0.9, 2.0])
+    there = torch.rand(2, 1, 1, keys, generator=generator) < 0.7 if masked else None
+    model = Selected(forced, keep, mass, columns, causal, there)
+    assert not compare([model(q, k, v)], [compiled(model, q, k, v)]).exceeds(1e-5)
+
+
+def test_selection_by_hand() -> None:
+    """The fewest blocks with the mass, the forced one first, none that is masked or ahead."""
+    q = torch.ones(1, 1, 4, 1)
+    k = torch.tensor([1.0, 3.0, 2.0, 9.0]).log().reshape(1, 1, 4, 1)
+    none, keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool), torch.tensor([4])
+
+    def chosen(forced=none, keep=keep, mass=2.0, keys=None, causal=False) -> list[list[int]]:
+        select = torch.ops.thresher.select_blocks
+        blocks, counts = select(q, k, keys, forced, keep, torch.tensor([mass]), 1, 1, 1.0, 4, causal)
+        return [blocks[0, 0, i, : counts[0, 0, i]].tolist() for i in range(4)]
+
+    first = none.clone()
+    first[..., 0] = True
+    assert chosen(keep=torch.tensor([2]))[0] == [1, 3]
+    assert chosen(mass=0.6)[0] == [3] and chosen(mass=0.61)[0] == [1, 3]
+    assert chosen(forced=first, keep=torch.tensor([2]))[0] == [0, 3]
+    assert chosen(forced=first, keep=torch.tensor([0]))[0] == [0]
+    assert chosen(keep=torch.tensor([2]), causal=True) == [[0], [0, 1], [1, 2], [1, 3]]
+    assert chosen(keep=torch.tensor([1]), keys=torch.tensor([1, 1, 1, 0]).bool().reshape(1, 1, 1, 4))[3] == [1]

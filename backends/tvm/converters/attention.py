@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 from tvm import relax, te, tirx
 
@@ -25,9 +26,9 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import attention, flash_attention, streamed_attention
+from thresher.backends.tvm.kernels import attention, building, flash_attention, select_blocks, streamed_attention
 from thresher.ops.sparse_attention import arguments
-from thresher.program import is_tensor, shape_of
+from thresher.program import dtype_of, is_tensor, shape_of
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,8 @@ def sparse_attention_kernel(importer: Importer, node: fx.Node) -> Any:
 
 def streamed(importer: Importer, node: fx.Node, call: Call) -> Any:
     """The kernel that reads heads inside the tokens as they are stored, and writes them so where that is all that is asked for."""
-    machine, values, operands = importer.cpu, [], []
-    for given, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
-        source = before_swap(given, 1, 2) if len(shape_of(given)) == 4 else None
-        values.append(value if source is None else importer.value(source))
-        b, h, rows, width = shape
-        operands.append(streamed_attention.Operand((b, h, rows, width), source is not None))
-    q, k, v = operands
+    machine = importer.cpu
+    values, (q, k, v) = as_stored(importer, (call.q, call.k, call.v), call.values(importer), call.shapes)
     user = next(iter(node.users)) if len(node.users) == 1 else None
     inside = is_tensor(user) and len(shape_of(node)) == 4 and before_swap(user, 1, 2) is node
     lists = [] if call.lists is None else [importer.value(n) for n in call.lists]
@@ -150,20 +146,50 @@ def streamed(importer: Importer, node: fx.Node, call: Call) -> Any:
     return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
 
 
+def as_stored(
+    importer: Importer, nodes: Sequence[fx.Node], values: Sequence[Any], shapes: Sequence[Sequence[int]]
+) -> tuple[list[Any], list[streamed_attention.Operand]]:
+    """[B, H, L, E] values, those that are a view of [B, L, H, E] as they are stored."""
+    stored, operands = [], []
+    for node, value, shape in zip(nodes, values, shapes):
+        source = before_swap(node, 1, 2) if len(shape_of(node)) == 4 else None
+        stored.append(value if source is None else importer.value(source))
+        b, h, rows, width = shape
+        operands.append(streamed_attention.Operand((b, h, rows, width), source is not None))
+    return stored, operands
+
+
+@cpu_kernel(ops.select_blocks.default)
+@semantics(ops.select_blocks.default)
+def select_blocks_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Two values, which ``getitem`` takes apart."""
+    q, k, keys, forced, keep, mass, block_q, block_k, scale, most, causal = arguments(node)
+    if importer.machine is None or any(result != torch.float32 for result in (dtype_of(q), dtype_of(k))):
+        raise NotImplementedError("blocks of keys are selected for float32 on the CPU only")
+    nodes = (q, k)
+    values, (at_q, at_k) = as_stored(importer, nodes, [importer.value(n) for n in nodes], [sizes(n) for n in nodes])
+    there = None if keys is None else tuple(sizes(keys))
+    problem = select_blocks.Problem(at_q, at_k, there, block_q, block_k, scale, most, causal)
+    function = importer.builder.add_func(select_blocks.kernel(problem, importer.cpu.lanes), "select_blocks")
+    inputs = [*values, *([] if keys is None else [importer.value(keys)]), *map(importer.value, (forced, keep, mass))]
+    kinds = [relax.TensorType(shape, dtype) for shape, dtype in select_blocks.outputs(problem)]
+    return importer.emit(relax.call_tir(function, inputs, kinds))
+
+
 def added_by_key(importer: Importer, call: Call, tile: int) -> Any:
     """The mask as numbers to add, [b, h, keys, queries], whole tiles of queries; a dimension of 1 stays."""
     shape = call.mask_shape
     columns = -(-shape[2] // tile) * tile if shape[2] > 1 else 1
     if importer.is_constant(call.mask):
         array = importer.array(call.mask).reshape(shape)
-        added = np.where(array, 0.0, streamed_attention.LOW) if array.dtype == bool else array
+        added = np.where(array, 0.0, building.LOW) if array.dtype == bool else array
         added = np.pad(added.astype(np.float32), ((0, 0), (0, 0), (0, columns - shape[2]), (0, 0)))
         return importer.weight(np.ascontiguousarray(added.swapaxes(2, 3)), (call.mask, "by key", tile))
 
     def element(m: te.Tensor) -> te.Tensor:
         def one(b: Any, h: Any, s: Any, i: Any) -> Any:
             value = m[b, h, te.min(i, shape[2] - 1), s]
-            allowed, masked = (tirx.const(v, "float32") for v in (0.0, streamed_attention.LOW))
+            allowed, masked = (tirx.const(v, "float32") for v in (0.0, building.LOW))
             return tirx.Select(value, allowed, masked) if m.dtype == "bool" else value
 
         return te.compute((*shape[:2], shape[3], columns), one, name="added_by_key")

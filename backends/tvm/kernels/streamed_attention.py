@@ -20,12 +20,23 @@ from typing import Any
 
 import tvm.tirx.script.builder as T
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
 from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.kernels.building import (
+    LOW,
+    argument,
+    broadcast,
+    buffer,
+    f32,
+    function,
+    i64,
+    loop,
+    store,
+    vectors,
+)
 from thresher.backends.tvm.kernels.machine import Machine
 
-LOW, FLOOR = -3.0e38, -1.0e30  # of a score that is masked; under the top of any row that has a score
+FLOOR = -1.0e30  # under the top of any row that has a score
 BLOCK = 64  # keys that are taken together
 DEPTH = 4  # steps of a sum that are written out
 ROWS = 4  # of a tile of sums
@@ -106,21 +117,17 @@ class _Kernel:
 
     def build(self) -> tirx.PrimFunc:
         p = self.p
-        with IRBuilder() as builder, T.prim_func(is_private=True):
-            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            self.q, self.k, self.v = (self.argument(name, o.stored) for name, o in (("q", p.q), ("k", p.k), ("v", p.v)))
-            self.mask: Any = self.argument("mask", p.mask) if p.mask else None
-            self.blocks: Any = self.argument("blocks", p.lists, "int32") if p.lists else None
-            self.counts: Any = self.argument("counts", p.lists[:3], "int32") if p.lists else None
-            self.result = self.argument("result", p.result.stored)
+        with function() as builder:
+            self.q, self.k, self.v = (argument(name, o.stored) for name, o in (("q", p.q), ("k", p.k), ("v", p.v)))
+            self.mask: Any = argument("mask", p.mask) if p.mask else None
+            self.blocks: Any = argument("blocks", p.lists, "int32") if p.lists else None
+            self.counts: Any = argument("counts", p.lists[:3], "int32") if p.lists else None
+            self.result = argument("result", p.result.stored)
             tiles = -(-self.rows // self.tile)
             with T.parallel(self.batch * self.heads * tiles) as task:
                 b, h = task // (self.heads * tiles), task // tiles % self.heads
                 self.task(b, h, self.order(task % tiles, tiles))
         return builder.get()
-
-    def argument(self, name: str, shape: Sequence[int], dtype: str = "float32") -> Any:
-        return T.arg(name, T.Buffer(tuple(shape), dtype))
 
     def order(self, t: Any, tiles: int) -> Any:
         """Causal: long and short rows in turn, so that each thread gets as much."""
@@ -161,8 +168,8 @@ class _Kernel:
         """The loop over the blocks of keys that this tile looks at."""
         count = -(-self.keys // self.block)
         if self.p.lists:
-            place = [i if size > 1 else i64(0) for i, size in zip((b, h, first // self.p.block_q), self.p.lists)]
-            with T.serial(T.cast(self.counts[tuple(place)], "int64")) as c:
+            place = broadcast((b, h, first // self.p.block_q), self.counts.shape)
+            with T.serial(T.cast(self.counts[place], "int64")) as c:
                 yield T.cast(self.blocks[(*place, c)], "int64")
             return
         if self.p.causal:
@@ -198,7 +205,7 @@ class _Kernel:
             for registers in self.chunks(self.tile):
                 sums = Sums(ROWS, registers)
                 sums.fill(lambda r, c: f32(0.0))
-                with loop(self.width) as e:
+                with loop(self.width, DEPTH) as e:
                     sums.add(
                         lambda r: self.k[tuple(self.p.k.at(self.k, b, group, s[r], e))],
                         lambda c: self.queries[e * self.tile + c],
@@ -215,8 +222,8 @@ class _Kernel:
                     value = elementwise.named(value / f32(p.softcap), elementwise.tanh) * f32(p.softcap)
                 if self.mask is not None:
                     key = tirx.min(start + s, self.keys - 1)
-                    place = [x if int(size) > 1 else i64(0) for x, size in zip((b, h, key, first + i), self.mask.shape)]
-                    value = tirx.max(value + self.mask[tuple(place)], f32(LOW))
+                    place = broadcast((b, h, key, first + i), self.mask.shape)
+                    value = tirx.max(value + self.mask[place], f32(LOW))
                 store(self.scores, value, s * self.tile + i)
         if p.causal:
             with T.If(start + n - 1 > first), T.Then(), T.serial(steps * ROWS) as s, self.over_queries() as i:
@@ -321,39 +328,3 @@ class Sums:
             for (offset, length), sums in zip(self.parts, row):
                 with T.vectorized(length) as i:
                     store(sums, sums[i] + left(r) * right(offset + i), i)
-
-
-def f32(value: float) -> Any:
-    return tirx.const(value, "float32")
-
-
-def i64(value: int) -> Any:
-    return tirx.const(value, "int64")
-
-
-def buffer(size: int) -> Any:
-    """Scratch memory of a task; below a kilobyte on the stack."""
-    return T.alloc_buffer((size,), "float32", scope="global")
-
-
-def store(target: Any, value: Any, place: Any) -> None:
-    T.buffer_store(target, value, [place])
-
-
-@contextmanager
-def loop(size: int) -> Iterator[Any]:
-    """A loop with DEPTH steps written out."""
-    unrolled = next(u for u in (DEPTH, 2, 1) if size % u == 0)
-    with T.serial(size // unrolled) as outer, T.unroll(unrolled) as inner:
-        yield outer * unrolled + inner
-
-
-@contextmanager
-def vectors(size: int, lanes: int) -> Iterator[Any]:
-    """A loop over neighbouring elements in registers."""
-    if size % lanes == 0:
-        with T.serial(size // lanes) as outer, T.vectorized(lanes) as inner:
-            yield outer * lanes + inner
-    else:
-        with T.vectorized(size) as inner:
-            yield inner

@@ -1,0 +1,70 @@
+"""Small words for kernels that are written out as loops instead of scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm.tirx.script.builder as T
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+
+LOW = -3.0e38  # of a score that is masked
+
+
+@contextmanager
+def function() -> Iterator[IRBuilder]:
+    """The body of a kernel; ``get()`` of what it yields is the function afterwards."""
+    with IRBuilder() as builder, T.prim_func(is_private=True):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        yield builder
+
+
+def argument(name: str, shape: Sequence[int], dtype: str = "float32") -> Any:
+    return T.arg(name, T.Buffer(tuple(shape), dtype))
+
+
+def f32(value: float) -> Any:
+    return tirx.const(value, "float32")
+
+
+def i32(value: int) -> Any:
+    return tirx.const(value, "int32")
+
+
+def i64(value: int) -> Any:
+    return tirx.const(value, "int64")
+
+
+def buffer(size: int, dtype: str = "float32") -> Any:
+    """Scratch memory of a task; below a kilobyte on the stack."""
+    return T.alloc_buffer((size,), dtype, scope="global")
+
+
+def store(target: Any, value: Any, *place: Any) -> None:
+    T.buffer_store(target, value, list(place))
+
+
+def broadcast(place: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, ...]:
+    """The index of an element where dimensions of size 1 stand for all."""
+    return tuple(i if int(size) > 1 else i64(0) for i, size in zip(place, shape))
+
+
+@contextmanager
+def loop(size: int, depth: int) -> Iterator[Any]:
+    """A loop with ``depth`` steps written out, or fewer."""
+    unrolled = next(u for u in (depth, 2, 1) if size % u == 0)
+    with T.serial(size // unrolled) as outer, T.unroll(unrolled) as inner:
+        yield outer * unrolled + inner
+
+
+@contextmanager
+def vectors(size: int, lanes: int) -> Iterator[Any]:
+    """A loop over neighbouring elements in registers."""
+    if size % lanes == 0:
+        with T.serial(size // lanes) as outer, T.vectorized(lanes) as inner:
+            yield outer * lanes + inner
+    else:
+        with T.vectorized(size) as inner:
+            yield inner
