@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from thresher.budget import Measured, Spent, rel_l2
@@ -98,7 +98,7 @@ class _Search:
         sensitivity = {
             group: self.sensitivity(group, candidates) for group in dict.fromkeys(c.group for c in candidates)
         }
-        path = steps(candidates, sensitivity)
+        path = steps([replace(c, error=c.error * sensitivity[c.group]) for c in candidates])
         for allowed in ladder(limit):
             chosen = self.farthest(path, allowed)
             if not chosen or self.judged(chosen).bound <= limit:
@@ -155,14 +155,14 @@ def ladder(limit: float) -> list[float]:
     return [LADDER**i for i in range(first, first - math.ceil(math.log(100, LADDER)), -1)]
 
 
-def hull(candidates: Sequence[Candidate], sensitivity: float) -> list[tuple[float, Candidate]]:
-    """The candidates of one key that are worth their error, in order, each with the seconds it saves per predicted error beyond the one
-    before it: the upper concave hull over (error, saved), from (0, 0) on."""
+def hull(candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
+    """The candidates of one key that are worth their error, in order, each with the seconds it saves per error beyond the one before it:
+    the upper concave hull over (error, saved), from (0, 0) on."""
     corners: list[Candidate] = []
 
     def gain(of: Candidate, beyond: Candidate | None) -> float:
         saved, error = of.saved - (beyond.saved if beyond else 0.0), of.error - (beyond.error if beyond else 0.0)
-        return saved / (error * sensitivity) if error * sensitivity > 0 else math.inf
+        return saved / error if error > 0 else math.inf
 
     for c in sorted(candidates, key=lambda c: (c.error, -c.saved, c.choice)):
         if c.saved <= (corners[-1].saved if corners else 0.0):
@@ -173,12 +173,11 @@ def hull(candidates: Sequence[Candidate], sensitivity: float) -> list[tuple[floa
     return [(gain(c, corners[i - 1] if i else None), c) for i, c in enumerate(corners)]
 
 
-def steps(candidates: Sequence[Candidate], sensitivity: dict[str, float]) -> list[Candidate]:
+def steps(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The path: a later candidate of a key replaces the earlier one."""
     found = []
     for number, key in enumerate(dict.fromkeys(c.key for c in candidates)):
-        own = [c for c in candidates if c.key == key]
-        for place, (gain, c) in enumerate(hull(own, sensitivity[own[0].group])):
+        for place, (gain, c) in enumerate(hull([c for c in candidates if c.key == key])):
             found.append((-gain, number, place, c))
     return [c for *_, c in sorted(found, key=lambda f: f[:3])]
 
@@ -192,6 +191,6 @@ def representatives(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The middle of every key's hull."""
     found = []
     for key in dict.fromkeys(c.key for c in candidates):
-        corners = [c for _, c in hull([c for c in candidates if c.key == key], 1.0)]
+        corners = [c for _, c in hull([c for c in candidates if c.key == key])]
         found += corners[len(corners) // 2 :][:1]
     return found

@@ -13,6 +13,7 @@ from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
 from thresher.passes.specialize.channels_last import ChannelsLast
+from thresher.passes.tokens.reduce_tokens import ReduceTokens
 
 #: One spelling for each thing.
 canonicalize = (
@@ -38,6 +39,7 @@ exact = (
 
 #: Not the same function: cheaper within a budget. They need calibration samples.
 approximate = (
+    ReduceTokens(),  # layers pass fewer tokens on
     SparseAttention(),  # heads look at fewer blocks of keys
 )
 

@@ -4,4 +4,5 @@ import thresher.ops.channels_last
 import thresher.ops.norms
 import thresher.ops.select_blocks
 import thresher.ops.shrink
-import thresher.ops.sparse_attention  # noqa: F401
+import thresher.ops.sparse_attention
+import thresher.ops.tokens  # noqa: F401

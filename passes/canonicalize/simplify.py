@@ -4,7 +4,8 @@
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
 * ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
-* an additive attention mask that is all 0, or a boolean one that is all True, is dropped.
+* an additive attention mask that is all 0, or a boolean one that is all True, is dropped;
+* what is computed from a value that was expanded is computed before it is expanded, and attention masks are not expanded at all.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Simplify(Pass):
                 name_instance_norm,
                 spell_out_shuffle,
                 drop_empty_mask,
+                broadcast_late,
             ):
                 message = rule(work, node)
                 if message:
@@ -207,3 +209,34 @@ def drop_empty_mask(program: Program, node: fx.Node) -> str:
     if len(node.args) > 3:
         node.update_arg(3, None)
     return "the attention mask masks nothing: dropped"
+
+
+def broadcast_late(program: Program, node: fx.Node) -> str:
+    """``f(expand(x))`` -> ``expand(f(x))`` for pointwise f; an attention mask broadcasts by itself."""
+    wide = [n for n in node.all_input_nodes if n.target is aten.expand.default and _same_rank(n)]
+    if not wide:
+        return ""
+    if node.target is aten.scaled_dot_product_attention.default:
+        mask = argument(node, 3, "attn_mask")
+        if mask not in wide or mask in node.args[:3]:
+            return ""
+        node.replace_input_with(mask, mask.args[0])
+        return "the attention mask broadcasts by itself: not expanded"
+    if not is_tensor(node) or not (torch.Tag.pointwise in node.target.tags or node.target in CONVERSIONS):
+        return ""
+    narrow = {n: n.args[0] if n in wide else n for n in node.all_input_nodes}
+    if any(not is_tensor(n) for n in narrow):
+        return ""
+    shapes = [shape_of(n) for n in narrow.values()]
+    if any(isinstance(d, torch.SymInt) for s in (*shapes, shape_of(node)) for d in s):
+        return ""
+    if torch.broadcast_shapes(*shapes) == shape_of(node):
+        return ""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: narrow[n])
+    small = program.insert_call(node, node.target, args, kwargs, like=node)
+    node.replace_all_uses_with(program.insert_call(node, aten.expand.default, (small, list(shape_of(node))), like=node))
+    return "computed before it is expanded"
+
+
+def _same_rank(node: fx.Node) -> bool:
+    return is_tensor(node.args[0]) and len(shape_of(node.args[0])) == len(shape_of(node))
