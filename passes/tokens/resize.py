@@ -1,8 +1,8 @@
 """What stands behind a value with fewer tokens is made for fewer tokens; where something needs all of them, they are restored first.
 
-Tokens are treated as a set by pointwise operators, by linear layers and norms over channels, and by attention, to whose scores log(size) is
-added. Those take fewer tokens as they are, once the sizes in their arguments are right. Whatever treats them otherwise (convolutions, scans,
-means and softmax over tokens, sums with values of another length, outputs of the model) gets every token back, as ``restore_tokens``.
+Tokens are treated as a set by pointwise operators, by linear layers and norms over channels, and by attention, to whose scores log(size)
+is added. Those take fewer tokens as they are, once the sizes in their arguments are right. Whatever treats them otherwise (convolutions,
+scans, means and softmax over tokens, sums with values of another length, outputs) gets every token back, as ``restore_tokens``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Assigning tokens to fewer slots (``thresher.ops.tokens``): small loops over tokens, ranks by counting, sums over channels in registers."""
+"""Assigning tokens to fewer slots (``thresher.ops.tokens``): small loops over tokens, ranks by counting, channels in registers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,183 @@
+"""Fewer tokens from layer to layer: that streams are found, what is resized and what is restored, and what a reduction of nothing is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thresher
+from thresher import Budget
+from thresher.calibration import Calibration
+from thresher.capture import capture
+from thresher.errors import PassError
+from thresher.models.vit import ViT
+from thresher.pass_manager import Context, PassManager
+from thresher.passes.tokens.reduce_tokens import SCORES, ReduceTokens, read_by_place, streams
+from thresher.program import Program, shape_of
+from thresher.validation import compare
+
+ops = torch.ops.thresher
+
+
+def vit() -> ViT:
+    torch.manual_seed(0)
+    return ViT(size=32, patch=4, dim=32, depth=3, heads=2, classes=5).eval()  # 64 tokens and the class token
+
+
+def images(count: int, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(count, 1, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def smooth(count: int) -> list[Tensor]:
+    """Images whose neighbouring patches are alike."""
+    coarse = torch.randn(count, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return [nn.functional.interpolate(x, size=(32, 32)) for x in coarse]
+
+
+def folded(model: nn.Module, *inputs: Tensor) -> Program:
+    return PassManager(thresher.pipelines.exact).run(capture(model, inputs))
+
+
+def edited(
+    program: Program, counts: dict[int, int], kind: str = "merge", rule: ReduceTokens | None = None
+) -> tuple[Program, list[str]]:
+    """``program`` with so many tokens gone behind each attention."""
+    work, blockers = program.clone(), []
+    for number, count in counts.items():
+        blockers += (rule or ReduceTokens()).edit(work, streams(work)[0][number].value.name, kind, count)
+    return work.clean().verify(), blockers
+
+
+def test_the_streams_of_a_vit() -> None:
+    found, refusals = streams(program := folded(vit(), images(1)[0]))
+    assert [s.tokens for s in found] == [65, 65, 65] and not refusals
+    assert read_by_place(program) == 1
+
+
+@pytest.mark.parametrize("kind", sorted(SCORES))
+def test_tokens_go_from_layer_to_layer(kind: str) -> None:
+    x = images(1)[0]
+    program = folded(vit(), x)
+    work, blockers = edited(program, {0: 20, 1: 10}, kind)
+    lengths = [shape_of(n)[2] for n in work.calls(torch.ops.aten.scaled_dot_product_attention.default)]
+    assert lengths == [65, 45, 35] and blockers == []
+    assert work.run(x)[0].shape == (1, 5)
+    masks = [n.kwargs.get("attn_mask") for n in work.calls(torch.ops.aten.scaled_dot_product_attention.default)]
+    assert masks[0] is None and [shape_of(m)[-1] for m in masks[1:]] == [45, 35]
+
+
+def test_equal_tokens_merge_exactly() -> None:
+    """Tokens that are the same in pairs stand for one another: proportional attention makes the merged model the same function."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = vit()
+            with torch.no_grad():
+                self.vit.position[:] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.vit(x)
+
+    torch.manual_seed(3)
+    patches = torch.randn(1, 3, 8, 4, 4, 4)  # eight columns of patches are made of four
+    twice = patches.repeat_interleave(2, 3).reshape(1, 3, 8, 8, 4, 4).permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 32, 32)
+    program = folded(Twins(), twice)
+    work, _ = edited(program, {0: 32})
+    assert compare(program.run(twice), work.run(twice)).relative < 1e-5
+    other = images(1)[0]
+    assert compare(program.run(other), work.run(other)).relative > 1e-3
+
+
+class Encoder(nn.Module):
+    """Post-norm with a mask of keys, all tokens as output or their mean."""
+
+    def __init__(self, pooled: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2))
+        self.pooled = pooled
+
+    def forward(self, x: Tensor, there: Tensor) -> Tensor:
+        mask = there[:, None, None]
+        for layer in self.layers:
+            h = layer.self_attn
+            q, k, v = (
+                nn.functional.linear(x, h.in_proj_weight, h.in_proj_bias)
+                .reshape(*x.shape[:2], 3, 2, 8)
+                .permute(2, 0, 3, 1, 4)
+            )
+            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = layer.norm1(x + h.out_proj(y.transpose(1, 2).reshape(x.shape)))
+            x = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
+        if not self.pooled:
+            return x
+        weight = there[..., None].to(x.dtype)
+        return (x * weight).sum(1) / weight.sum(1)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_padding_goes_first_and_all_tokens_come_back(pooled: bool) -> None:
+    x, there = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)), torch.ones(2, 40, dtype=torch.bool)
+    there[:, 24:] = False
+    model = Encoder(pooled).eval()
+    program = folded(model, x, there)
+    work, blockers = edited(program, {0: 16}, "received", ReduceTokens(drop=True))
+    assert len(blockers) == 1 and ("output" in blockers[0]) != pooled
+    before, after = program.run(x, there)[0], work.run(x, there)[0]
+    assert after.shape == before.shape
+    seen = slice(None) if pooled else there
+    assert compare([before[seen]], [after[seen]]).relative < 1e-5  # only padding went
+
+
+def test_what_mixes_neighbours_gets_all_tokens() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.conv = vit(), nn.Conv1d(32, 32, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.inner
+            x = torch.cat([v.token.expand(1, -1, -1), v.embed(x).flatten(2).transpose(1, 2)], 1) + v.position
+            x = v.blocks[0](x)
+            x = x + self.conv(x.mT).mT
+            return v.head(v.norm(v.blocks[1](x))[:, 0])
+
+    _, blockers = edited(folded(Mixed(), images(1)[0]), {0: 20})
+    assert any("conv1d" in b for b in blockers)
+
+
+def test_causal_attention_is_refused() -> None:
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.reshape(1, 32, 2, 8).transpose(1, 2)
+            y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            return x + y.transpose(1, 2).reshape(1, 32, 16)
+
+    found, refusals = streams(folded(Causal(), torch.randn(1, 32, 16)))
+    assert not found and "a mask by places" in refusals[0].message
+
+
+def test_within_the_budget() -> None:
+    data = smooth(16)
+    program = folded(vit(), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.05))
+    manager = PassManager([ReduceTokens(score="merge+energy+received")])
+    result = manager.run(program, Context(calibration=calibration))
+    assert manager.records[0].status == "changed" and calibration.ledger[0].held_out.bound <= 0.05
+    compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
+    assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+def test_unknown_scores() -> None:
+    with pytest.raises(PassError, match="no score 'best'"):
+        ReduceTokens(score="best").kinds()
+
+
+def test_a_reduced_model_can_be_trained() -> None:
+    work, _ = edited(folded(vit(), images(1)[0]), {0: 20})
+    module = work.to_module()
+    module(images(1)[0]).square().sum().backward()
+    grads = [p.grad for p in module.parameters()]
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads) and len(grads) > 10
