@@ -6,7 +6,7 @@ The samples are split once, by the budget's seed: one part chooses among candida
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class Calibration:
 
 
 def watch(
-    program: Program, samples: Sequence[list[Any]], nodes: dict[fx.Node, Callable[[dict[fx.Node, Any]], None]]
+    program: Program, samples: Sequence[list[Any]], nodes: Mapping[fx.Node, Callable[[dict[fx.Node, Any]], None]]
 ) -> None:
     """Run ``program`` on every sample, and call ``nodes[n]`` with the values of n and of its arguments when n has been computed."""
     needed = {source for node in nodes for source in (node, *node.all_input_nodes)}

@@ -1,5 +1,7 @@
 """The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
 
+from thresher.passes.attention.pool_keys import PoolKeys
+from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
 from thresher.passes.attention.sparse_attention import SparseAttention
 from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
@@ -12,6 +14,7 @@ from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
+from thresher.passes.layers.drop_sublayers import DropSublayers
 from thresher.passes.specialize.channels_last import ChannelsLast
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
 
@@ -39,7 +42,10 @@ exact = (
 
 #: Not the same function: cheaper within a budget. They need calibration samples.
 approximate = (
+    DropSublayers(),  # branches that change little
     ReduceTokens(),  # layers pass fewer tokens on
+    ShareAttention(),  # weights of the layer before
+    PoolKeys(),  # means of neighbouring keys
     SparseAttention(),  # heads look at fewer blocks of keys
 )
 

@@ -28,6 +28,7 @@ from thresher.analysis.cost import seconds
 from thresher.calibration import watch
 from thresher.errors import PassError
 from thresher.pass_manager import Context, Note, register_pass
+from thresher.passes.tokens.key_sizes import key_sizes, sizes_of_mask
 from thresher.passes.tokens.resize import NeedsAllTokens, Resize
 from thresher.program import Program, dtype_of, is_tensor, module_path, shape_of
 from thresher.selection import BoundedPass, Candidate
@@ -142,7 +143,7 @@ class ReduceTokens(BoundedPass):
         def compare(stream: Stream, values: dict[fx.Node, Any]) -> None:
             x, site = values[stream.value].float(), stream.site
             known = keep.pop(stream.value)
-            size = _size(None if site.mask is None else known[site.mask], x)
+            size = sizes_of_mask(None if site.mask is None else known[site.mask], *x.shape[:2])
             for kind, count in sums[stream.value]:
                 scores, similar = _judge(kind, known[site.q], known[site.k], size, site.scale)
                 side = ops.token_sides(scores, size, SCORES[kind], count, protected, self.every)
@@ -167,7 +168,7 @@ class ReduceTokens(BoundedPass):
             return []
         x, site, tokens = stream.value, stream.site, stream.tokens
         insert = _Insert(program, x)
-        size = insert.size(site, tokens)
+        size = key_sizes(program, site, insert.place)
         scores, similar = insert.judge(kind, site, size)
         side = insert(ops.token_sides.default, scores, size, SCORES[kind], count, protected, self.every)
         match = insert(ops.match_tokens.default, similar, size, side, count, self.drop)
@@ -241,14 +242,6 @@ def read_by_place(program: Program) -> int:
     return first
 
 
-def _size(mask: Tensor | None, x: Tensor) -> Tensor:
-    """[B, N]: what a key counts for: exp of what is added to its score."""
-    if mask is None:
-        return torch.ones(x.shape[:2])
-    weight = mask.float() if mask.dtype is torch.bool else mask.float().exp()
-    return weight[:, 0, 0].expand(x.shape[0], -1).contiguous()
-
-
 def _judge(kind: str, q: Tensor, k: Tensor, size: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Scores [B, N] and similarities [B, N, N]: what the inserted nodes compute, on values."""
     return _judged(_Eager(), kind, q, k, size, scale)
@@ -269,25 +262,6 @@ class _Insert:
 
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         return self.program.insert_call(self.place, target, args, like=self.like)
-
-    def size(self, site: AttentionSite, tokens: int) -> fx.Node:
-        """Of every token: by the sizes behind the mask, if an earlier reduction made it; by the mask; or 1."""
-        mask, batch = site.mask, site.shape[0]
-        if mask is None:
-            node = self.program.add_constant(torch.ones(batch, tokens), "token_sizes", like=self.like)
-            self.program.notes["fixed"] = frozenset({*self.program.notes.get("fixed", ()), str(node.target)})
-            return node
-        made = mask.args[0] if mask.target is aten.reshape.default else mask
-        if made.target is aten.log.default and shape_of(made) == (batch, tokens):
-            return made.args[0]
-        if dtype_of(mask) is torch.bool:
-            weight = self.program.insert_call(
-                self.place, aten._to_copy.default, (mask,), {"dtype": torch.float32}, self.like
-            )
-        else:
-            weight = self(aten.exp.default, mask)
-        wide = self(aten.expand.default, weight, [batch, 1, 1, tokens])
-        return self(aten.reshape.default, wide, [batch, tokens])
 
     def judge(self, kind: str, site: AttentionSite, size: fx.Node) -> tuple[fx.Node, fx.Node]:
         return _judged(self, kind, site.q, site.k, size, site.scale)

@@ -1,0 +1,131 @@
+"""Means of keys, and weights taken over from the layer before: replacements of whole sites."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thresher
+from thresher import Budget
+from thresher.analysis.attention_sites import SDPA, attention_sites
+from thresher.analysis.cost import machine_of
+from thresher.calibration import Calibration
+from thresher.capture import capture
+from thresher.pass_manager import Context, PassManager
+from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
+from thresher.passes.attention.share_attention import ShareAttention
+from thresher.program import Program, shape_of
+from thresher.validation import compare
+
+SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
+
+
+class Layers(nn.Module):
+    """Attention layers with projections of their own or one for all three, a residual, and a mask of keys."""
+
+    def __init__(self, count: int = 2, fused: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused = fused
+        self.maps = nn.ModuleList(nn.ModuleList(nn.Linear(16, 16) for _ in range(4)) for _ in range(count))
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
+        mask = None if there is None else there[:, None, None]
+        for q, k, v, out in self.maps:  # type: ignore[misc]
+            parts = self.qkv(x).chunk(3, -1) if self.fused else (q(x), k(x), v(x))
+            heads = (t.reshape(*x.shape[:2], 2, 8).transpose(1, 2) for t in parts)
+            x = x + out(F.scaled_dot_product_attention(*heads, mask).transpose(1, 2).reshape(x.shape))
+        return x
+
+
+def sequences(count: int, tokens: int = 64, repeated: int = 1) -> list[Tensor]:
+    """Each token ``repeated`` times in a row."""
+    x = torch.randn(count, 1, tokens // repeated, 16, generator=torch.Generator().manual_seed(0))
+    return list(x.repeat_interleave(repeated, 2))
+
+
+def canonical(model: nn.Module, *inputs: Tensor) -> Program:
+    return PassManager(thresher.pipelines.exact).run(capture(model.eval(), inputs))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_means_of_equal_keys_are_exact(fused: bool, masked: bool) -> None:
+    x = sequences(1, 128, 4)[0]
+    there = (torch.arange(128) % 8 < 4).reshape(1, -1)
+    there[:, 0::4] = False  # of some runs a part is masked, of others all
+    inputs = (x, there) if masked else (x,)
+    program = canonical(Layers(1, fused), *inputs)
+    work = program.clone()
+    (pooling,) = [p for p in poolings(128, (4,))]
+    edit(work, attention_sites(work)[0][0].node.name, pooling)
+    work.clean().verify()
+    assert shape_of(next(work.calls(SDPA)).args[1])[2] == 32
+    assert compare(program.run(*inputs), work.run(*inputs)).relative < 1e-5
+
+
+def test_the_error_is_measured_on_what_is_built() -> None:
+    x = sequences(1)[0]
+    program = canonical(Layers(1), x)
+    (site,) = attention_sites(program)[0]
+    values: dict = {}
+    program.run(x, watch=values.__setitem__)
+    pooling = poolings(64, (2,))[-1]
+    work = program.clone()
+    edit(work, site.node.name, pooling)
+    seen: dict = {}
+    work.clean().run(x, watch=lambda node, value: seen.__setitem__(node.name, value))
+    assert not compare([_pooled(site, values, pooling)], [seen[site.node.name]]).exceeds(1e-5)
+
+
+def test_squares_of_an_image_and_what_stands_before_it() -> None:
+    pooling = poolings(1 + 14 * 14, (4,))[0]
+    assert pooling.count == 1 + 7 * 7 and pooling.assign[0] == 0
+    image = pooling.assign[1:].reshape(14, 14)
+    assert image[0, 0] == image[1, 1] == image[0, 1] == 1 and image[0, 2] == 2 and image[2, 0] == 8
+
+
+def test_smooth_keys_are_averaged_within_the_budget() -> None:
+    data = [x + 0.01 * torch.randn_like(x) for x in sequences(12, 128, 2)]
+    program = canonical(Layers(2), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.01))
+    manager = PassManager([PoolKeys()])
+    result = manager.run(program, Context(machine=SLOW, calibration=calibration))
+    assert {shape_of(n.args[1])[2] for n in result.calls(SDPA)} == {64}
+    assert calibration.ledger[0].held_out.bound <= 0.01
+    compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
+    assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+def test_weights_are_taken_over_from_layers_that_are_alike() -> None:
+    model = Layers(3)
+    with torch.no_grad():
+        for maps in model.maps:
+            maps[0].load_state_dict(model.maps[0][0].state_dict())
+            maps[1].load_state_dict(model.maps[0][1].state_dict())
+            maps[3].weight *= 0.02
+    data = sequences(12)
+    program = canonical(model, data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.02))
+    manager = PassManager([ShareAttention()])
+    result = manager.run(program, Context(calibration=calibration))
+    assert len({n.args[:2] for n in result.calls(SDPA)}) == 1
+    linears = [len(list(p.calls(torch.ops.aten.linear.default))) for p in (program, result)]
+    assert linears == [12, 8]
+
+
+def test_causal_keys_are_not_averaged() -> None:
+    class Causal(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    data = list(torch.randn(8, 1, 2, 128, 8))
+    program = capture(Causal(), (data[0],))
+    manager = PassManager([PoolKeys()])
+    manager.run(program, Context(calibration=Calibration.of(program, data, Budget(rel_l2=0.5))))
+    assert "look ahead" in manager.records[0].refusals[0].message
