@@ -57,7 +57,7 @@ def train(patch: int, epochs: int, batch: int = 50, seed: int = 0) -> tuple[ViT,
         start = time.time()
         for part in torch.randperm(len(images)).split(batch):
             shifted = torch.roll(images[part], tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
-            loss = F.cross_entropy(model(grey(shifted)), classes[part], label_smoothing=0.1)
+            loss = F.cross_entropy(model(grey(shifted)), classes[part])
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

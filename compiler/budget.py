@@ -5,7 +5,7 @@ within the limit is not the mean of a few samples but the mean that is to be exp
 
     mean + t(n - 1) s / sqrt(n)            Student's t, one-sided, at ``confidence``; s: the samples' standard deviation
 
-so that the budget also holds on inputs that nobody measured.
+so that the budget also holds on inputs that nobody measured. Fractions of rows (``top1``) have Wilson's interval instead.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class Budget:
     def measure(self) -> Metric:
         return self.metric or METRICS[self.name]
 
-    def summary(self, errors: Sequence[float]) -> Measured:
-        """What errors per sample say."""
+    def summary(self, errors: Sequence[float], rows: int = 1) -> Measured:
+        """What errors per sample say. ``rows``: of how many rows each is a fraction, where the metric counts them."""
         from scipy import stats  # a second to import
 
         values = torch.tensor(errors, dtype=torch.float64)
@@ -120,7 +120,14 @@ class Budget:
         spread = float(values.std()) if len(errors) > 1 else abs(float(values.mean()))
         quantile = stats.t.ppf(self.confidence, max(len(errors) - 1, 1))
         bound = float(values.mean()) + float(quantile) * spread / math.sqrt(len(errors))
+        if self.top1 is not None:
+            bound = wilson(float(values.mean()), rows * len(errors), float(stats.norm.ppf(self.confidence)))
         return Measured(float(values.mean()), bound, float(values.max()), int(values.argmax()))
+
+
+def wilson(p: float, n: int, z: float) -> float:
+    """The upper end of Wilson's score interval (1927) for a fraction p of n: also seen none of, a thing may happen once in a while."""
+    return (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from thresher.errors import InputError
 from thresher.program import Program
 
 LEAST = 4  # samples
-MOST = 64  # samples that are used, from the first on
+MOST = 256  # samples that are used, from the first on
 
 
 @dataclass
@@ -55,7 +55,13 @@ class Calibration:
 
     def measure(self, program: Program, samples: Sequence[list[Any]]) -> Measured:
         """The budget's metric of ``program`` against the original."""
-        return self.budget.summary([self.error(program, flat) for flat in samples])
+        return self.budget.summary([self.error(program, flat) for flat in samples], self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Of the first output of a sample."""
+        first = next((o for o in self.reference(self.choosing[0]) if isinstance(o, Tensor)), None)
+        return max(1, first.numel() // first.shape[-1]) if first is not None and first.dim() else 1
 
     def error(self, program: Program, flat: list[Any], metric: Callable[[Any, Any], float] | None = None) -> float:
         """Of one sample, by the budget's metric or another one on flat outputs."""

@@ -400,7 +400,9 @@ class _Build:
                 return self.rewritten.run(*flat)
             return signature.with_literals(self.lowered.run(signature.check(flat)))
 
-        found = calibration.budget.summary([calibration.distance(flat, outputs(flat)) for flat in calibration.judging])
+        found = calibration.budget.summary(
+            [calibration.distance(flat, outputs(flat)) for flat in calibration.judging], calibration.rows
+        )
         what = "compiled" if self.runnable else "rewritten"
         limit = calibration.budget.limit
         detail = f"worst sample {found.worst:.2e}"

@@ -60,6 +60,9 @@ def test_a_limit_holds_for_the_mean_to_be_expected() -> None:
     assert sum(b >= 1 for b in bounds) >= 194
     found = Budget(rel_l2=1.0).summary([0.1, 0.5, 0.3])
     assert (found.mean, found.worst, found.worst_sample) == (pytest.approx(0.3), 0.5, 1)
+    assert (
+        Budget(top1=0.1).summary([0.0] * 10, rows=8).bound > 0.05 > Budget(top1=0.1).summary([0.0] * 100, rows=8).bound
+    )
     assert Budget(rel_l2=1.0).summary([0.1, math.nan]).bound == math.inf
 
 

@@ -125,7 +125,7 @@ def _closed(inside: set[fx.Node], end: fx.Node) -> bool:
 
 def _without(program: Program, sums: Sequence[str]) -> Program:
     work = program.clone()
-    for branch in branches(work):
+    for branch in reversed(branches(work)):  # the later first: its stream may be the sum of an earlier one
         if branch.sum.name in sums:
             branch.sum.replace_all_uses_with(branch.stream)
     return work.clean()

@@ -13,6 +13,7 @@ from thresher.models.vit import ViT
 from thresher.pass_manager import Context, PassManager
 from thresher.passes.layers.drop_sublayers import DropSublayers, branches
 from thresher.program import Program
+from thresher.selection import Candidate
 from thresher.validation import compare
 
 
@@ -59,6 +60,14 @@ def test_evenly_spread_for_a_speed_or_not_at_all() -> None:
     assert "branches removed" in note.message
     _, manager, _ = passed(vit(), Budget(rel_l2=1e-4), DropSublayers(speed=1.3))
     assert manager.records[0].status == "unchanged"
+
+
+def test_all_branches_can_go() -> None:
+    program = PassManager(thresher.pipelines.exact).run(capture(vit(), (images(1)[0],)))
+    found = branches(program)
+    everything = Candidate("", "", "", 0.0, 0.0, payload=tuple(b.sum.name for b in found))
+    small = DropSublayers().build(program, [everything])
+    assert branches(small) == [] and not list(small.calls(torch.ops.aten.gelu.default))
 
 
 def test_a_branch_that_others_read_stays() -> None:
