@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import thresher
 from thresher.backends.tvm.kernels.flash_attention import Operand, Problem, source
+from thresher.ops.sparse_attention import block_lists
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,6 +36,8 @@ class Case:
     causal: bool = False
     mask: tuple[tuple[int, int, int, int], bool] | None = None
     heads_inside: bool = False
+    lists: tuple[int, int, int] | None = None  # lists of how many heads, blocks of how many queries and keys
+    softcap: float | None = None
 
     def problem(self) -> Problem:
         around = self.heads // self.group
@@ -48,7 +51,23 @@ class Case:
         )
         mask = Operand.mask(self.mask[0]) if self.mask else None
         kind = "NONE" if self.mask is None else "BOOLEAN" if self.mask[1] else "ADDED"
-        return Problem(q, k, v, mask, kind, self.causal, 0.3, self.dtype)
+        lists, (_, block_q, block_k) = self.block_lists(), self.lists or (1, 64, 64)
+        shape = None if lists is None else tuple(lists[0].shape)
+        return Problem(q, k, v, mask, kind, self.causal, 0.3, self.dtype, self.softcap, shape, block_q, block_k)
+
+    def grid(self) -> Tensor | None:
+        """Which blocks of keys each block of queries looks at; one looks at none."""
+        if self.lists is None:
+            return None
+        heads, block_q, block_k = self.lists
+        shape = (1, heads, -(-self.rows // block_q), -(-self.keys // block_k))
+        found = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.6
+        found[0, 0, 0] = False
+        return found
+
+    def block_lists(self) -> tuple[Tensor, Tensor] | None:
+        grid = self.grid()
+        return None if grid is None else block_lists(grid)
 
 
 CASES = [
@@ -61,12 +80,16 @@ CASES = [
     Case(40, 40, 16, 16, heads=4, group=2, heads_inside=True),
     Case(33, 70, 16, 24, mask=((1, 1, 33, 70), True)),
     Case(33, 70, 16, 24, "bfloat16", mask=((1, 2, 1, 70), False)),
+    Case(150, 200, 32, 32, lists=(2, 64, 64)),
+    Case(150, 200, 32, 24, "bfloat16", lists=(1, 128, 16), softcap=2.0),
+    Case(130, 130, 16, 16, lists=(2, 64, 32), causal=True),
+    Case(70, 70, 128, 128, lists=(1, 64, 64)),  # tiles of half a block
 ]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """A library with a function ``run<i>(q, k, v, mask, out)`` for every case."""
+    """A library with a function ``run<i>(q, k, v, mask, blocks, counts, out)`` for every case."""
     folder = tmp_path_factory.mktemp("emulated")
     text = '#include "emulation.h"\n' + source()
     for i, case in enumerate(CASES):
@@ -75,9 +98,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         numbers = ", ".join(f"{x}f" if isinstance(x, float) else str(x) for x in problem.arguments)
         across, down = problem.grid
         text += (
-            f'extern "C" void run{i}({bits} q, {bits} k, {bits} v, const {cell}* mask, unsigned short* out) {{\n'
+            f'extern "C" void run{i}({bits} q, {bits} k, {bits} v, const {cell}* mask, const int* blocks, const int* counts, '
+            f"unsigned short* out) {{\n"
             f"  emulated::launch({{{across}, {down}, 1}}, {{128, 1, 1}},\n"
-            f"                   [=] {{ {problem.function}(q, k, v, mask, out, {numbers}); }});\n}}\n"
+            f"                   [=] {{ {problem.function}(q, k, v, mask, blocks, counts, out, {numbers}); }});\n}}\n"
         )
     (folder / "kernel.cpp").write_text(text)
     made = folder / "kernel.so"
@@ -100,12 +124,17 @@ def test_the_kernel_computes_attention(emulated: ctypes.CDLL, number: int) -> No
             mask[..., 3, :] = False  # nothing left
     stored = [t.transpose(1, 2).contiguous() if case.heads_inside else t for t in (q, k, v)]
     out = torch.full((1, case.heads, case.rows, case.f), float("nan"), dtype=dtype)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*stored, mask if mask is not None else stored[0], out)]
+    lists = [t.contiguous() for t in case.block_lists() or (out, out)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*stored, mask if mask is not None else stored[0], *lists, out)]
     getattr(emulated, f"run{number}")(*pointers)
     k, v = (t.repeat_interleave(case.group, 1) for t in (k, v))
     added = None if mask is None else mask if case.mask and case.mask[1] else mask.double()
-    doubles = (t.double() for t in (q, k, v))
-    wanted = scaled_dot_product_attention(*doubles, added, is_causal=case.causal, scale=0.3)
+    q, k, v = (t.double() for t in (q, k, v))
+    if case.lists or case.softcap:
+        how = (problem.block_q, problem.block_k, 0.3, case.causal, case.softcap)
+        wanted = torch.ops.thresher.sparse_attention(q, k, v, added, *(case.block_lists() or (None, None)), *how)
+    else:
+        wanted = scaled_dot_product_attention(q, k, v, added, is_causal=case.causal, scale=0.3)
     if case.mask and case.mask[1]:
         assert (out[:, :, 3] == 0).all()
         wanted[:, :, 3] = 0
@@ -132,6 +161,22 @@ def test_attention_is_one_kernel_without_scores_in_memory(size: int, dtype: torc
     assert len(found) <= 2, "the heads are read where they lie: no transposition but that of the result"
     for kernel in kernels(code, "sm_80"):
         assert kernel.shared <= 48 << 10 and kernel.spilled <= 64 and kernel.registers * kernel.threads <= 65536, kernel
+
+
+def test_attention_over_lists_is_one_kernel() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            blocks, counts = block_lists(torch.eye(4, dtype=torch.bool)[None, None])
+            self.register_buffer("blocks", blocks)
+            self.register_buffer("counts", counts)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.ops.thresher.sparse_attention(q, k, v, None, self.blocks, self.counts, 64, 64, 0.2)
+
+    args = tuple(torch.randn(2, 4, 197, 32, dtype=torch.float16) for _ in range(3))
+    found = bodies(compiled_code(Listed(), args, "sm_90"))
+    assert len(found) == 1 and "attention" in next(iter(found))
 
 
 def test_before_these_instructions_attention_is_composed() -> None:

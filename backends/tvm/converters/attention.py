@@ -200,9 +200,13 @@ def added_by_key(importer: Importer, call: Call, tile: int) -> Any:
 @semantics(aten.scaled_dot_product_attention.default)
 def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
     """In half precision on a GPU with tensor cores one kernel; composed for everything else."""
-    call, dtype = Call.of(node), result_dtype(node)
-    if call is None or not flash_attention.fits(importer.arch, dtype, call.shapes):
+    call = Call.of(node)
+    if call is None or not flash_attention.fits(importer.arch, result_dtype(node), call.shapes):
         return attention_composed(importer, node)
+    return on_tensor_cores(importer, node, call)
+
+
+def on_tensor_cores(importer: Importer, node: fx.Node, call: Call) -> Any:
     values, operands = [], []
     for given, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
         source = before_swap(given, 1, 2) if len(shape_of(given)) == 4 else None  # stored as [B, L, H, E]
@@ -213,13 +217,28 @@ def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
         kind = "BOOLEAN" if str(mask.ty.dtype) == "bool" else "ADDED"
         place = flash_attention.Operand.mask(call.mask_shape)
     q, k, v = operands
-    problem = flash_attention.Problem(q, k, v, place, kind, call.causal, call.scale, dtype)
+    lists = (None, None) if call.lists is None else tuple(map(importer.value, call.lists))
+    problem = flash_attention.Problem(
+        q, k, v, place, kind, call.causal, call.scale, result_dtype(node), call.softcap,
+        None if call.lists is None else tuple(sizes(call.lists[0])), call.block_q, call.block_k,
+    )  # fmt: skip
     compute = partial(flash_attention.attention, problem)
-    out = importer.emit_te("flash_attention", compute, *values, mask, scheduled=True)
+    out = importer.emit_te("flash_attention", compute, *values, mask, *lists, scheduled=True)
     return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
 
 
 @semantics(ops.sparse_attention.default)
+def sparse_attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
+    """On tensor cores, blocks that are not listed are skipped; composed for everything else."""
+    call, dtype = Call.of(node), result_dtype(node)
+    if call is None or call.skip is not None:
+        return sparse_attention_composed(importer, node)
+    blocks = (call.block_q, call.block_k) if call.lists is not None else (flash_attention.ROWS, flash_attention.ROWS)
+    if not flash_attention.fits(importer.arch, dtype, call.shapes, *blocks):
+        return sparse_attention_composed(importer, node)
+    return on_tensor_cores(importer, node, call)
+
+
 def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
     """Dense attention with what is not listed masked: right, and nothing is saved."""
     _, _, _, mask, blocks, counts, block_q, block_k, scale, causal, softcap, skip = arguments(node)

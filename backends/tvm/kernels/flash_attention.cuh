@@ -77,12 +77,15 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/// softmax(scale q k^T + mask) v for the block's rows; rows with nothing left by the mask are 0. The numbers after `scale` are the
+/// softmax(cap(scale q k^T) + mask) v for the block's rows; rows with nothing left by the mask are 0. The numbers after `softcap` are the
 /// elements from one batch, head and row (and column of the mask) to the next.
-/// WIDE: every row of q, k and v starts at a multiple of 16 bytes.
-template <bool BRAIN, bool CAUSAL, int MASK, int E, int F, int KEYS, bool WIDE, typename T, typename M>
-__device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data, const T* v_data, const M* mask, T* out_data,
-                                                int heads, int group, int rows, int keys, float scale,
+/// WIDE: every row of q, k and v starts at a multiple of 16 bytes. CAPPED: cap(x) is softcap tanh(x / softcap), else x.
+/// BLOCK_K: if not 0, only those blocks of BLOCK_K keys are read that are listed for the block of BLOCK_Q queries.
+template <bool BRAIN, bool CAUSAL, int MASK, int E, int F, int KEYS, bool WIDE, bool CAPPED, int BLOCK_Q, int BLOCK_K, typename T,
+          typename M, typename I>
+__device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data, const T* v_data, const M* mask, const I* blocks,
+                                                const I* counts, T* out_data, int heads, int group, int rows, int keys, float scale,
+                                                float softcap, long long list_batch, long long list_head, int most,
                                                 long long q_batch, long long q_head, long long q_row,
                                                 long long k_batch, long long k_head, long long k_row,
                                                 long long v_batch, long long v_head, long long v_row,
@@ -107,7 +110,17 @@ __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data
   float mixed[FP / 8][4] = {}, top[2] = {LOWEST, LOWEST}, sum[2] = {0.0f, 0.0f};
   const int row = first + warp * 16 + lane / 4;  // and row + 8
   const int end = CAUSAL && first + ROWS < keys ? first + ROWS : keys;
-  for (int start = 0; start < end; start += KEYS) {
+  constexpr int PARTS = BLOCK_K ? BLOCK_K / KEYS : 1;  // tiles of a listed block
+  int steps = (end + KEYS - 1) / KEYS;
+  if constexpr (BLOCK_K > 0) {
+    const long long list = batch * list_batch + head * list_head + first / BLOCK_Q;
+    steps = counts[list] * PARTS;
+    blocks += list * most;
+  }
+  for (int step = 0; step < steps; ++step) {
+    int start = step * KEYS;
+    if constexpr (BLOCK_K > 0) start = blocks[step / PARTS] * BLOCK_K + step % PARTS * KEYS;
+    if (start >= end) continue;  // the same for all threads
     __syncthreads();
     copy_rows<E, EP, Q_PITCH, WIDE>(k_tile, k + start * k_row, k_row, KEYS, keys - start);
     copy_rows<F, FP, V_PITCH, WIDE>(v_tile, v + start * v_row, v_row, KEYS, keys - start);
@@ -131,6 +144,7 @@ __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data
       for (int i = 0; i < 4; ++i) {
         int at = row + i / 2 * 8, key = start + n * 8 + lane % 4 * 2 + i % 2;
         float value = score[n][i] * (scale * LOG2E);
+        if constexpr (CAPPED) value = softcap * LOG2E * tanhf(score[n][i] * scale / softcap);
         bool seen = key < keys && (!CAUSAL || key <= at);
         if constexpr (MASK != NONE)
           if (seen && at < rows) {

@@ -7,6 +7,7 @@ template for all sizes. (FlashAttention-2: Dao, 2023.)
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,16 @@ from tvm import te, tirx
 
 ARCH = 80  # compute capability, ten times, from which on the instructions exist
 ROWS, THREADS = 64, 128
+FEWEST = 16  # keys of a tile
 WIDEST = 128  # of a head: its tiles must fit 48 KB of shared memory
 HALVES = ("float16", "bfloat16")
 
 
-def fits(arch: int, dtype: str, shapes: Sequence[Sequence[int]]) -> bool:
-    """Whether there is a kernel; ``shapes`` of q, k and v."""
+def fits(arch: int, dtype: str, shapes: Sequence[Sequence[int]], block_q: int = ROWS, block_k: int = ROWS) -> bool:
+    """Whether there is a kernel; ``shapes`` of q, k and v, blocks of lists."""
     q, k, v = shapes
+    if block_q % ROWS or block_k % FEWEST:
+        return False
     return arch >= ARCH and dtype in HALVES and max(q[3], v[3]) <= WIDEST and 0 not in (*q, *k, *v)
 
 
@@ -53,7 +57,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention; ``mask_kind``: NONE, BOOLEAN or ADDED (float32), as in the kernel."""
+    """One attention; ``mask_kind``: NONE, BOOLEAN or ADDED (float32), as in the kernel; ``lists``: the shape of the lists of key blocks."""
 
     q: Operand
     k: Operand
@@ -63,6 +67,10 @@ class Problem:
     causal: bool
     scale: float
     dtype: str
+    softcap: float | None = None
+    lists: tuple[int, ...] | None = None
+    block_q: int = ROWS
+    block_k: int = ROWS
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,8 +88,11 @@ class Problem:
             f"thresher::{self.mask_kind}",
             e,
             f,
-            64 if max(e, f) <= 64 else 32,
+            math.gcd(64 if max(e, f) <= 64 else 32, self.block_k if self.lists else 64),
             wide,
+            self.softcap is not None,
+            self.block_q if self.lists else 0,
+            self.block_k if self.lists else 0,
         ]
         return (
             f"thresher::flash_attention<{', '.join(str(x).lower() if isinstance(x, bool) else str(x) for x in flags)}>"
@@ -98,9 +109,19 @@ class Problem:
             rows,
             keys,
             self.scale,
+            float(self.softcap or 0.0),
+            *self._list_strides,
             *strides,
             *(self.mask.strides if self.mask else [0] * 4),
         ]
+
+    @property
+    def _list_strides(self) -> tuple[int, int, int]:
+        """Lists from one sample and one head to the next, and the length of one."""
+        if self.lists is None:
+            return 0, 0, 0
+        b, h, rows, most = self.lists
+        return (h * rows if b > 1 else 0), (rows if h > 1 else 0), most
 
 
 @functools.cache
@@ -108,14 +129,22 @@ def source() -> str:
     return Path(__file__).with_suffix(".cuh").read_text()
 
 
-def attention(problem: Problem, q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None) -> te.Tensor:
+def attention(
+    problem: Problem,
+    q: te.Tensor,
+    k: te.Tensor,
+    v: te.Tensor,
+    mask: te.Tensor | None,
+    blocks: te.Tensor | None = None,
+    counts: te.Tensor | None = None,
+) -> te.Tensor:
     """The result [B, H, L, F], contiguous."""
     from tvm.backend.cuda.op import cuda_func_call
 
     def body(inputs: Any, outputs: Any) -> Any:
-        pointers = [b.data for b in inputs]
-        if mask is None:
-            pointers.append(pointers[0])
+        given = iter([b.data for b in inputs[3:]])
+        pointers = [b.data for b in inputs[:3]]
+        pointers += [inputs[0].data if t is None else next(given) for t in (mask, blocks, counts)]
         numbers = [tirx.const(x, "float32" if isinstance(x, float) else "int64") for x in problem.arguments]
         call = cuda_func_call(problem.function, *pointers, outputs[0].data, *numbers, source_code=source())
         statement = tirx.Evaluate(call)
@@ -123,6 +152,6 @@ def attention(problem: Problem, q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: 
             statement = tirx.AttrStmt(te.thread_axis(axis), "thread_extent", tirx.const(extent, "int32"), statement)
         return statement
 
-    inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    inputs = [q, k, v, *(t for t in (mask, blocks, counts) if t is not None)]
     shape = [*problem.q.shape[:3], problem.v.shape[3]]
     return te.extern([shape], inputs, body, name="flash_attention", dtype=problem.dtype)
