@@ -274,6 +274,8 @@ def _inspect(options: argparse.Namespace) -> int:
         print(compiled.report.to_json() if options.json else compiled.text)
         return 0
     compiled.report.print()
+    for module, words in compiled.report.attention:
+        print(f"attention {module}: {words}")
     for record in compiled.report.passes:
         for kind, notes in (("rewrote", record.rewrites), ("refused", record.refusals)):
             for note in notes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from thresher import machine_speed
+from thresher.analysis.attention_sites import described
 from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.benchmark import interleaved
@@ -433,7 +434,7 @@ class _Build:
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             library=list(self.lowered.library), approximation=self.approximation,
             spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
-            estimate=1e3 * seconds(self.rewritten, self.machine),
+            attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])

@@ -49,6 +49,9 @@ class Report:
     widths: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate, where widths were measured
     tuning: dict[str, float] = field(default_factory=dict)  # milliseconds tuned and untuned, where kernels were tuned
     tuned: tuple[int, int] = (0, 0)  # workloads with a plan from a record, of all that have plans
+    attention: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (module, what it is) of every attention that was found
     approximation: dict[str, float] = field(default_factory=dict)  # milliseconds of the exact and the approximate model
     spent: list[Spent] = field(default_factory=list)  # what approximate passes spent of the budget
     library: list[str] = field(default_factory=list)  # nodes that torch computes, where that was measured as faster
@@ -74,6 +77,7 @@ class Report:
         before, after = Figures(**raw.pop("before")), Figures(**raw.pop("after"))
         checks = [Check(**c) for c in raw.pop("checks")]
         tuned = tuple(raw.pop("tuned"))
+        raw["attention"] = [tuple(line) for line in raw["attention"]]
         spent = [Spent(**{**s, "held_out": Measured(**s["held_out"])}) for s in raw.pop("spent")]
         return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, spent=spent, **raw)
 
@@ -169,6 +173,7 @@ class Report:
             _html_table("Error ledger (held-out samples)", LEDGER_COLUMNS, list(map(_ledger_row, self.spent)))
             if self.spent
             else "",
+            _html_table("Attention", ("module", "what it is"), self.attention) if self.attention else "",
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
             _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
         ]

@@ -28,6 +28,7 @@ from thresher.signature import dtype_name
 
 BUILDING = threading.Lock()  # TVM's builders share one stack in a process
 WEIGHT = "vm.builtin.tuple_getitem"
+OPAQUE = 8  # TVM's OpPatternKind
 SMALL = 1  # constants of at most this many elements stay in the code
 
 
@@ -161,15 +162,18 @@ class Importer:
     def emit(self, expression: Any) -> Any:
         return self.builder.emit(expression)
 
-    def emit_te(self, name: str, compute: Callable[..., te.Tensor], *args: Any, scheduled: bool = False) -> Any:
-        """A kernel from its computation; ``None`` arguments are passed through. ``scheduled``: it is to stay as it is."""
+    def emit_te(
+        self, name: str, compute: Callable[..., te.Tensor], *args: Any, scheduled: bool = False, alone: bool = False
+    ) -> Any:
+        """A kernel from its computation; ``None`` arguments are passed through. ``scheduled``: it is to stay as it is; ``alone``: it is to
+        become part of no other."""
         present = [a for a in args if a is not None]
 
         def call(*tensors: te.Tensor) -> te.Tensor:
             left = iter(tensors)
             return compute(*[None if a is None else next(left) for a in args])
 
-        attrs = {"tirx.is_scheduled": True} if scheduled else None
+        attrs = {"tirx.is_scheduled": True} if scheduled else {"op_pattern": OPAQUE} if alone else None
         return self.builder.emit_te(call, *present, primfunc_name_hint=name, primfunc_attrs=attrs)
 
     # ------------------------------------------------------------------ inputs

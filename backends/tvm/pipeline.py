@@ -13,6 +13,7 @@ from tvm import relax, s_tir, tirx
 from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 
 from thresher.backends.tvm.choices import Choices
+from thresher.backends.tvm.importer import OPAQUE
 from thresher.backends.tvm.intrinsics import import_intrinsics
 from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.blocks import block_names
@@ -28,7 +29,7 @@ FUSABLE = {
     f"{attention.PREFIX}mixed",
 }  # elementwise operators behind these become part of them
 STORAGE = "relax.memory.alloc_storage"
-ELEMENTWISE, INJECTIVE, OUT_ELEMENTWISE_FUSABLE, OPAQUE = 0, 2, 4, 8  # TVM's OpPatternKind
+ELEMENTWISE, INJECTIVE, OUT_ELEMENTWISE_FUSABLE = 0, 2, 4  # TVM's OpPatternKind
 
 
 @tvm.transform.module_pass(opt_level=0, name="MarkKernels")

@@ -41,6 +41,15 @@ class AttentionSite:
     def module(self) -> str:
         return module_path(self.node)
 
+    def __str__(self) -> str:
+        batch, heads, rows, keys = self.shape
+        shared = shape_of(self.k)[1]
+        parts = [f"{heads} heads" + (f" over {shared} of keys" if shared != heads else ""), f"{rows} x {keys} tokens"]
+        parts.append(
+            "causal" if self.causal else "no mask" if self.mask is None else f"mask {list(shape_of(self.mask))}"
+        )
+        return ", ".join([*parts, *([f"batch {batch}"] if batch > 1 else [])])
+
     def flops(self) -> float:
         """Of both products."""
         b, h, rows, keys = self.shape
@@ -72,6 +81,17 @@ def attention_sites(program: Program) -> tuple[list[AttentionSite], dict[fx.Node
         else:
             found.append(site)
     return found, others
+
+
+def described(program: Program) -> list[tuple[str, str]]:
+    """(module, what it is) of every attention: of the sites, of those of another form, and of those already over lists of blocks."""
+    sites, others = attention_sites(program)
+    lines = [(s.node, s.module, str(s)) for s in sites]
+    lines += [(node, module_path(node), f"an attention, and {reason}") for node, reason in others.items()]
+    lines += [
+        (n, module_path(n), "over lists of blocks") for n in program.calls(torch.ops.thresher.sparse_attention.default)
+    ]
+    return [(module, words) for _, module, words in sorted(lines, key=lambda line: line[0])]
 
 
 def head_weights(program: Program, site: AttentionSite) -> Tensor:

@@ -10,6 +10,7 @@ so rows without an allowed score (the softmax of which is uniform) keep all of t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from thresher.rewriter import aten
 
 SDPA = aten.scaled_dot_product_attention.default
 FORBIDDEN = -1e30
-SIZES = ((64, 64), (32, 64), (32, 32), (16, 32), (16, 16))  # of blocks, that are tried
+SIZES = ((64, 64), (32, 64), (32, 32), (16, 32), (16, 16))  # of blocks, that are tried; on GPUs the first
 BLOCK_COST = 256  # scores that take as long as beginning with a block
 
 
@@ -43,17 +44,17 @@ class SkipMaskedBlocks(Pass):
             mask = work.constant(argument(node, 3, "attn_mask"))
             if mask is None or argument(node, 5, "is_causal", False) or not _static(node):
                 continue
-            message = _name_causal(node, mask) or self.skip(work, node, mask)
+            message = _name_causal(node, mask) or self.skip(work, node, mask, context.target)
             if message:
                 notes.append(Note.at(node, message))
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
-    def skip(self, program: Program, node: fx.Node, mask: Tensor) -> str:
+    def skip(self, program: Program, node: fx.Node, mask: Tensor, target: str) -> str:
         q, k, v = node.args[:3]
         if len(shape_of(node)) != 4:
             return ""
         allowed = needed(mask, shape_of(q)[2], shape_of(k)[2])
-        (block_q, block_k), grid, cost = best_blocks(allowed)
+        (block_q, block_k), grid, cost = best_blocks(allowed, SIZES[:1] if target.startswith("cuda") else SIZES)
         if cost > self.gain:
             return ""
         blocks, counts = (
@@ -81,10 +82,10 @@ def needed(mask: Tensor, rows: int, keys: int) -> Tensor:
     return (allowed | ~allowed.any(-1, keepdim=True)).expand(*allowed.shape[:2], rows, keys)
 
 
-def best_blocks(allowed: Tensor) -> tuple[tuple[int, int], Tensor, float]:
+def best_blocks(allowed: Tensor, sizes: Sequence[tuple[int, int]] = SIZES) -> tuple[tuple[int, int], Tensor, float]:
     """The size of blocks that covers what is ``allowed`` at the least cost, the blocks, and that cost beside the dense one."""
     found = []
-    for block_q, block_k in SIZES:
+    for block_q, block_k in sizes:
         grid = cover(allowed, block_q, block_k)
         work = grid.sum().item() * (block_q * block_k + BLOCK_COST * block_q // 16)
         found.append(((block_q, block_k), grid, work / allowed.numel()))

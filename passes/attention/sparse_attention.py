@@ -59,28 +59,30 @@ class SparseAttention(BoundedPass):
         refusals = [Note.at(node, reason) for node, reason in others.items()]
         refusals += [Note.at(s.node, f"{reason}: stays dense") for s in found if (reason := _too_small(s))]
         sites = [s for s in found if not _too_small(s)]
-        blocks = {s.node: self.blocks(s) for s in sites}
+        blocks = {s.node: self.blocks(s, context.target) for s in sites}
         samples = context.calibration.choosing[:SAMPLES]
         context.progress(f"{self.name}: attention mass of {len(sites)} sites")
         mass = _mass(program, sites, blocks, samples)
-        choices = {s.node: self.choices(s, blocks[s.node], mass[s.node]) for s in sites}
+        selects = self.selected and not context.target.startswith("cuda")  # GPUs have no kernel for the selection yet
+        choices = {s.node: self.choices(s, blocks[s.node], mass[s.node], selects) for s in sites}
         context.progress(f"{self.name}: errors of {sum(map(len, choices.values()))} patterns")
         errors = _errors(program, sites, blocks, choices, samples)
         made = [c for s in sites for c in self.of_site(s, blocks[s.node], choices[s.node], errors[s.node], context)]
         return made, refusals
 
-    def blocks(self, site: AttentionSite) -> Blocks:
-        size = self.block or (32 if min(site.shape[2:]) <= 1024 else 64)
+    def blocks(self, site: AttentionSite, target: str) -> Blocks:
+        """GPUs take 64 queries at a time."""
+        size = self.block or (32 if min(site.shape[2:]) <= 1024 and not target.startswith("cuda") else 64)
         return Blocks(size, size)
 
-    def choices(self, site: AttentionSite, blocks: Blocks, mass: Tensor) -> dict[str, list[Choice]]:
+    def choices(self, site: AttentionSite, blocks: Blocks, mass: Tensor, selects: bool) -> dict[str, list[Choice]]:
         """Per name a choice for every head."""
         heads, rows, columns = mass.shape
         found: dict[str, list[Choice]] = {}
         if self.static:
             for name, grid in static_patterns(mass, *site.shape[2:], blocks.q, blocks.k).items():
                 found[name] = [Choice(g) for g in grid.expand(heads, rows, columns)]
-        if self.selected and _selectable(site):
+        if selects and _selectable(site):
             nothing = torch.zeros(rows, columns, dtype=torch.bool)
             for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
                 if keep < columns:
@@ -107,15 +109,18 @@ class SparseAttention(BoundedPass):
                 if saved > 0:
                     key, where = (site.node.name, h), (site.node.name, site.module)
                     error = float(errors[name][h])
-                    found.append(Candidate(key, site.module, f"head {h}: {name}", error, saved, *where, choice))
+                    found.append(
+                        Candidate(key, site.module, f"head {h}: {name}", error, saved, *where, (blocks, choice))
+                    )
         return found
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
         work = program.clone()
         sites = {s.node.name: s for s in attention_sites(work)[0]}
         for name in dict.fromkeys(c.node for c in chosen):
-            of_heads = {c.key[1]: c.payload for c in chosen if c.node == name}  # type: ignore[index]
-            replace(work, sites[name], self.blocks(sites[name]), of_heads)
+            own = [c for c in chosen if c.node == name]
+            of_heads = {c.key[1]: c.payload[1] for c in own}  # type: ignore[index]
+            replace(work, sites[name], own[0].payload[0], of_heads)
         return work.clean()
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nvrtc import kernels
+from test_cuda import compiled_code
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
@@ -83,11 +85,13 @@ def test_nearest_partner_takes() -> None:
     assert assign.tolist() == [[0, 1, 0, 1]] and sizes.tolist() == [[2.0, 2.0]]
 
 
-@given(MODELS, st.integers(20, 70), st.sampled_from([6, 16, 40]), st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
-def test_kernels_are_the_reference(model: Reduce, tokens: int, channels: int, seed: int) -> None:
+@given(MODELS, st.integers(20, 70), st.sampled_from([6, 16, 40]), st.booleans(), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_kernels_are_the_reference(model: Reduce, tokens: int, channels: int, wide: bool, seed: int) -> None:
+    """``wide``: in float64, which no kernel of ours is for: what other targets get, too."""
     size = (torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) * 3).round()
-    inputs = rand(2, tokens, channels, seed=seed), size, rand(2, tokens, seed=seed + 1)
+    inputs: tuple[Tensor, ...] = (rand(2, tokens, channels, seed=seed), size, rand(2, tokens, seed=seed + 1))
+    inputs = tuple(t.double() for t in inputs) if wide else inputs
     program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, inputs)).rounded()
     found = TVMBackend().lower(program, "cpu").run(inputs)
     assert not compare(model(*inputs), found).exceeds(1e-5)
@@ -100,3 +104,11 @@ def test_gradients(dim: int) -> None:
     wide = rand(2, 6, 3).double().requires_grad_()
     size = torch.rand(2, 6).double()
     assert torch.autograd.gradcheck(lambda x: ops.reduce_tokens(x, size, assign, 4), wide)
+
+
+def test_tokens_are_reduced_on_a_gpu() -> None:
+    """Translated for one, not run."""
+    code = compiled_code(
+        Reduce("lowest", 5, 1, 0, False), (rand(2, 40, 16), torch.ones(2, 40), rand(2, 40, seed=1)), "sm_80"
+    )
+    assert kernels(code, "sm_80")

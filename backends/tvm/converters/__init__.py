@@ -13,6 +13,7 @@ from thresher.backends.tvm.converters import (  # noqa: F401  (each fills the ta
     pools,
     products,
     reductions,
+    selection,
     tokens,
 )
 from thresher.backends.tvm.converters.registry import converter_of

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 from tvm import relax, te, tirx
 
@@ -26,9 +25,9 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import attention, building, flash_attention, select_blocks, streamed_attention
+from thresher.backends.tvm.kernels import attention, building, flash_attention, streamed_attention
 from thresher.ops.sparse_attention import arguments
-from thresher.program import dtype_of, is_tensor, shape_of
+from thresher.program import is_tensor, shape_of
 
 
 @dataclass(frozen=True)
@@ -157,23 +156,6 @@ def as_stored(
         b, h, rows, width = shape
         operands.append(streamed_attention.Operand((b, h, rows, width), source is not None))
     return stored, operands
-
-
-@cpu_kernel(ops.select_blocks.default)
-@semantics(ops.select_blocks.default)
-def select_blocks_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Two values, which ``getitem`` takes apart."""
-    q, k, keys, forced, keep, mass, block_q, block_k, scale, most, causal = arguments(node)
-    if importer.machine is None or any(result != torch.float32 for result in (dtype_of(q), dtype_of(k))):
-        raise NotImplementedError("blocks of keys are selected for float32 on the CPU only")
-    nodes = (q, k)
-    values, (at_q, at_k) = as_stored(importer, nodes, [importer.value(n) for n in nodes], [sizes(n) for n in nodes])
-    there = None if keys is None else tuple(sizes(keys))
-    problem = select_blocks.Problem(at_q, at_k, there, block_q, block_k, scale, most, causal)
-    function = importer.builder.add_func(select_blocks.kernel(problem, importer.cpu.lanes), "select_blocks")
-    inputs = [*values, *([] if keys is None else [importer.value(keys)]), *map(importer.value, (forced, keep, mass))]
-    kinds = [relax.TensorType(shape, dtype) for shape, dtype in select_blocks.outputs(problem)]
-    return importer.emit(relax.call_tir(function, inputs, kinds))
 
 
 def added_by_key(importer: Importer, call: Call, tile: int) -> Any:

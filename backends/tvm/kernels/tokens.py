@@ -8,7 +8,7 @@ import tvm.tirx.script.builder as T
 from tvm import tirx
 
 from thresher.backends.tvm.kernels.building import argument, buffer, f32, function, i64, store, vectors
-from thresher.ops.tokens import FIRST, GOES, NEVER, STAYS, TAKES
+from thresher.ops.tokens import FIRST, GOES, NEVER, TAKES
 
 
 def rank(values: Any, base: Any, i: Any, size: int) -> Any:
@@ -59,37 +59,6 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
                 store(assign, tirx.Select(going[at] == 1, taken, slot[at]), b, i)
                 with T.If(assign[b, i] >= 0), T.Then():
                     store(sizes, sizes[b, assign[b, i]] + size[b, i], b, assign[b, i])
-    return builder.get()
-
-
-def sides(batch: int, tokens: int, kind: str, count: int, protected: int, every: int) -> tirx.PrimFunc:
-    """(scores [B, N], size [B, N], side int64 [B, N])"""
-    n = tokens
-    with function() as builder:
-        scores, size = argument("scores", (batch, n)), argument("size", (batch, n))
-        side = argument("side", (batch, n), "int64")
-        order = buffer(batch * n)
-
-        def fixed(i: Any) -> Any:
-            uniform = tirx.floormod(i - protected, every) == 0 if every else tirx.const(False, "bool")
-            return tirx.any(i < protected, uniform)
-
-        with T.parallel(batch * n) as at:
-            b, i = at // n, at % n
-            score = -scores[b, i] if kind == "lowest" else scores[b, i]
-            there = tirx.Select(size[b, i] > f32(0.0), score, f32(FIRST))
-            store(order, tirx.Select(fixed(i), f32(NEVER), there), at)
-        with T.parallel(batch * n) as at:
-            b, i = at // n, at % n
-            if kind == "alternate":
-                found = T.cast(tirx.floormod(i - protected, 2), "int64")
-            elif kind == "lowest":
-                found = tirx.Select(rank(order, b * n, i, n) < count, i64(GOES), i64(TAKES))
-            else:
-                place = rank(order, b * n, i, n)
-                found = tirx.Select(place < 2 * count, T.cast(place % 2, "int64"), i64(STAYS))
-            found = tirx.Select(i < protected, i64(STAYS), tirx.Select(fixed(i), i64(TAKES), found))
-            store(side, found, b, i)
     return builder.get()
 
 
