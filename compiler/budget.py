@@ -141,6 +141,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One thing that was replaced: where, by what, the squared relative error that it makes there, and the milliseconds that it is
+    estimated to save. ``mass`` and ``mask``: of a head, what it attended to and what it looks at now, as coarse grids."""
+
+    module: str
+    choice: str
+    error: float
+    saved: float
+    mass: list[list[float]] = field(default_factory=list)
+    mask: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Spent:
     """One approximate pass: the model's error before and after it, and the error on samples that chose nothing."""
 
@@ -148,4 +161,4 @@ class Spent:
     before: float
     after: float
     held_out: Measured
-    changes: list[str] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thresher.budget import Measured, Spent
+from thresher.budget import Change, Measured, Spent
 from thresher.pass_manager import Note, PassRecord
+from thresher.pictures import attention_picture
 
 
 @dataclass
@@ -78,7 +79,10 @@ class Report:
         checks = [Check(**c) for c in raw.pop("checks")]
         tuned = tuple(raw.pop("tuned"))
         raw["attention"] = [tuple(line) for line in raw["attention"]]
-        spent = [Spent(**{**s, "held_out": Measured(**s["held_out"])}) for s in raw.pop("spent")]
+        spent = [
+            Spent(**{**s, "held_out": Measured(**s["held_out"]), "changes": [Change(**c) for c in s["changes"]]})
+            for s in raw.pop("spent")
+        ]
         return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, spent=spent, **raw)
 
     # ------------------------------------------------------------------ terminal
@@ -173,6 +177,7 @@ class Report:
             _html_table("Error ledger (held-out samples)", LEDGER_COLUMNS, list(map(_ledger_row, self.spent)))
             if self.spent
             else "",
+            *map(_html_changes, self.spent),
             _html_table("Attention", ("module", "what it is"), self.attention) if self.attention else "",
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
             _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
@@ -196,6 +201,7 @@ STYLE = """<style>
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#1b1f24;background:#fff}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{border-bottom:1px solid #d8dee4;padding:.25rem .8rem;text-align:left}
 th{background:#f6f8fa}.bar{display:grid;grid-template-columns:9rem 1fr 7rem;gap:.6rem;align-items:center;margin:.2rem 0}
+figure{margin:0;font-size:11px;width:9rem}.heads{display:flex;flex-wrap:wrap;gap:.8rem}
 .bar i{display:block;height:1.1rem;background:#b6c2cf}.bar i.after{background:#1f7a4d}details{margin:.4rem 0}summary{cursor:pointer}
 </style>"""
 
@@ -237,6 +243,24 @@ def _ledger_table(spent: list[Spent]) -> Any:
     for one in spent:
         table.add_row(*_ledger_row(one))
     return table
+
+
+def _html_changes(spent: Spent) -> str:
+    """What one approximate pass replaced, and pictures of what heads attended to and look at now."""
+    rows = [(c.module, c.choice, f"{c.error**0.5:.1e}", f"{c.saved:.3f}") for c in spent.changes]
+    table = _html_table("", ("module", "replaced by", "relative error there", "saved, ms (estimated)"), rows)
+    drawn = [c for c in spent.changes if c.mass]
+    pictures = "".join(
+        f"<figure>{attention_picture(c.mass, c.mask, html.escape(c.choice))}"
+        f"<figcaption>{html.escape(c.module)}<br>{html.escape(c.choice)}</figcaption></figure>"
+        for c in sorted(drawn, key=lambda c: (c.module, c.choice))
+    )
+    explained = (
+        "<p>Attention mass in blue, queries downward, keys to the right; pale: not looked at any more.</p>"
+        if drawn
+        else ""
+    )
+    return f"<details><summary>{spent.name}: {len(rows)} changes</summary>{table}{explained}<div class=heads>{pictures}</div></details>"
 
 
 def _saved(before: float, after: float) -> str:

@@ -21,10 +21,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from thresher.budget import Measured, Spent, rel_l2
+from thresher.budget import Change, Measured, Spent, rel_l2
 from thresher.calibration import Calibration
 from thresher.errors import PassError
 from thresher.pass_manager import Context, Note, Pass, PassResult
+from thresher.pictures import coarse
 from thresher.program import Program
 
 LADDER = 1.1  # between limits that are tried
@@ -42,6 +43,8 @@ class Candidate:
     node: str = ""
     module: str = ""
     payload: Any = None
+    mass: Any = None  # for the report: tensors [queries, keys] of what was attended to
+    mask: Any = None  # and of what is looked at
 
     def note(self) -> Note:
         return Note(self.node, self.module, self.choice)
@@ -78,9 +81,14 @@ class BoundedPass(Pass):
         result = search.built(chosen)
         before = calibration.measure(program, calibration.judging).mean
         judged = search.judged(chosen)
-        changes = [f"{c.module}: {c.choice}" for c in chosen]
+        changes = [_change(c) for c in chosen]
         calibration.ledger.append(Spent(self.name, before, judged.mean, judged, changes))
         return PassResult(result, [c.note() for c in chosen], refusals)
+
+
+def _change(c: Candidate) -> Change:
+    mass, mask = ([] if t is None else coarse(t.float().tolist()) for t in (c.mass, c.mask))
+    return Change(c.module, c.choice, c.error, 1e3 * c.saved, mass, mask)
 
 
 @dataclass

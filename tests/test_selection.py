@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.budget import METRICS
+from thresher.budget import METRICS, Change, Spent
 from thresher.calibration import Calibration
 from thresher.capture import capture
 from thresher.errors import InputError, PassError
 from thresher.pass_manager import Context, Note, PassManager
+from thresher.pictures import coarse
 from thresher.program import Program
+from thresher.report import Figures, Report
 from thresher.selection import BoundedPass, Candidate, hull, ladder, steps, taken
 
 # ---------------------------------------------------------------------- budgets
@@ -233,3 +235,23 @@ def test_exact_passes_around_approximate_ones_are_checked_for_themselves() -> No
     manager.run(program, context)
     assert [r.status for r in manager.records] == ["changed", "changed", "unchanged"]
     assert manager.exact is not None and manager.exact.structurally_equal(PassManager(["simplify"]).run(program))
+
+
+def test_the_report_draws_heads_and_survives_json() -> None:
+    mass, mask = [[0.5, 0.1], [0.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]
+    change = Change("layer", "head 0: a window", 1e-4, 0.2, mass, mask)
+    spent = Spent("sparse-attention", 0.0, 0.01, Budget(rel_l2=0.1).summary([0.01, 0.01]), [change])
+    report = Report(
+        "m", "cpu", "tvm", Figures(1, 1, 1), Figures(1, 1, 1), spent=[spent], attention=[("layer", "2 heads")]
+    )
+    page = report.to_html()
+    assert page.count("<svg") == 1 and page.count("M1 0h1v1h-1z") == 2 and "head 0: a window" in page
+    assert Report.from_json(report.to_json()) == report
+    assert "sparse-attention" in str(report)
+
+
+def test_large_grids_are_drawn_coarse() -> None:
+    grid = torch.rand(100, 70).tolist()
+    small = coarse(grid)
+    assert len(small) <= 32 and len(small[0]) <= 32
+    assert small[0][0] == pytest.approx(torch.tensor(grid)[:4, :3].mean().item(), abs=1e-3)

@@ -67,7 +67,11 @@ class SparseAttention(BoundedPass):
         choices = {s.node: self.choices(s, blocks[s.node], mass[s.node], selects) for s in sites}
         context.progress(f"{self.name}: errors of {sum(map(len, choices.values()))} patterns")
         errors = _errors(program, sites, blocks, choices, samples)
-        made = [c for s in sites for c in self.of_site(s, blocks[s.node], choices[s.node], errors[s.node], context)]
+        made = [
+            c
+            for s in sites
+            for c in self.of_site(s, blocks[s.node], choices[s.node], errors[s.node], mass[s.node], context)
+        ]
         return made, refusals
 
     def blocks(self, site: AttentionSite, target: str) -> Blocks:
@@ -95,6 +99,7 @@ class SparseAttention(BoundedPass):
         blocks: Blocks,
         choices: dict[str, list[Choice]],
         errors: dict[str, Tensor],
+        mass: Tensor,
         context: Context,
     ) -> list[Candidate]:
         batch, heads, _, _ = site.shape
@@ -107,10 +112,12 @@ class SparseAttention(BoundedPass):
             for h, choice in enumerate(of_heads):
                 saved = dense * (1 - choice.count() / possible) - (selecting if choice.keep else 0.0)
                 if saved > 0:
-                    key, where = (site.node.name, h), (site.node.name, site.module)
-                    error = float(errors[name][h])
+                    key, words, error = (site.node.name, h), f"head {h}: {name}", float(errors[name][h])
+                    how, mask = (blocks, choice), None if choice.keep else choice.always
                     found.append(
-                        Candidate(key, site.module, f"head {h}: {name}", error, saved, *where, (blocks, choice))
+                        Candidate(
+                            key, site.module, words, error, saved, site.node.name, site.module, how, mass[h], mask
+                        )
                     )
         return found
 

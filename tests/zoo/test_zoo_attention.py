@@ -1,0 +1,108 @@
+"""Every attention of untouched models is found, however it is spelled, or named with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import build
+from torch import nn
+
+import thresher
+from thresher.analysis.attention_sites import SOFTMAX, attention_sites
+from thresher.capture import capture
+from thresher.models.pretrained import allow_torchvision
+from thresher.pass_manager import PassManager
+from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+
+CAPPED = torch.ops.thresher.sparse_attention.default
+TEXT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 200,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+TOKENS = torch.randint(1, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+THERE = torch.ones(2, 12, dtype=torch.long)
+THERE[1, 8:] = 0
+
+
+def transformers(
+    name: str, args: tuple, attention: str | None = None, pick: str = "", **config
+) -> Callable[[], tuple[nn.Module, tuple]]:
+    """A transformers model of random weights; ``attention``: the implementation that is asked for; ``pick``: a part of the model."""
+
+    def make() -> tuple[nn.Module, tuple]:
+        allow_torchvision()
+        import transformers as library
+
+        torch.manual_seed(0)
+        cls = getattr(library, name)
+        made = cls._from_config(cls.config_class(**config), **({"attn_implementation": attention} if attention else {}))
+        return (getattr(made, pick)() if pick else made).eval(), args
+
+    return make
+
+
+def zoo(library: str, name: str) -> Callable[[], tuple[nn.Module, tuple]]:
+    return lambda: build(library, name)
+
+
+WHISPER = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 200, "max_source_positions": 100, "pad_token_id": 0,
+}  # fmt: skip
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 200}
+
+#: model -> how to build it, and how many attentions it has
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, tuple]], int]] = {
+    **{
+        f"timm {name}": (zoo("timm", name), count)
+        for name, count in {
+            "vit_tiny_patch16_224": 12, "deit_tiny_patch16_224": 12, "swin_tiny_patch4_window7_224": 12, "xcit_nano_12_p16_224": 14,
+            "pvt_v2_b0": 8, "twins_pcpvt_small": 16, "crossvit_tiny_240": 21, "coatnet_pico_rw_224": 7, "levit_128s": 11,
+            "efficientvit_m0": 24, "visformer_tiny": 8,
+        }.items()
+    },
+    "BERT": (transformers("BertModel", (TOKENS, THERE), **TEXT), 2),
+    "BERT, eager": (transformers("BertModel", (TOKENS, THERE), "eager", **TEXT), 2),
+    "DistilBERT, eager": (
+        transformers("DistilBertModel", (TOKENS, THERE), "eager", dim=64, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=200), 2
+    ),
+    "GPT-2, eager": (
+        transformers("GPT2Model", (TOKENS,), "eager", n_embd=64, n_layer=2, n_head=4, vocab_size=200, use_cache=False), 2
+    ),
+    "Llama": (transformers("LlamaModel", (TOKENS,), num_key_value_heads=2, use_cache=False, **TEXT), 2),
+    "Llama, eager": (transformers("LlamaModel", (TOKENS, THERE), "eager", num_key_value_heads=2, use_cache=False, **TEXT), 2),
+    "Gemma 2, capped": (
+        transformers("Gemma2Model", (TOKENS, THERE), "eager", num_key_value_heads=2, head_dim=16, use_cache=False, **TEXT), 2
+    ),
+    "T5 encoder": (transformers("T5EncoderModel", (TOKENS, THERE), **T5), 2),
+    "CLIP text, eager": (transformers("CLIPTextModel", (TOKENS, THERE), "eager", **TEXT), 2),
+    "Whisper encoder": (transformers("WhisperModel", (torch.randn(1, 80, 200),), pick="get_encoder", **WHISPER), 2),
+    "BLOOM": (zoo("transformers", "Bloom"), 2),
+    "DeBERTa": (zoo("transformers", "DebertaV2"), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_attention_is_found(name: str) -> None:
+    make, count = MODELS[name]
+    model, args = make()
+    program = capture(model, args)
+    manager = PassManager(thresher.pipelines.canonicalize, "off")
+    result = manager.run(program)
+    assert [r.failure for r in manager.records if r.status == "reverted"] == []
+    sites, others = attention_sites(result)
+    assert len(sites) + len(others) + len(list(result.calls(CAPPED))) == count
+    assert not list(result.calls(*SOFTMAX)), "a softmax that is no attention, in models that have no other"
+    assert not compare_programs(observe(program), result).exceeds(EXACT_TOLERANCE)
+
+
+def test_talking_heads_are_named_and_their_neighbours_found() -> None:
+    """CaiT mixes the weights of its heads in 24 layers; the two class attention layers are plain."""
+    program = capture(*zoo("timm", "cait_xxs24_224")())
+    manager = PassManager(thresher.pipelines.canonicalize, "off")
+    result = manager.run(program)
+    refused = next(r for r in manager.records if r.name == "canonicalize-attention").refusals
+    assert len(attention_sites(result)[0]) == 2
+    assert len(refused) == 24 and all("talking heads" in n.message for n in refused)
