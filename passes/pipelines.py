@@ -3,6 +3,7 @@
 from thresher.passes.attention.pool_keys import PoolKeys
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
+from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.passes.attention.sparse_attention import SparseAttention
 from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
 from thresher.passes.canonicalize.canonicalize_threshold import CanonicalizeThreshold
@@ -47,6 +48,7 @@ approximate = (
     ShareAttention(),  # weights of the layer before
     PoolKeys(),  # means of neighbouring keys
     SparseAttention(),  # heads look at fewer blocks of keys
+    SkipSmallWeights(),  # weights that turn out small
 )
 
 #: Nothing but the capture.

@@ -68,21 +68,14 @@ def _reference(
     softcap: float | None = None,
     skip: float | None = None,
 ) -> Tensor:
-    group, rows, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
-    scores = (q * scale) @ k.mT
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    if mask is not None:
-        scores, allowed = (scores, mask) if mask.dtype is torch.bool else (scores + mask, allowed)
-    if causal:
-        allowed = allowed & torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = masked_scores(q, k, mask, scale, causal, softcap)
     if blocks is not None and counts is not None:
-        grid = block_mask(blocks, counts, -(-keys // block_k))
-        allowed = allowed & _spread(grid, block_q, block_k, rows, keys)
-    scores = scores.masked_fill(~allowed, -math.inf)
+        grid = block_mask(blocks, counts, -(-k.shape[2] // block_k))
+        scores = scores.masked_fill(~_spread(grid, block_q, block_k, *scores.shape[2:]), -math.inf)
     if skip is not None:
-        dropped = _spread(_negligible(scores, block_q, block_k, skip), block_q, block_k, rows, keys)
+        dropped = _spread(negligible(scores, block_q, block_k, skip), block_q, block_k, *scores.shape[2:])
         scores = scores.masked_fill(dropped, -math.inf)
     top = scores.amax(-1, keepdim=True).detach()
     weights = torch.exp(scores - torch.where(top > -math.inf, top, 0.0))
@@ -90,12 +83,26 @@ def _reference(
     return (weights / torch.where(total > 0, total, 1.0)) @ v
 
 
+def masked_scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, softcap: float | None
+) -> Tensor:
+    """[B, H, L, S], -inf where masked; queries and keys have as many heads."""
+    scores = (q * scale) @ k.mT
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    if causal:
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~below, -math.inf)
+    return scores
+
+
 def _spread(grid: Tensor, block_q: int, block_k: int, rows: int, keys: int) -> Tensor:
     """[.., query blocks, key blocks] -> [.., queries, keys]"""
     return grid.repeat_interleave(block_q, -2)[..., :rows, :].repeat_interleave(block_k, -1)[..., :keys]
 
 
-def _negligible(scores: Tensor, block_q: int, block_k: int, skip: float) -> Tensor:
+def negligible(scores: Tensor, block_q: int, block_k: int, skip: float) -> Tensor:
     """bool [.., query blocks, key blocks]: all scores are more than ``skip`` under the top so far."""
     pad = (0, -scores.shape[-1] % block_k, 0, -scores.shape[-2] % block_q)
     padded = torch.nn.functional.pad(scores.detach(), pad, value=-math.inf)

@@ -18,6 +18,7 @@ from thresher.capture import capture
 from thresher.pass_manager import Context, PassManager
 from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
 from thresher.passes.attention.share_attention import ShareAttention
+from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.program import Program, shape_of
 from thresher.validation import compare
 
@@ -129,3 +130,23 @@ def test_causal_keys_are_not_averaged() -> None:
     manager = PassManager([PoolKeys()])
     manager.run(program, Context(calibration=Calibration.of(program, data, Budget(rel_l2=0.5))))
     assert "look ahead" in manager.records[0].refusals[0].message
+
+
+def test_small_weights_are_left_out_within_the_budget() -> None:
+    class Peaked(nn.Module):
+        """Every token looks at those like it, which lie together."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.reshape(1, 128, 2, 8).transpose(1, 2)
+            return F.scaled_dot_product_attention(3 * q, q, q).transpose(1, 2).reshape(1, 128, 16)
+
+    groups = torch.randn(12, 1, 4, 16, generator=torch.Generator().manual_seed(0)) * 2
+    data = [g.repeat_interleave(32, 1) + 0.1 * torch.randn(1, 128, 16) for g in groups]
+    program = canonical(Peaked(), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.01))
+    manager = PassManager([SkipSmallWeights()])
+    result = manager.run(program, Context(machine=SLOW, calibration=calibration))
+    (note,) = manager.records[0].rewrites
+    assert "left out" in note.message and calibration.ledger[0].held_out.bound <= 0.01
+    compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
+    assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
