@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from thresher.analysis.attention_kinds import kind_of, mixers
 from thresher.analysis.rows.base import argument
 from thresher.program import Program, is_tensor, module_path, shape_of
 
@@ -84,9 +85,11 @@ def attention_sites(program: Program) -> tuple[list[AttentionSite], dict[fx.Node
 
 
 def described(program: Program) -> list[tuple[str, str]]:
-    """(module, what it is) of every attention: of the sites, of those of another form, and of those already over lists of blocks."""
+    """(module, what it is) of every attention: of the sites with their kind, of those of another form, of those already over lists of
+    blocks, and of means that stand in for one."""
     sites, others = attention_sites(program)
-    lines = [(s.node, s.module, str(s)) for s in sites]
+    lines = [(s.node, s.module, ": ".join(filter(None, (kind_of(program, s), str(s))))) for s in sites]
+    lines += [(n, module_path(n), "pooling instead of attention") for n in mixers(program)]
     lines += [(node, module_path(node), f"an attention, and {reason}") for node, reason in others.items()]
     lines += [
         (n, module_path(n), "over lists of blocks") for n in program.calls(torch.ops.thresher.sparse_attention.default)

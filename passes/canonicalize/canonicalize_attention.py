@@ -9,6 +9,7 @@ over all blocks, because ATen's operator has no cap. What mixes scores of severa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,8 +93,10 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 
 def _replace(program: Program, softmax: fx.Node, scores: Scores, product: fx.Node, right: bool) -> None:
-    """The site in the place of ``product``; all of it in the layout of the softmax, [batch and heads ..., L, S]."""
+    """The site in the place of ``product``; all of it in the layout of the softmax, [batch, heads, L, S], or of three dimensions."""
     lead, dtype = list(shape_of(softmax)[:-2]), dtype_of(product)
+    if len(lead) > 2 and all(isinstance(d, int) for d in lead):  # batch and windows
+        lead = [math.prod(lead[:-1]), lead[-1]]
     q, k = scores.product.args[-2:] if scores.product.target is not aten.baddbmm.default else scores.product.args[1:3]
     v = product.args[0] if right else product.args[1]
     if not all(is_tensor(n) for n in (q, k, v)) or any(dtype_of(n) != dtype for n in (q, k, v)):

@@ -10,7 +10,7 @@ from architectures import build
 from torch import nn
 
 import thresher
-from thresher.analysis.attention_sites import SOFTMAX, attention_sites
+from thresher.analysis.attention_sites import SOFTMAX, attention_sites, described
 from thresher.capture import capture
 from thresher.models.pretrained import allow_torchvision
 from thresher.pass_manager import PassManager
@@ -106,3 +106,59 @@ def test_talking_heads_are_named_and_their_neighbours_found() -> None:
     refused = next(r for r in manager.records if r.name == "canonicalize-attention").refusals
     assert len(attention_sites(result)[0]) == 2
     assert len(refused) == 24 and all("talking heads" in n.message for n in refused)
+
+
+class HiLo(nn.Module):
+    """LITv2's attention as its authors wrote it: heads over windows of 2 x 2, and heads over averages of them (Pan et al., 2022)."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, window: int = 2):
+        super().__init__()
+        self.half, self.width, self.window = heads // 2, dim // heads, window
+        inner = self.half * self.width
+        self.h_qkv, self.h_proj = nn.Linear(dim, 3 * inner), nn.Linear(inner, inner)
+        self.l_q, self.l_kv, self.l_proj = nn.Linear(dim, inner), nn.Linear(dim, 2 * inner), nn.Linear(inner, inner)
+        self.pool = nn.AvgPool2d(window, window)
+
+    def high(self, x: torch.Tensor) -> torch.Tensor:
+        b, h, w, c = x.shape
+        s, rows, columns = self.window, h // self.window, w // self.window
+        x = x.reshape(b, rows, s, columns, s, c).transpose(2, 3)
+        qkv = self.h_qkv(x).reshape(b, rows * columns, -1, 3, self.half, self.width).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        y = ((q @ k.transpose(-2, -1)) * self.width**-0.5).softmax(-1) @ v
+        y = y.transpose(2, 3).reshape(b, rows, columns, s, s, -1).transpose(2, 3).reshape(b, h, w, -1)
+        return self.h_proj(y)
+
+    def low(self, x: torch.Tensor) -> torch.Tensor:
+        b, h, w, c = x.shape
+        q = self.l_q(x).reshape(b, h * w, self.half, self.width).permute(0, 2, 1, 3)
+        pooled = self.pool(x.permute(0, 3, 1, 2)).reshape(b, c, -1).permute(0, 2, 1)
+        kv = self.l_kv(pooled).reshape(b, -1, 2, self.half, self.width).permute(2, 0, 3, 1, 4)
+        y = ((q @ kv[0].transpose(-2, -1)) * self.width**-0.5).softmax(-1) @ kv[1]
+        return self.l_proj(y.transpose(1, 2).reshape(b, h, w, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.high(x), self.low(x)], -1)
+
+
+KINDS = {
+    "HiLo": (lambda: (HiLo().eval(), (torch.randn(1, 8, 8, 32),)), {"pooled keys (by avg_pool2d)": 1, "16 windows": 1}),
+    "PVT v2": (zoo("timm", "pvt_v2_b0"), {"pooled keys (by a strided convolution)": 6}),
+    "Swin": (zoo("timm", "swin_tiny_patch4_window7_224"), {"64 windows": 2, "16 windows": 2, "4 windows": 6}),
+    "PoolFormer": (zoo("timm", "poolformer_s12"), {"pooling instead of attention": 12}),
+    "XCiT": (zoo("timm", "xcit_nano_12_p16_224"), {"channels": 12}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_that_models_were_trained_with_are_named(name: str) -> None:
+    make, wanted = KINDS[name]
+    program = PassManager(thresher.pipelines.canonicalize, "off").run(capture(*make()))
+    words = [line.partition(":")[0] for _, line in described(program)]
+    assert {w: words.count(w) for w in wanted} == wanted
+
+
+def test_a_trained_variant_compiles_exactly() -> None:
+    model, x = HiLo().eval(), torch.randn(1, 8, 8, 32)
+    report = thresher.compile(model, (x,)).report
+    assert all(c.passed for c in report.checks) and [w for w, *_ in (line.split(":") for _, line in report.attention)]
