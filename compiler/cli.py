@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import thresher
+from thresher.budget import METRICS, Budget
 from thresher.certificate import Certificate
 from thresher.errors import ThresherError
 from thresher.pass_manager import registered_passes
@@ -71,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         default="never",
         choices=("auto", "never"),
         help="auto: torch's own kernels where tuning found them faster; the artifact then needs torch",
+    )
+    build.add_argument(
+        "--budget",
+        metavar="METRIC=LIMIT",
+        help="for approximate passes: rel_l2=0.01, cosine=0.01, top1=0.005 or kl=0.02; needs --calibration",
+    )
+    build.add_argument(
+        "--calibration",
+        metavar="MODULE:FUNCTION",
+        help="returns samples for approximate passes: tensors, tuples or dictionaries of inputs",
     )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
@@ -143,16 +154,9 @@ def load_model(spec: str, shapes: list[str]) -> tuple[Any, tuple]:
     inputs = tuple(example(s) for s in shapes)
     if spec.endswith(".pt2"):
         return spec, inputs
-    module_name, colon, attribute = spec.partition(":")
-    if not colon:
+    if ":" not in spec:
         raise ThresherError(f"cannot read {spec!r}: give package.module:function or a .pt2 file")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ThresherError(f"cannot import {spec!r}: {error}") from error
-    finally:
-        sys.path.pop(0)
+    made = attribute(spec)
     made = made() if not isinstance(made, torch.nn.Module) else made
     if isinstance(made, tuple):
         model, example_inputs = made
@@ -160,6 +164,31 @@ def load_model(spec: str, shapes: list[str]) -> tuple[Any, tuple]:
     if not inputs:
         raise ThresherError(f"{spec} returned a module without example inputs; describe them with --input")
     return made, inputs
+
+
+def budget(text: str | None) -> Budget | None:
+    """``cosine=0.01``."""
+    if text is None:
+        return None
+    metric, _, limit = text.partition("=")
+    try:
+        return Budget(**{metric: float(limit)})  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ThresherError(
+            f"cannot read the budget {text!r}: write one of {', '.join(METRICS)}, = and a number"
+        ) from error
+
+
+def attribute(spec: str) -> Any:
+    """What ``package.module:name`` names; modules of the current folder are found, too."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ThresherError(f"cannot import {spec!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
 
 
 def example(text: str) -> torch.Tensor:
@@ -196,6 +225,8 @@ def _build(options: argparse.Namespace) -> int:
         widths=options.widths,
         strict_rounding=options.strict_rounding,
         library=options.library,
+        calibration=attribute(options.calibration)() if options.calibration else None,
+        budget=budget(options.budget),
     )
     compiled.save(options.output)
     if options.html:

@@ -21,6 +21,9 @@ def make():
 
 def with_inputs():
     return make(), (torch.randn(2, 8),)
+
+def samples():
+    return torch.randn(8, 2, 8)
 """
 
 
@@ -55,6 +58,13 @@ def test_build_from_pt2_and_from_a_pair(here: Path, capsys) -> None:
     passes = "evaluate-constants;fold-channels"
     assert main(["build", "cli_models:with_inputs", "--target", "cpu", "--passes", passes, "-o", "b.thresher"]) == 0
     assert main(["validate", "a.thresher"]) == main(["validate", "b.thresher"]) == 0
+
+
+def test_build_within_a_budget(here: Path, capsys) -> None:
+    given = ["--passes", "exact;drop-sublayers", "--calibration", "cli_models:samples", "--budget", "rel_l2=0.01"]
+    assert main(["build", "cli_models:with_inputs", "--target", "cpu", *given, "-o", "c.thresher"]) == 0
+    assert main(["build", "cli_models:with_inputs", "--target", "cpu", *given[:-1], "best=1", "-o", "d.thresher"]) == 1
+    assert "cannot read the budget 'best=1'" in capsys.readouterr().err and not (here / "d.thresher").exists()
 
 
 def test_inspect_a_model(here: Path, capsys) -> None:
