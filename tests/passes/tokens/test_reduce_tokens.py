@@ -13,7 +13,9 @@ from thresher.capture import capture
 from thresher.errors import PassError
 from thresher.models.vit import ViT
 from thresher.pass_manager import Context, PassManager
-from thresher.passes.tokens.reduce_tokens import SCORES, ReduceTokens, read_by_place, streams
+from thresher.passes.tokens.importance import SIDES
+from thresher.passes.tokens.reduce_tokens import ReduceTokens
+from thresher.passes.tokens.streams import read_by_place, streams
 from thresher.program import Program, shape_of
 from thresher.validation import compare
 
@@ -55,7 +57,7 @@ def test_the_streams_of_a_vit() -> None:
     assert read_by_place(program) == 1
 
 
-@pytest.mark.parametrize("kind", sorted(SCORES))
+@pytest.mark.parametrize("kind", sorted(SIDES))
 def test_tokens_go_from_layer_to_layer(kind: str) -> None:
     x = images(1)[0]
     program = folded(vit(), x)
