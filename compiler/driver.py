@@ -97,6 +97,8 @@ def compile(
     _one_of("validate", validate, ("error", "warn", "off"))
     _one_of("widths", widths, ("rule", "measured"))
     _one_of("library", library, ("auto", "never"))
+    if widths == "measured" and budget is not None:
+        raise InputError("widths='measured' compares exact models; with a budget use widths='rule'")
     target = target or default_target()
     model = _masked(model, masks, args, kwargs)
     with show_progress("thresher", progress) as step:

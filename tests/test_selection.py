@@ -224,6 +224,8 @@ def test_wrong_samples(samples: list, message: str) -> None:
 def test_approximate_passes_ask_for_samples() -> None:
     with pytest.raises(PassError, match="calibration="):
         PassManager([Damp()]).run(capture(Sums(), (inputs(1)[0],)))
+    with pytest.raises(InputError, match="widths='rule'"):
+        thresher.compile(Sums(), (inputs(1)[0],), budget=Budget(rel_l2=0.1), calibration=inputs(8), widths="measured")
     with pytest.raises(InputError, match="need both"):
         thresher.compile(Sums(), (inputs(1)[0],), budget=Budget(rel_l2=0.1), backend="eager")
 

@@ -84,11 +84,13 @@ def _cut(weights: Tensor, v: Tensor, blocks: Blocks) -> Sample:
 
 @dataclass
 class HeadErrors:
-    """Sums over samples for one site: ``errors[name]`` [H], squared and relative to the site's whole output once :meth:`relative`."""
+    """Sums over samples for one site, by pattern and head: squared errors, and blocks that were listed."""
 
     weights: Tensor  # [H, F, F], of errors behind the projection
     norm: float = 0.0
+    outputs: int = 0  # samples, each of a batch counted
     sums: dict[str, Tensor] = field(default_factory=dict)
+    listed: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, head: int, sample: Sample, grids: dict[str, Tensor]) -> None:
         """Of grids [query blocks, key blocks] for one head of one sample."""
@@ -96,12 +98,16 @@ class HeadErrors:
         off = sample.under(torch.stack(list(grids.values()))) - sample.output
         found = torch.einsum("ciqf,fg,ciqg->c", off, weight, off).double()
         for name, error in zip(names, found):
-            self.sums.setdefault(name, torch.zeros(len(self.weights), dtype=torch.float64))[head] += error
+            for known, value in ((self.sums, error), (self.listed, grids[name].sum())):
+                known.setdefault(name, torch.zeros(len(self.weights), dtype=torch.float64))[head] += value
 
-    def add_output(self, output: Tensor) -> None:
-        """The squared norm of the outputs of all heads [H, L, F] of one sample; heads are taken as independent."""
+    def add_output(self, outputs: Tensor) -> None:
+        """The squared norm of the outputs of all heads, [B, H, L, F]; heads are taken as independent."""
+        self.outputs += outputs.shape[0]
+        output = outputs.transpose(0, 1).flatten(1, 2)
         weight = self.weights.to(output.dtype)
         self.norm += float(torch.einsum("hlf,hfg,hlg->", output, weight, output))
 
     def relative(self) -> dict[str, Tensor]:
+        """Squared errors relative to the site's whole output."""
         return {name: total.clamp(min=0) / max(self.norm, 1e-30) for name, total in self.sums.items()}

@@ -27,19 +27,18 @@ from thresher.selection import BoundedPass, Candidate
 
 SHORTEST = 64  # queries and keys from which on blocks can be left out
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the key blocks, that are selected
+PROMISES = (0.5, 0.7, 0.9, 0.97)  # of the weight that the means of blocks promise
 SAMPLES = 8  # that the heads' errors are measured on
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one head looks at: blocks that it always lists, and how many in all if others are selected by the input."""
+    """What one head looks at: blocks that it always lists, and besides, as the input has it, the most promising until ``keep`` are listed
+    or those listed promise ``mass`` of all (from 1 on: whatever they promise)."""
 
     always: Tensor  # bool [query blocks, key blocks]
     keep: int = 0
-
-    def count(self) -> float:
-        """Blocks listed in all rows."""
-        return float(self.always.sum(-1).clamp(min=self.keep).sum())
+    mass: float = 2.0
 
 
 @register_pass
@@ -91,6 +90,8 @@ class SparseAttention(BoundedPass):
             for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
                 if keep < columns:
                     found[f"the {keep} most promising of {columns} blocks"] = [Choice(nothing, keep)] * heads
+            for promise in PROMISES:
+                found[f"blocks that promise {100 * promise:g} %"] = [Choice(nothing, columns, promise)] * heads
         return found
 
     def of_site(
@@ -98,19 +99,20 @@ class SparseAttention(BoundedPass):
         site: AttentionSite,
         blocks: Blocks,
         choices: dict[str, list[Choice]],
-        errors: dict[str, Tensor],
+        measured: HeadErrors,
         mass: Tensor,
         context: Context,
     ) -> list[Candidate]:
-        batch, heads, _, _ = site.shape
+        errors, heads = measured.relative(), site.shape[1]
         possible = blocks.rows(site) * blocks.columns(site) * (0.5 if site.causal else 1.0)
         dense = site.flops() / heads / context.machine.flops * (0.5 if site.causal else 1.0)
-        moved = sum(4.0 * batch * n.meta["val"].numel() for n in (site.q, site.k)) / heads
+        moved = sum(4.0 * n.meta["val"].numel() for n in (site.q, site.k)) / heads
         selecting = 2 * context.machine.launch / heads + moved / context.machine.bandwidth
         found = []
         for name, of_heads in choices.items():
             for h, choice in enumerate(of_heads):
-                saved = dense * (1 - choice.count() / possible) - (selecting if choice.keep else 0.0)
+                counted = float(measured.listed[name][h]) / measured.outputs
+                saved = dense * (1 - counted / possible) - (selecting if choice.keep else 0.0)
                 if saved > 0:
                     key, words, error = (site.node.name, h), f"head {h}: {name}", float(errors[name][h])
                     how, mask = (blocks, choice), None if choice.keep else choice.always
@@ -151,12 +153,9 @@ def _selected(
 ) -> list[fx.Node]:
     import operator
 
-    keep = torch.tensor([c.keep for c in of_heads])
+    keep, mass = torch.tensor([c.keep for c in of_heads]), torch.tensor([c.mass for c in of_heads])
     most = max(int(always.sum(-1).max()), int(keep.max()))
-    constants = [
-        _constant(program, site, t, name)
-        for t, name in ((always, "always"), (keep, "keep"), (torch.full((len(of_heads),), 2.0), "mass"))
-    ]
+    constants = [_constant(program, site, t, name) for t, name in ((always, "always"), (keep, "keep"), (mass, "mass"))]
     keys = _present(program, site)
     how = (blocks.q, blocks.k, site.scale, most, site.causal)
     call = program.insert_call(
@@ -207,13 +206,13 @@ def _mass(
 def _errors(
     program: Program, sites: Sequence[AttentionSite], blocks: dict[fx.Node, Blocks],
     choices: dict[fx.Node, dict[str, list[Choice]]], samples: Sequence[list[Any]],
-) -> dict[fx.Node, dict[str, Tensor]]:  # fmt: skip
-    """The squared relative error of every choice and head at its site."""
+) -> dict[fx.Node, HeadErrors]:  # fmt: skip
+    """The squared error of every choice and head at its site, and how many blocks it lists on average."""
     found = {s.node: HeadErrors(head_weights(program, s)) for s in sites}
 
     def collect(site: AttentionSite, values: dict[fx.Node, Any]) -> None:
         cut, own = blocks[site.node], choices[site.node]
-        found[site.node].add_output(values[site.node].float().transpose(0, 1).flatten(1, 2))
+        found[site.node].add_output(values[site.node].float())
         keeps = {c.keep for of_heads in own.values() for c in of_heads if c.keep}
         scores = _scores(site, values, cut) if keeps else None
 
@@ -224,7 +223,7 @@ def _errors(
         each_head(site, values, cut, add)
 
     watch(program, samples, {s.node: partial(collect, s) for s in sites})
-    return {node: errors.relative() for node, errors in found.items()}
+    return found
 
 
 def _scores(site: AttentionSite, values: dict[fx.Node, Any], blocks: Blocks) -> Tensor:
@@ -238,5 +237,5 @@ def _scores(site: AttentionSite, values: dict[fx.Node, Any], blocks: Blocks) -> 
 def _grid(choice: Choice, scores: Tensor | None, b: int, h: int) -> Tensor:
     if not choice.keep or scores is None:
         return choice.always
-    keep, mass = torch.tensor([choice.keep]), torch.tensor([2.0])
+    keep, mass = torch.tensor([choice.keep]), torch.tensor([choice.mass])
     return listed(scores[b : b + 1, h : h + 1], choice.always[None, None], keep, mass)[0, 0]

@@ -65,7 +65,7 @@ class Resize:
             self.fit(node)
             self.program.refresh(node)
             self.dims.update(self.changed(node, old_value))
-        except (NeedsAllTokens, RuntimeError, ValueError) as reason:
+        except (NeedsAllTokens, RuntimeError, ValueError, IndexError, TypeError) as reason:
             node.args, node.kwargs, node.meta["val"] = old_args, old_kwargs, old_value
             self.restore(node, str(reason) if isinstance(reason, NeedsAllTokens) else "values of another length")
 
