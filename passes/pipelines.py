@@ -1,6 +1,7 @@
 """The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
 
 from thresher.passes.attention.pool_keys import PoolKeys
+from thresher.passes.attention.pyramid_attention import PyramidAttention
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
 from thresher.passes.attention.skip_small_weights import SkipSmallWeights
@@ -47,6 +48,7 @@ approximate = (
     ReduceTokens(),  # layers pass fewer tokens on
     ShareAttention(),  # weights of the layer before
     PoolKeys(),  # means of neighbouring keys
+    PyramidAttention(),  # near keys, and means of the others
     SparseAttention(),  # heads look at fewer blocks of keys
     SkipSmallWeights(),  # weights that turn out small
 )

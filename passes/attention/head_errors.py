@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thresher.analysis.attention_sites import AttentionSite
+from thresher.passes.attention.pool_keys import Pooling, means_of_keys
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,20 @@ class Sample:
 
 
 def each_head(
-    site: AttentionSite, values: dict[Any, Any], blocks: Blocks, use: Callable[[int, int, Sample], None]
+    site: AttentionSite,
+    values: dict[Any, Any],
+    blocks: Blocks,
+    use: Callable[[int, int, Sample], None],
+    pooling: Pooling | None = None,
 ) -> None:
-    """Call ``use(batch, head, sample)`` for every head, with the values that a run gave the site."""
+    """Call ``use(batch, head, sample)`` for every head, with the values that a run gave the site. With ``pooling`` blocks of means of keys
+    follow those of the keys themselves; a mean weighs as much as the keys that it stands for."""
     q, k, v = (values[n].float() for n in (site.q, site.k, site.v))
     mask = None if site.mask is None else values[site.mask]
     batch, heads, rows, keys = site.shape
     group = heads // k.shape[1]
     below = torch.ones(rows, keys, dtype=torch.bool).tril() if site.causal else None
+    coarse = None if pooling is None else means_of_keys(site, values, pooling)
     for b in range(batch):
         for h in range(heads):
             scores = (q[b, h] * site.scale) @ k[b, h // group].mT
@@ -70,8 +77,15 @@ def each_head(
                 scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own
             if below is not None:
                 scores = scores.masked_fill(~below, -torch.inf)
-            weights = scores.softmax(-1).nan_to_num()
-            use(b, h, _cut(weights, v[b, h // group], blocks))
+            total = scores.logsumexp(-1, keepdim=True)
+            sample = _cut((scores - total).exp().nan_to_num(), v[b, h // group], blocks)
+            if coarse is not None:
+                means, mixed, bias = coarse
+                weights = ((q[b, h] * site.scale) @ means[b, h // group].mT + bias[b, 0] - total).exp().nan_to_num()
+                more = _cut(weights, mixed[b, h // group], blocks)
+                shares, parts = torch.cat([sample.shares, more.shares], -1), torch.cat([sample.parts, more.parts], 2)
+                sample = Sample(shares, parts, sample.output)
+            use(b, h, sample)
 
 
 def _cut(weights: Tensor, v: Tensor, blocks: Blocks) -> Sample:

@@ -109,11 +109,17 @@ def _unfit(site: AttentionSite) -> str:
 
 def _pooled(site: AttentionSite, values: Values, pooling: Pooling) -> Tensor:
     """The site's output over means, on values."""
+    k, v, bias = means_of_keys(site, values, pooling)
+    return attend(site, values[site.q], k, v, bias)
+
+
+def means_of_keys(site: AttentionSite, values: Values, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of keys and values [B, G, count, E], and what is added to their scores, [B, 1, 1, count]; on values."""
     size = sizes_of_mask(None if site.mask is None else values[site.mask], site.shape[0], site.shape[3])
     assign = pooling.assign.expand(site.shape[0], -1)
     k, v = (_means(values[n], size, assign, pooling.count) for n in (site.k, site.v))
     total = torch.zeros(size.shape[0], pooling.count).scatter_add(1, assign, size)
-    return attend(site, values[site.q], k, v, total.log()[:, None, None])
+    return k, v, total.log()[:, None, None]
 
 
 def _means(x: Tensor, size: Tensor, assign: Tensor, count: int) -> Tensor:
@@ -124,7 +130,16 @@ def _means(x: Tensor, size: Tensor, assign: Tensor, count: int) -> Tensor:
 def edit(program: Program, name: str, pooling: Pooling) -> None:
     """The site ``name`` over means of its keys and values."""
     site = next(s for s in attention_sites(program)[0] if s.node.name == name)
-    node, batch = site.node, site.shape[0]
+    k, v, bias = pooled_keys(program, site, pooling)
+    site.node.args = (site.q, k, v)
+    kept = {n: a for n, a in site.node.kwargs.items() if n not in ("attn_mask", "scale")}
+    site.node.kwargs = {**kept, "attn_mask": bias, "scale": site.scale}
+    program.refresh(site.node)
+
+
+def pooled_keys(program: Program, site: AttentionSite, pooling: Pooling) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """:func:`means_of_keys` in the graph, before the site."""
+    node, batch, name = site.node, site.shape[0], site.node.name
 
     def call(target: Any, *args: Any) -> fx.Node:
         return program.insert_call(node, target, args, like=node)
@@ -133,8 +148,9 @@ def edit(program: Program, name: str, pooling: Pooling) -> None:
     assign = program.add_constant(pooling.assign.expand(batch, -1).contiguous(), f"{name}_means", like=node)
     members = torch.zeros(pooling.count).scatter_add(0, pooling.assign, torch.ones(len(pooling.assign)))
     counted = program.add_constant(members.reshape(1, -1), f"{name}_members", like=node)
-    program.notes["fixed"] = frozenset({*program.notes.get("fixed", ()), str(assign.target), str(counted.target)})
     even = program.add_constant(torch.ones(batch, site.shape[3]), f"{name}_even", like=node)
+    fixed = {str(n.target) for n in (assign, counted, even)}
+    program.notes["fixed"] = frozenset({*program.notes.get("fixed", ()), *fixed})
     mean_size = call(ops.reduce_tokens.default, call(aten.unsqueeze.default, size, 2), even, assign, pooling.count)
     total = call(aten.mul.Tensor, call(aten.squeeze.dim, mean_size, 2), counted)
     bias = call(aten.reshape.default, call(aten.log.default, total), [batch, 1, 1, pooling.count])
@@ -147,10 +163,7 @@ def edit(program: Program, name: str, pooling: Pooling) -> None:
         return done[x]
 
     k, v = (_before_or_after(program, node, n, pooled, pooling.count) for n in (site.k, site.v))
-    node.args = (site.q, k, v)
-    kept = {n: a for n, a in node.kwargs.items() if n not in ("attn_mask", "scale")}
-    node.kwargs = {**kept, "attn_mask": bias, "scale": site.scale}
-    program.refresh(node)
+    return k, v, bias
 
 
 def _before_or_after(program: Program, node: fx.Node, x: fx.Node, pooled: Any, count: int) -> fx.Node:

@@ -65,7 +65,7 @@ class SparseAttention(BoundedPass):
         selects = self.selected and not context.target.startswith("cuda")  # GPUs have no kernel for the selection yet
         choices = {s.node: self.choices(s, blocks[s.node], mass[s.node], selects) for s in sites}
         context.progress(f"{self.name}: errors of {sum(map(len, choices.values()))} patterns")
-        errors = _errors(program, sites, blocks, choices, samples)
+        errors = errors_of_heads(program, sites, blocks, choices, samples)
         made = [
             c
             for s in sites
@@ -203,7 +203,7 @@ def _mass(
     return found
 
 
-def _errors(
+def errors_of_heads(
     program: Program, sites: Sequence[AttentionSite], blocks: dict[fx.Node, Blocks],
     choices: dict[fx.Node, dict[str, list[Choice]]], samples: Sequence[list[Any]],
 ) -> dict[fx.Node, HeadErrors]:  # fmt: skip

@@ -17,9 +17,11 @@ from thresher.calibration import Calibration
 from thresher.capture import capture
 from thresher.pass_manager import Context, PassManager
 from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
+from thresher.passes.attention.pyramid_attention import PyramidAttention
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.program import Program, shape_of
+from thresher.selection import Candidate
 from thresher.validation import compare
 
 SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
@@ -150,3 +152,34 @@ def test_small_weights_are_left_out_within_the_budget() -> None:
     assert "left out" in note.message and calibration.ledger[0].held_out.bound <= 0.01
     compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_near_keys_and_means_of_the_others(masked: bool) -> None:
+    """Equal keys in runs: a pyramid is exact where its means are of equal keys, and every key is seen once."""
+    x = sequences(1, 256, 4)[0]
+    there = torch.arange(256).reshape(1, -1) < 200
+    inputs = (x, there) if masked else (x,)
+    program = canonical(Layers(1), *inputs)
+    rule = PyramidAttention(block=16)
+    (site,) = attention_sites(program)[0]
+    grids = rule.grids(site)
+    for grid in grids.values():
+        seen = grid[:, :16].float() + grid[:, 16:].repeat_interleave(4, 1)[:, :16]
+        assert bool((seen == 1).all())
+    words = list(grids)
+    chosen = [Candidate((site.node.name, h), "", "", 0, 0, site.node.name, payload=grids[words[h]]) for h in range(2)]
+    work = rule.build(program, chosen).verify()
+    assert compare(program.run(*inputs), work.run(*inputs)).relative < 1e-5
+    compiled = thresher.compile(work.to_module(), inputs, passes="none")
+    assert not compare(work.run(*inputs), [compiled(*inputs)]).exceeds(1e-5)
+
+
+def test_pyramids_within_the_budget() -> None:
+    data = [x + 0.02 * torch.randn_like(x) for x in sequences(12, 256, 4)]
+    program = canonical(Layers(2), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.01))
+    manager = PassManager([PyramidAttention(block=16)])
+    manager.run(program, Context(machine=SLOW, calibration=calibration))
+    assert any("means" in n.message for n in manager.records[0].rewrites)
+    assert calibration.ledger[0].held_out.bound <= 0.01
