@@ -166,9 +166,15 @@ class Program:
         )
 
     def add_constant(
-        self, value: Tensor, name: str, dtype: torch.dtype | None = None, like: fx.Node | None = None
+        self,
+        value: Tensor,
+        name: str,
+        dtype: torch.dtype | None = None,
+        like: fx.Node | None = None,
+        fixed: bool = False,
     ) -> fx.Node:
-        """A ``get_attr`` node, placed before all calls, for a new constant declared as ``dtype`` (default: its own)."""
+        """A ``get_attr`` node, placed before all calls, for a new constant declared as ``dtype`` (default: its own). ``fixed``: training
+        does not change it."""
         name = self.fresh_name(name)
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         if first is None:
@@ -177,6 +183,8 @@ class Program:
             node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self.constants[name] = value
         self.set_fake(node, dtype or value.dtype)
+        if fixed:
+            self.notes["fixed"] = frozenset(self.notes.get("fixed", ())) | {name}
         if like is not None:
             copy_origin(node, like)
         return node

@@ -42,6 +42,11 @@ class AttentionSite:
     def module(self) -> str:
         return module_path(self.node)
 
+    @property
+    def masks_by_place(self) -> bool:
+        """Whether the mask is more than a row of keys, [B or 1, 1, 1, S], that all queries and heads share."""
+        return self.mask is not None and (len(shape_of(self.mask)) != 4 or shape_of(self.mask)[1:3] != (1, 1))
+
     def __str__(self) -> str:
         batch, heads, rows, keys = self.shape
         shared = shape_of(self.k)[1]

@@ -102,7 +102,7 @@ def poolings(keys: int, factors: Sequence[int]) -> list[Pooling]:
 def _unfit(site: AttentionSite) -> str:
     if site.causal:
         return "causal: a mean would look ahead"
-    if site.mask is not None and (len(shape_of(site.mask)) != 4 or shape_of(site.mask)[1:3] != (1, 1)):
+    if site.masks_by_place:
         return "a mask by places"
     return "" if poolings(site.shape[3], (2, 4)) else f"{site.shape[3]} keys are few already"
 
@@ -145,12 +145,15 @@ def pooled_keys(program: Program, site: AttentionSite, pooling: Pooling) -> tupl
         return program.insert_call(node, target, args, like=node)
 
     size = key_sizes(program, site, node)
-    assign = program.add_constant(pooling.assign.expand(batch, -1).contiguous(), f"{name}_means", like=node)
     members = torch.zeros(pooling.count).scatter_add(0, pooling.assign, torch.ones(len(pooling.assign)))
-    counted = program.add_constant(members.reshape(1, -1), f"{name}_members", like=node)
-    even = program.add_constant(torch.ones(batch, site.shape[3]), f"{name}_even", like=node)
-    fixed = {str(n.target) for n in (assign, counted, even)}
-    program.notes["fixed"] = frozenset({*program.notes.get("fixed", ()), *fixed})
+    assign, counted, even = (
+        program.add_constant(value.contiguous(), f"{name}_{word}", like=node, fixed=True)
+        for word, value in (
+            ("means", pooling.assign.expand(batch, -1)),
+            ("members", members.reshape(1, -1)),
+            ("even", torch.ones(batch, site.shape[3])),
+        )
+    )
     mean_size = call(ops.reduce_tokens.default, call(aten.unsqueeze.default, size, 2), even, assign, pooling.count)
     total = call(aten.mul.Tensor, call(aten.squeeze.dim, mean_size, 2), counted)
     bias = call(aten.reshape.default, call(aten.log.default, total), [batch, 1, 1, pooling.count])

@@ -96,7 +96,7 @@ class PyramidAttention(BoundedPass):
     def unfit(self, site: AttentionSite) -> str:
         if site.causal:
             return "causal: a mean would look ahead"
-        if site.mask is not None and (len(shape_of(site.mask)) != 4 or shape_of(site.mask)[1:3] != (1, 1)):
+        if site.masks_by_place:
             return "a mask by places"
         blocks = self.blocks(site)
         if site.shape[3] % blocks.k:
@@ -154,14 +154,14 @@ class PyramidAttention(BoundedPass):
         k, v = call(aten.cat.default, [site.k, k_means], 2), call(aten.cat.default, [site.v, v_means], 2)
         shape = [*shape_of(bias)[:3], site.shape[3]]
         if site.mask is None:
-            mask = program.add_constant(torch.zeros(shape), f"{node.name}_unmasked", like=node)
+            mask = program.add_constant(torch.zeros(shape), f"{node.name}_unmasked", like=node, fixed=True)
         elif dtype_of(site.mask) is torch.bool:
             mask = call(aten.log.default, call(aten._to_copy.default, site.mask, dtype=torch.float32))
         else:
             mask = site.mask
         mask = call(aten.cat.default, [call(aten.expand.default, mask, shape), bias], 3)
         named = [
-            program.add_constant(t.contiguous(), f"{node.name}_{n}", like=node)
+            program.add_constant(t.contiguous(), f"{node.name}_{n}", like=node, fixed=True)
             for n, t in zip(("blocks", "counts"), lists)
         ]
         args = (site.q, k, v, mask, *named, blocks.q, blocks.k, site.scale)

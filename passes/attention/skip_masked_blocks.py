@@ -58,7 +58,7 @@ class SkipMaskedBlocks(Pass):
         if cost > self.gain:
             return ""
         blocks, counts = (
-            program.add_constant(t, f"{node.name}_{name}", like=node)
+            program.add_constant(t, f"{node.name}_{name}", like=node, fixed=True)
             for name, t in zip(("blocks", "counts"), block_lists(grid))
         )
         inside = mask.expand(*mask.shape[:-2], *shape_of(node)[2:3], shape_of(k)[2])

@@ -7,6 +7,7 @@ all heads of a layer run in one kernel, each over its own list, and a head that 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from thresher.ops.sparse_attention import block_lists
 from thresher.pass_manager import Context, Note, register_pass
 from thresher.passes.attention.head_errors import Blocks, HeadErrors, Sample, each_head
 from thresher.passes.attention.patterns import static_patterns
-from thresher.program import Program, dtype_of, shape_of
+from thresher.program import Program, dtype_of
 from thresher.selection import BoundedPass, Candidate
 
 SHORTEST = 64  # queries and keys from which on blocks can be left out
@@ -85,7 +86,7 @@ class SparseAttention(BoundedPass):
         if self.static:
             for name, grid in static_patterns(mass, *site.shape[2:], blocks.q, blocks.k).items():
                 found[name] = [Choice(g) for g in grid.expand(heads, rows, columns)]
-        if selects and _selectable(site):
+        if selects and not site.masks_by_place:  # else the means of blocks cannot be told
             nothing = torch.zeros(rows, columns, dtype=torch.bool)
             for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
                 if keep < columns:
@@ -151,8 +152,6 @@ def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict
 def _selected(
     program: Program, site: AttentionSite, blocks: Blocks, of_heads: Sequence[Choice], always: Tensor
 ) -> list[fx.Node]:
-    import operator
-
     keep, mass = torch.tensor([c.keep for c in of_heads]), torch.tensor([c.mass for c in of_heads])
     most = max(int(always.sum(-1).max()), int(keep.max()))
     constants = [_constant(program, site, t, name) for t, name in ((always, "always"), (keep, "keep"), (mass, "mass"))]
@@ -171,15 +170,8 @@ def _present(program: Program, site: AttentionSite) -> fx.Node | None:
     return program.insert_call(site.node, torch.ops.aten.gt.Scalar, (site.mask, -1e4), like=site.node)
 
 
-def _selectable(site: AttentionSite) -> bool:
-    """Whether the means of blocks can be told: no mask, or one of keys."""
-    return site.mask is None or (len(shape_of(site.mask)) == 4 and shape_of(site.mask)[1:3] == (1, 1))
-
-
 def _constant(program: Program, site: AttentionSite, value: Tensor, name: str) -> fx.Node:
-    node = program.add_constant(value.contiguous(), f"{site.node.name}_{name}", like=site.node)
-    program.notes["fixed"] = frozenset({*program.notes.get("fixed", ()), str(node.target)})
-    return node
+    return program.add_constant(value.contiguous(), f"{site.node.name}_{name}", like=site.node, fixed=True)
 
 
 def _too_small(site: AttentionSite) -> str:

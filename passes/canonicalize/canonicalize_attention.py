@@ -163,10 +163,14 @@ class _Edit:
 
     def added(self, bias: Bias, dtype: torch.dtype) -> fx.Node:
         if bias.low is not None:
-            low = max(bias.low, torch.finfo(dtype).min)
+            # a masked score is replaced, not added to: the least number takes in whatever it is added to, so that rows with all
+            # scores masked stay uniform
+            low = -float("inf") if bias.low == -float("inf") else torch.finfo(dtype).min
             zero, least = (
-                self.program.add_constant(torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before)
-                for name, v in (("allowed", 0.0), ("masked", -float("inf") if bias.low == -float("inf") else low))
+                self.program.add_constant(
+                    torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before, fixed=True
+                )
+                for name, v in (("allowed", 0.0), ("masked", low))
             )
             chosen = (least, zero) if bias.inverted else (zero, least)
             return self(aten.where.self, bias.node, *chosen)

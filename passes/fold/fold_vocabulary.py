@@ -119,8 +119,7 @@ def _shorten(program: Program, node: fx.Node, table: Tensor, kept: Tensor, place
     old, tokens = node.args[:2]
     name = str(old.target)
     short = program.add_constant(table[kept], name, old.meta["val"].dtype, like=old)
-    places = program.add_constant(place, f"{name}_place", like=old)
-    program.notes["fixed"] = frozenset(program.notes.get("fixed", ())) | {str(places.target)}
+    places = program.add_constant(place, f"{name}_place", like=old, fixed=True)
     flat = program.insert_call(node, aten.reshape.default, (tokens, [-1]), like=node)
     looked_up = program.insert_call(node, aten.index_select.default, (places, 0, flat), like=node)
     shaped = program.insert_call(node, aten.reshape.default, (looked_up, list(shape_of(tokens))), like=node)

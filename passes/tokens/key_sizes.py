@@ -27,9 +27,7 @@ def key_sizes(program: Program, site: AttentionSite, before: fx.Node) -> fx.Node
         return program.insert_call(before, target, args, kwargs, before)
 
     if mask is None:
-        node = program.add_constant(torch.ones(batch, tokens), "token_sizes", like=before)
-        program.notes["fixed"] = frozenset({*program.notes.get("fixed", ()), str(node.target)})
-        return node
+        return program.add_constant(torch.ones(batch, tokens), "token_sizes", like=before, fixed=True)
     made = mask.args[0] if mask.target is aten.reshape.default else mask
     if made.target is aten.log.default and shape_of(made) == (batch, tokens):
         return made.args[0]

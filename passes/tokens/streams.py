@@ -45,7 +45,7 @@ def _stream_behind(site: AttentionSite) -> fx.Node | str:
     batch, _, rows, keys = site.shape
     if rows != keys:
         return "queries and keys are different tokens"
-    if site.causal or (site.mask is not None and (len(shape_of(site.mask)) != 4 or shape_of(site.mask)[1:3] != (1, 1))):
+    if site.causal or site.masks_by_place:
         return "a mask by places"
     node: fx.Node | None = site.node
     while node is not None:

@@ -217,3 +217,17 @@ def test_selection_by_hand() -> None:
     assert chosen(forced=first, keep=torch.tensor([0]))[0] == [0]
     assert chosen(keep=torch.tensor([2]), causal=True) == [[0], [0, 1], [1, 2], [1, 3]]
     assert chosen(keep=torch.tensor([1]), keys=torch.tensor([1, 1, 1, 0]).bool().reshape(1, 1, 1, 4))[3] == [1]
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -math.inf])
+def test_rows_that_are_masked_altogether(low: float) -> None:
+    """The least number leaves the softmax of a row uniform, as in eager mode; -inf leaves nothing."""
+    q, k, v = (rand(1, 2, 40, 8, seed=i) for i in range(3))
+    mask = torch.zeros(1, 1, 40, 40)
+    mask[..., 5:7, :] = low
+    mask[..., 9, 3:] = low
+    site = Site(None, 64, 64, 0.3)
+    wanted = v.mean(2) if low > -math.inf else torch.zeros(1, 2, 8)
+    found = compiled(site, q, k, v, mask)
+    assert not compare([wanted], [found[:, :, 5]]).exceeds(1e-5)
+    assert not compare([site(q, k, v, mask)], [found]).exceeds(1e-5)

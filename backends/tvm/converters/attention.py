@@ -25,7 +25,7 @@ from thresher.backends.tvm.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import attention, building, flash_attention, streamed_attention
+from thresher.backends.tvm.kernels import attention, flash_attention, streamed_attention
 from thresher.ops.sparse_attention import arguments
 from thresher.program import is_tensor, shape_of
 
@@ -164,14 +164,14 @@ def added_by_key(importer: Importer, call: Call, tile: int) -> Any:
     columns = -(-shape[2] // tile) * tile if shape[2] > 1 else 1
     if importer.is_constant(call.mask):
         array = importer.array(call.mask).reshape(shape)
-        added = np.where(array, 0.0, building.LOW) if array.dtype == bool else array
+        added = np.where(array, 0.0, streamed_attention.MASKED) if array.dtype == bool else array
         added = np.pad(added.astype(np.float32), ((0, 0), (0, 0), (0, columns - shape[2]), (0, 0)))
         return importer.weight(np.ascontiguousarray(added.swapaxes(2, 3)), (call.mask, "by key", tile))
 
     def element(m: te.Tensor) -> te.Tensor:
         def one(b: Any, h: Any, s: Any, i: Any) -> Any:
             value = m[b, h, te.min(i, shape[2] - 1), s]
-            allowed, masked = (tirx.const(v, "float32") for v in (0.0, building.LOW))
+            allowed, masked = (tirx.const(v, "float32") for v in (0.0, streamed_attention.MASKED))
             return tirx.Select(value, allowed, masked) if m.dtype == "bool" else value
 
         return te.compute((*shape[:2], shape[3], columns), one, name="added_by_key")

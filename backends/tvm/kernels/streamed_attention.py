@@ -13,6 +13,7 @@ with the heads outside or inside the tokens, and so is the result written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from tvm import tirx
 
 from thresher.backends.tvm.kernels import elementwise
 from thresher.backends.tvm.kernels.building import (
-    LOW,
     argument,
     broadcast,
     buffer,
@@ -36,7 +36,8 @@ from thresher.backends.tvm.kernels.building import (
 )
 from thresher.backends.tvm.kernels.machine import Machine
 
-FLOOR = -1.0e30  # under the top of any row that has a score
+MASKED = -math.inf  # a score that is not there
+FLOOR = -3.4028234663852886e38  # the top of a row before its first score: no score is under it
 BLOCK = 64  # keys that are taken together
 DEPTH = 4  # steps of a sum that are written out
 ROWS = 4  # of a tile of sums
@@ -223,22 +224,22 @@ class _Kernel:
                 if self.mask is not None:
                     key = tirx.min(start + s, self.keys - 1)
                     place = broadcast((b, h, key, first + i), self.mask.shape)
-                    value = tirx.max(value + self.mask[place], f32(LOW))
+                    value = value + self.mask[place]
                 store(self.scores, value, s * self.tile + i)
         if p.causal:
             with T.If(start + n - 1 > first), T.Then(), T.serial(steps * ROWS) as s, self.over_queries() as i:
-                value = tirx.Select(start + s <= first + i, self.scores[s * self.tile + i], f32(LOW))
+                value = tirx.Select(start + s <= first + i, self.scores[s * self.tile + i], f32(MASKED))
                 store(self.scores, value, s * self.tile + i)
         if self.keys % ROWS:
             with T.If(n < steps * ROWS), T.Then(), T.serial(steps * ROWS - n) as s, self.over_queries() as i:
-                store(self.scores, f32(LOW), (n + s) * self.tile + i)
+                store(self.scores, f32(MASKED), (n + s) * self.tile + i)
 
     def peaks(self, steps: Any) -> None:
         """The largest score of each query in this block."""
         with T.serial(self.vectors) as j:
             peak = buffer(self.lanes)
             with self.register() as i:
-                store(peak, f32(LOW), i)
+                store(peak, f32(MASKED), i)
             with T.serial(steps * ROWS) as s, self.register() as i:
                 store(peak, tirx.max(peak[i], self.scores[s * self.tile + j * self.lanes + i]), i)
             with self.register() as i:
@@ -247,10 +248,12 @@ class _Kernel:
     def nearest_top(self) -> Any:
         """How far the block's scores stay under the tops of their rows, at best; not positive."""
         nearest = buffer(1)
-        store(nearest, f32(LOW), i64(0))
+        store(nearest, f32(MASKED), i64(0))
         with T.serial(self.tile) as i:
             below = self.peak[i] - tirx.max(self.top[i], self.peak[i])
-            store(nearest, tirx.max(nearest[i64(0)], tirx.Select(self.peak[i] > f32(LOW), below, f32(LOW))), i64(0))
+            store(
+                nearest, tirx.max(nearest[i64(0)], tirx.Select(self.peak[i] > f32(MASKED), below, f32(MASKED))), i64(0)
+            )
         return nearest[i64(0)]
 
     def softmax(self, steps: Any) -> None:

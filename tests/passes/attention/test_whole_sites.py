@@ -170,6 +170,7 @@ def test_near_keys_and_means_of_the_others(masked: bool) -> None:
     words = list(grids)
     chosen = [Candidate((site.node.name, h), "", "", 0, 0, site.node.name, payload=grids[words[h]]) for h in range(2)]
     work = rule.build(program, chosen).verify()
+    assert {n for n, _ in work.to_module().named_parameters()} <= set(program.constants)  # nothing new to train
     assert compare(program.run(*inputs), work.run(*inputs)).relative < 1e-5
     compiled = thresher.compile(work.to_module(), inputs, passes="none")
     assert not compare(work.run(*inputs), [compiled(*inputs)]).exceeds(1e-5)

@@ -182,6 +182,13 @@ def test_what_is_no_attention_site(function: Callable, message: str) -> None:
     assert message in records["canonicalize-attention"].refusals[0].message
 
 
+def test_masks_are_not_trained() -> None:
+    """What stands for masked and allowed scores is no parameter of the model that rewrite returns."""
+    masked = Function(lambda q, k, v: (q @ k.mT).masked_fill(q[0, 0, :, :1] > 0, -1e9).softmax(-1) @ v)
+    program, _ = canonical(masked, Q, K, V)
+    assert count(program, SDPA) == 1 and program.constants and not list(program.to_module().parameters())
+
+
 def test_capped_scores() -> None:
     program, _ = canonical(
         Function(lambda q, k, v: (torch.tanh(q @ k.mT / 2 / 5) * 5 + BELOW.log()).softmax(-1) @ v), Q, K, V
