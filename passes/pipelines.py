@@ -1,6 +1,7 @@
 """The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
 
 from thresher.passes.attention.pool_keys import PoolKeys
+from thresher.passes.attention.pool_values import PoolValues
 from thresher.passes.attention.pyramid_attention import PyramidAttention
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_masked_blocks import SkipMaskedBlocks
@@ -47,6 +48,7 @@ approximate = (
     DropSublayers(),  # branches that change little
     ReduceTokens(),  # layers pass fewer tokens on
     ShareAttention(),  # weights of the layer before
+    PoolValues(),  # means instead of attentions that do little more
     PoolKeys(),  # means of neighbouring keys
     PyramidAttention(),  # near keys, and means of the others
     SparseAttention(),  # heads look at fewer blocks of keys

@@ -2,6 +2,7 @@
 
 import thresher.ops.channels_last
 import thresher.ops.norms
+import thresher.ops.pyramid_lists
 import thresher.ops.select_blocks
 import thresher.ops.shrink
 import thresher.ops.sparse_attention

@@ -8,6 +8,9 @@ SpargeAttn, Zhang et al., 2025; top-k of means: VMoBA, BiFormer.) The result are
 
 q [B, H, L, E], k [B, G, S, E]; forced, bool [1, H, query blocks, key blocks]; keep, int64 [H]; mass, float [H], from 1 on: not used;
 ``keys`` (bool, [B, 1, 1, S]) says which keys there are: others do not enter the means, and a block without any is not listed.
+
+Hierarchical: with ``groups`` (int64 [H]) only blocks of the ``groups[h]`` best runs of ``group`` blocks are looked at, by the same score of
+the means of whole runs; forced blocks besides (coarse to fine: LLSA, Zhou et al., 2025; QuadTree attention, Tang et al., 2022).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from thresher.ops.define import define
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor? keys, Tensor forced, Tensor keep, Tensor mass, int block_q, int block_k, float scale, "
-    "int most, bool causal=False) -> (Tensor, Tensor)"
+    "int most, bool causal=False, Tensor? groups=None, int group=1) -> (Tensor, Tensor)"
 )
 
 
@@ -61,11 +64,24 @@ def listed(scores: Tensor, forced: Tensor, keep: Tensor, mass: Tensor) -> Tensor
     return (torch.zeros_like(possible).scatter(-1, ranked, taken) | forced) & possible
 
 
+def in_best_groups(coarse: Tensor, groups: Tensor, group: int, columns: int) -> Tensor:
+    """Boolean [B, H, query blocks, columns]: which blocks are in the best groups, by ``coarse`` [B, H, query blocks, all groups]."""
+    order = coarse.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(coarse.shape[-1], device=coarse.device)
+    best = torch.zeros_like(coarse, dtype=torch.bool)
+    best = best.scatter(-1, order, (rank < groups.reshape(-1, 1, 1)).expand_as(best))
+    return best.repeat_interleave(group, -1)[..., :columns]
+
+
 def _reference(
     q: Tensor, k: Tensor, keys: Tensor | None, forced: Tensor, keep: Tensor, mass: Tensor, block_q: int, block_k: int,
-    scale: float, most: int, causal: bool = False,
+    scale: float, most: int, causal: bool = False, groups: Tensor | None = None, group: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grid = listed(block_scores(q, k, keys, block_q, block_k, scale, causal), forced, keep, mass)
+    scores = block_scores(q, k, keys, block_q, block_k, scale, causal)
+    if groups is not None:
+        coarse = block_scores(q, k, keys, block_q, block_k * group, scale, causal)
+        scores = scores.masked_fill(~(in_best_groups(coarse, groups, group, scores.shape[-1]) | forced), -math.inf)
+    grid = listed(scores, forced, keep, mass)
     counts = grid.sum(-1).clamp(max=most)
     blocks = grid.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
     return blocks.int(), counts.int()

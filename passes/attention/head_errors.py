@@ -19,21 +19,8 @@ import torch
 from torch import Tensor
 
 from thresher.analysis.attention_sites import AttentionSite
+from thresher.passes.attention.block_sizes import Blocks
 from thresher.passes.attention.pool_keys import Pooling, means_of_keys
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a site is cut."""
-
-    q: int
-    k: int
-
-    def rows(self, site: AttentionSite) -> int:
-        return -(-site.shape[2] // self.q)
-
-    def columns(self, site: AttentionSite) -> int:
-        return -(-site.shape[3] // self.k)
 
 
 @dataclass

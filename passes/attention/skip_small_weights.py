@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from thresher.analysis.attention_sites import SDPA, AttentionSite, attention_sites
 from thresher.ops.sparse_attention import masked_scores, negligible
 from thresher.pass_manager import Context, Note, register_pass
+from thresher.passes.attention.block_sizes import Blocks, cannot_skip, tiles_of
 from thresher.passes.attention.site_errors import Values, site_errors
-from thresher.passes.attention.sparse_attention import SHORTEST
 from thresher.program import Program
 from thresher.selection import BoundedPass, Candidate
 
@@ -28,7 +28,6 @@ sparse_attention = torch.ops.thresher.sparse_attention.default
 SAMPLES = 4
 PRODUCT = 0.55  # of an attention: exponentials and the product with the values
 ASKING = 0.02  # of an attention: looking for the largest score of every block
-BLOCK = 32  # queries and keys
 
 
 @register_pass
@@ -42,17 +41,17 @@ class SkipSmallWeights(BoundedPass):
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        if context.target.startswith("cuda"):
-            return [], [Note("", "", "GPUs have no kernel that leaves blocks out by their weights")]
         found, _ = attention_sites(program)
-        sites = [s for s in found if min(s.shape[2:]) >= SHORTEST]
+        refusals = [Note.at(s.node, reason) for s in found if (reason := cannot_skip(s, context.target))]
+        sites = [s for s in found if not cannot_skip(s, context.target)]
         samples = context.calibration.choosing[:SAMPLES]
         left_out: dict[fx.Node, dict[float, float]] = {s.node: dict.fromkeys(self.skips, 0.0) for s in sites}
 
         def variants(site: AttentionSite, values: Values) -> dict[Hashable, Tensor]:
-            for skip, part in self.left_out(site, values).items():
+            blocks = tiles_of(site, context.target)
+            for skip, part in self.left_out(site, values, blocks).items():
                 left_out[site.node][skip] += part / len(samples)
-            return {skip: sparse_attention(*self.arguments(site, skip, values)) for skip in self.skips}
+            return {skip: sparse_attention(*_arguments(site, blocks, skip, values)) for skip in self.skips}
 
         errors, made = site_errors(program, sites, variants, samples), []
         for site in sites:
@@ -61,30 +60,32 @@ class SkipSmallWeights(BoundedPass):
                 words = f"weights under exp(-{skip:g}) left out: {100 * part:.0f} % of the blocks"
                 saved, error = whole * (PRODUCT * part - ASKING), errors[site.node][skip]
                 where = site.node.name, site.module
-                made.append(Candidate(site.node.name, site.module, words, error, saved, *where, skip))
-        return made, [Note.at(s.node, "its tokens are too few") for s in found if s not in sites]
+                how = tiles_of(site, context.target), skip
+                made.append(Candidate(site.node.name, site.module, words, error, saved, *where, how))
+        return made, refusals
 
-    def left_out(self, site: AttentionSite, values: Values) -> dict[float, float]:
+    def left_out(self, site: AttentionSite, values: Values, blocks: Blocks) -> dict[float, float]:
         """The part of the blocks that every threshold leaves out, those that are masked altogether not counted."""
         q, k = (values[n].float() for n in (site.q, site.k))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         mask = None if site.mask is None else values[site.mask]
         scores = masked_scores(q, k, mask, site.scale, site.causal, None)
-        masked = negligible(scores, BLOCK, BLOCK, 1e30)
+        masked = negligible(scores, blocks.q, blocks.k, 1e30)
         possible = max(1, int((~masked).sum()))
-        return {t: int((negligible(scores, BLOCK, BLOCK, t) & ~masked).sum()) / possible for t in self.skips}
+        return {t: int((negligible(scores, blocks.q, blocks.k, t) & ~masked).sum()) / possible for t in self.skips}
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
         work = program.clone()
         sites = {s.node.name: s for s in attention_sites(work)[0]}
         for c in chosen:
             site = sites[c.node]
-            new = work.insert_call(site.node, sparse_attention, self.arguments(site, c.payload), like=site.node)
+            new = work.insert_call(site.node, sparse_attention, _arguments(site, *c.payload), like=site.node)
             site.node.replace_all_uses_with(new)
         return work.clean()
 
-    def arguments(self, site: AttentionSite, skip: float, values: Values | None = None) -> tuple:
-        """Of the operator, as nodes or by their values."""
-        nodes = (site.q, site.k, site.v, site.mask)
-        given = nodes if values is None else tuple(None if n is None else values[n] for n in nodes)
-        return (*given, None, None, BLOCK, BLOCK, site.scale, site.causal, None, skip)
+
+def _arguments(site: AttentionSite, blocks: Blocks, skip: float, values: Values | None = None) -> tuple:
+    """Of the operator, as nodes or by their values."""
+    nodes = (site.q, site.k, site.v, site.mask)
+    given = nodes if values is None else tuple(None if n is None else values[n] for n in nodes)
+    return (*given, None, None, blocks.q, blocks.k, site.scale, site.causal, None, skip)

@@ -53,7 +53,7 @@ def emulate(function: tirx.PrimFunc, folder: Path, values: dict[str, np.ndarray]
     text = '#include "emulation.h"\n' + text.replace("__shared__ alignas", "static __align__")
     kernels: dict[str, list[str]] = {}  # their pointers by name
     for (name, parameters), extents in zip(ENTRY.findall(code), launches(function), strict=True):
-        kinds, kernels[name] = re.findall(r"(\w+\*)", parameters), re.findall(r"(\w+?)_ptr\b", parameters)
+        kinds, kernels[name] = re.findall(r"(\w+\*)", parameters), re.findall(r"(\w+?)_ptr(?:_\d+)?\b", parameters)
         casts = ", ".join(f"({kind})pointers[{i}]" for i, kind in enumerate(kinds))
         grid, block = (", ".join(str(extents.get(f"{of}Idx.{x}", 1)) for x in "xyz") for of in ("block", "thread"))
         text += f'extern "C" bool run_{name}(void** pointers) {{\n'
@@ -102,7 +102,8 @@ def examples(function: tirx.PrimFunc) -> dict[str, np.ndarray]:
 def compared(before: tirx.PrimFunc, after: tirx.PrimFunc, folder: Path) -> str:
     """Run both; returns the code of the scheduled one."""
     values = examples(before)
-    wanted = [tvm.runtime.tensor(v) for v in values.values()]
+    given = {name: tvm.runtime.tensor(v) for name, v in values.items()}
+    wanted = [given[p.name] for p in before.params]  # one may be there twice
     host = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
     tvm.compile(tvm.IRModule({"main": before.with_attr("global_symbol", "main")}), host)["main"](*wanted)
     code = emulate(after, folder, values)
@@ -140,3 +141,31 @@ def test_every_tile_is_right(tile: object, tmp_path: Path) -> None:
     (name,) = [n for n in functions(after) if "matmul" in n]
     code = compared(functions(fuse(module, TARGET, None))[name], functions(after)[name], tmp_path)
     assert f"__launch_bounds__({32 * tile.warps[0] * tile.warps[1]})" in code and MMA in code
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_selected_blocks_are_right(masked: bool, tmp_path: Path) -> None:
+    """In groups, some forced, of masked keys; the lists become those of a pyramid."""
+
+    class Select(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+            forced = torch.zeros(1, 4, 2, 6, dtype=torch.bool)
+            forced[..., 0] = True
+            keep, mass, groups = (
+                torch.tensor([2, 3, 6, 6]),
+                torch.tensor([2.0, 2.0, 0.7, 2.0]),
+                torch.tensor([3, 2, 3, 1]),
+            )
+            given = keys if masked else None
+            how = (given, forced, keep, mass, 64, 16, 0.5, 6, not masked, groups, 2)
+            lists = torch.ops.thresher.select_blocks(q, k, *how)
+            return torch.ops.thresher.pyramid_lists(*lists, torch.tensor([True, False, True, True]), 2, 12)
+
+    model, args = half(Select(), (torch.randn(2, 4, 100, 8), torch.randn(2, 2, 90, 8)))
+    program = PassManager([*pipelines.exact], "off").run(capture(model, (*args, torch.rand(2, 1, 1, 90) > 0.3)))
+    module = Importer(program, None, arch=80).run()[0]
+    before, after = functions(fuse(module, TARGET, None)), functions(schedule(module, TARGET, None, Choices()))
+    assert {"rank", "before", "pyramid_entries"} <= {n.rstrip("0123456789") for n in after}
+    for name, function in before.items():
+        (tmp_path / name).mkdir()
+        compared(function, after[name], tmp_path / name)

@@ -38,6 +38,7 @@ class Case:
     heads_inside: bool = False
     lists: tuple[int, int, int] | None = None  # lists of how many heads, blocks of how many queries and keys
     softcap: float | None = None
+    skip: float | None = None
 
     def problem(self) -> Problem:
         around = self.heads // self.group
@@ -51,9 +52,12 @@ class Case:
         )
         mask = Operand.mask(self.mask[0]) if self.mask else None
         kind = "NONE" if self.mask is None else "BOOLEAN" if self.mask[1] else "ADDED"
-        lists, (_, block_q, block_k) = self.block_lists(), self.lists or (1, 64, 64)
+        lists, (_, block_q, block_k) = self.block_lists(), self.lists or (1, 64, 64 if self.e <= 64 else 32)
         shape = None if lists is None else tuple(lists[0].shape)
-        return Problem(q, k, v, mask, kind, self.causal, 0.3, self.dtype, self.softcap, shape, block_q, block_k)
+        return Problem(
+            q, k, v, mask, kind, self.causal, 0.3, self.dtype, self.softcap, shape, block_q, block_k,
+            self.skip,
+        )  # fmt: skip
 
     def grid(self) -> Tensor | None:
         """Which blocks of keys each block of queries looks at; one looks at none."""
@@ -84,6 +88,9 @@ CASES = [
     Case(150, 200, 32, 24, "bfloat16", lists=(1, 128, 16), softcap=2.0),
     Case(130, 130, 16, 16, lists=(2, 64, 32), causal=True),
     Case(70, 70, 128, 128, lists=(1, 64, 64)),  # tiles of half a block
+    Case(70, 300, 64, 64, skip=3.0),
+    Case(150, 200, 128, 128, "bfloat16", skip=4.0, causal=True),
+    Case(130, 200, 32, 16, lists=(2, 64, 64), skip=2.0, mask=((1, 2, 1, 200), False)),
 ]
 
 
@@ -115,7 +122,10 @@ def test_the_kernel_computes_attention(emulated: ctypes.CDLL, number: int) -> No
     case, dtype = CASES[number], TYPES[CASES[number].dtype]
     problem = case.problem()
     generator = torch.Generator().manual_seed(number)
-    q, k, v = (torch.randn(o.shape, generator=generator).to(dtype) for o in (problem.q, problem.k, problem.v))
+    q, k, v = (torch.randn(o.shape, generator=generator) for o in (problem.q, problem.k, problem.v))
+    if case.skip:  # the later keys matter less and less
+        q, k = q + 1, (k + 1) * torch.linspace(1, 0.2, case.keys).unsqueeze(1)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
     mask = None
     if case.mask:
         mask = torch.randn(case.mask[0], generator=generator)
@@ -130,9 +140,14 @@ def test_the_kernel_computes_attention(emulated: ctypes.CDLL, number: int) -> No
     k, v = (t.repeat_interleave(case.group, 1) for t in (k, v))
     added = None if mask is None else mask if case.mask and case.mask[1] else mask.double()
     q, k, v = (t.double() for t in (q, k, v))
-    if case.lists or case.softcap:
-        how = (problem.block_q, problem.block_k, 0.3, case.causal, case.softcap)
-        wanted = torch.ops.thresher.sparse_attention(q, k, v, added, *(case.block_lists() or (None, None)), *how)
+    if case.lists or case.softcap or case.skip:
+        how = (problem.block_q, problem.block_k, 0.3, case.causal, case.softcap, case.skip)
+        given = (q, k, v, added, *(case.block_lists() or (None, None)))
+        wanted = torch.ops.thresher.sparse_attention(*given, *how)
+        if case.skip:
+            assert (wanted - torch.ops.thresher.sparse_attention(*given, *how[:-1])).abs().max() > 1e-3, (
+                "nothing is left out"
+            )
     else:
         wanted = scaled_dot_product_attention(q, k, v, added, is_causal=case.causal, scale=0.3)
     if case.mask and case.mask[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from thresher.backends.tvm.converters.registry import (
     semantics,
     sizes,
 )
+from thresher.backends.tvm.converters.small_weights import large_blocks
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import attention, flash_attention, streamed_attention
 from thresher.ops.sparse_attention import arguments
@@ -202,7 +203,7 @@ def on_tensor_cores(importer: Importer, node: fx.Node, call: Call) -> Any:
     lists = (None, None) if call.lists is None else tuple(map(importer.value, call.lists))
     problem = flash_attention.Problem(
         q, k, v, place, kind, call.causal, call.scale, result_dtype(node), call.softcap,
-        None if call.lists is None else tuple(sizes(call.lists[0])), call.block_q, call.block_k,
+        None if call.lists is None else tuple(sizes(call.lists[0])), call.block_q, call.block_k, call.skip,
     )  # fmt: skip
     compute = partial(flash_attention.attention, problem)
     out = importer.emit_te("flash_attention", compute, *values, mask, *lists, scheduled=True)
@@ -211,21 +212,19 @@ def on_tensor_cores(importer: Importer, node: fx.Node, call: Call) -> Any:
 
 @semantics(ops.sparse_attention.default)
 def sparse_attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
-    """On tensor cores, blocks that are not listed are skipped; composed for everything else."""
+    """On tensor cores, blocks that are not listed, or of small weights, are skipped; composed for everything else."""
     call, dtype = Call.of(node), result_dtype(node)
-    if call is None or call.skip is not None:
+    if call is None:
         return sparse_attention_composed(importer, node)
-    blocks = (call.block_q, call.block_k) if call.lists is not None else (flash_attention.ROWS, flash_attention.ROWS)
-    if not flash_attention.fits(importer.arch, dtype, call.shapes, *blocks):
+    blocks = (call.block_q, call.block_k) if call.blocked else (flash_attention.ROWS, flash_attention.ROWS)
+    if not flash_attention.fits(importer.arch, dtype, call.shapes, *blocks, call.skip is not None):
         return sparse_attention_composed(importer, node)
     return on_tensor_cores(importer, node, call)
 
 
 def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
-    """Dense attention with what is not listed masked: right, and nothing is saved."""
+    """Dense attention with what is not listed, or of small weights, masked: right, and nothing is saved."""
     _, _, _, mask, blocks, counts, block_q, block_k, scale, causal, softcap, skip = arguments(node)
-    if skip is not None:
-        raise NotImplementedError("attention that skips blocks by a threshold is lowered for float32 on the CPU only")
     listed = []
     if blocks is not None:
         rows, keys = sizes(node)[2], sizes(node.args[1])[2]
@@ -241,7 +240,8 @@ def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
             return te.compute((*b.shape[:2], rows, keys), one, name="allowed")
 
         listed = [cast(importer, importer.emit_te("allowed", allowed, *map(importer.value, (blocks, counts))), "bool")]
-    return composed(importer, node, mask, causal, scale, softcap, listed)
+    small = None if skip is None else partial(large_blocks, importer, skip, block_q, block_k)
+    return composed(importer, node, mask, causal, scale, softcap, listed, small)
 
 
 def attention_composed(importer: Importer, node: fx.Node) -> Any:
@@ -259,8 +259,10 @@ def composed(
     scale: float,
     softcap: float | None = None,
     allowed: Sequence[Any] = (),
+    large: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """softmax(cap(scale q k^T) + mask) v, boolean or additive masks, and those ``allowed``; softmax in float32."""
+    """softmax(cap(scale q k^T) + mask) v, boolean or additive masks, those ``allowed``, and those that are ``large`` among the scores;
+    softmax in float32."""
     q, k, v = (importer.value(n) for n in node.args[:3])
     rank = len(shape_of(node))
     heads, kv_heads = (shape_of(n)[-3] if rank > 2 else 1 for n in node.args[:2])
@@ -287,5 +289,7 @@ def composed(
         allowed = [*allowed, importer.weight(below, ("causal", length, keys))]
     for m in allowed:
         scores = importer.emit(R.where(m, scores, low))
+    if large is not None:
+        scores = importer.emit(R.where(large(scores), scores, low))
     weights = cast(importer, importer.emit(R.nn.softmax(scores, -1)), dtype)
     return cast(importer, importer.emit(R.matmul(weights, v, out_dtype=wide)), dtype)

@@ -62,6 +62,12 @@ def cpu_kernel(*targets: Any) -> Callable[[Converter], Converter]:
     return _register(CPU_KERNELS, *targets)
 
 
+def axis(n: int, name: str = "j") -> te.IterVar:
+    """What a sum runs over."""
+    start, end = (tirx.const(v, "int64") for v in (0, n))
+    return te.reduce_axis((start, end), name=name)
+
+
 def sizes(node: Any, start: int = 0) -> list[int]:
     """The sizes from dimension ``start`` on, which must be static."""
     found = shape_of(node)[start:]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 from tvm import relax, te, tirx
 
-from thresher.backends.tvm.converters.registry import R, cast, cpu_kernel, ops, result_dtype, semantics, sizes
+from thresher.backends.tvm.converters.registry import R, axis, cast, cpu_kernel, ops, result_dtype, semantics, sizes
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import tokens
 from thresher.ops.tokens import FIRST, GOES, NEVER, STAYS, TAKES
@@ -44,11 +44,6 @@ def reduce_tokens_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 # ---------------------------------------------------------------------- anywhere
-
-
-def axis(n: int, name: str = "j") -> te.IterVar:
-    start, end = (tirx.const(v, "int64") for v in (0, n))
-    return te.reduce_axis((start, end), name=name)
 
 
 def counted(batch: int, n: int, condition: Callable[[Any, Any, Any], Any]) -> te.Tensor:

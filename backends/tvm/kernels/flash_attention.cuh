@@ -81,11 +81,12 @@ __device__ __forceinline__ float row_sum(float x) {
 /// elements from one batch, head and row (and column of the mask) to the next.
 /// WIDE: every row of q, k and v starts at a multiple of 16 bytes. CAPPED: cap(x) is softcap tanh(x / softcap), else x.
 /// BLOCK_K: if not 0, only those blocks of BLOCK_K keys are read that are listed for the block of BLOCK_Q queries.
-template <bool BRAIN, bool CAUSAL, int MASK, int E, int F, int KEYS, bool WIDE, bool CAPPED, int BLOCK_Q, int BLOCK_K, typename T,
-          typename M, typename I>
+/// SKIPS: a tile is left out, before its values are read, if all its scores are more than `skip` under the top of their rows so far.
+template <bool BRAIN, bool CAUSAL, int MASK, int E, int F, int KEYS, bool WIDE, bool CAPPED, int BLOCK_Q, int BLOCK_K, bool SKIPS,
+          typename T, typename M, typename I>
 __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data, const T* v_data, const M* mask, const I* blocks,
                                                 const I* counts, T* out_data, int heads, int group, int rows, int keys, float scale,
-                                                float softcap, long long list_batch, long long list_head, int most,
+                                                float softcap, float skip, long long list_batch, long long list_head, int most,
                                                 long long q_batch, long long q_head, long long q_row,
                                                 long long k_batch, long long k_head, long long k_row,
                                                 long long v_batch, long long v_head, long long v_row,
@@ -123,7 +124,7 @@ __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data
     if (start >= end) continue;  // the same for all threads
     __syncthreads();
     copy_rows<E, EP, Q_PITCH, WIDE>(k_tile, k + start * k_row, k_row, KEYS, keys - start);
-    copy_rows<F, FP, V_PITCH, WIDE>(v_tile, v + start * v_row, v_row, KEYS, keys - start);
+    if constexpr (!SKIPS) copy_rows<F, FP, V_PITCH, WIDE>(v_tile, v + start * v_row, v_row, KEYS, keys - start);
     __syncthreads();
 
     float score[KEYS / 8][4] = {};
@@ -137,7 +138,7 @@ __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data
         multiply<BRAIN>(score[2 * n + 1], q_part[e], part[2], part[3]);
       }
 
-    float above[2] = {top[0], top[1]};
+    float peak[2] = {LOWEST, LOWEST};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
@@ -153,13 +154,23 @@ __device__ __forceinline__ void flash_attention(const T* q_data, const T* k_data
             else value = fmaxf(value + float(cell) * LOG2E, LOWEST);
           }
         score[n][i] = seen ? value : LOWEST;
-        above[i / 2] = fmaxf(above[i / 2], score[n][i]);
+        peak[i / 2] = fmaxf(peak[i / 2], score[n][i]);
       }
 #pragma unroll
+    for (int half = 0; half < 2; ++half) peak[half] = row_max(peak[half]);
+    if constexpr (SKIPS) {
+      bool small = true;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (row + half * 8 < rows && peak[half] > LOWEST) small = small && peak[half] - top[half] < -skip * LOG2E;
+      if (__syncthreads_and(small)) continue;
+      copy_rows<F, FP, V_PITCH, WIDE>(v_tile, v + start * v_row, v_row, KEYS, keys - start);
+      __syncthreads();
+    }
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      above[half] = row_max(above[half]);
-      float shrink = exp2f(top[half] - above[half]);
-      top[half] = above[half];
+      float above = fmaxf(top[half], peak[half]), shrink = exp2f(top[half] - above);
+      top[half] = above;
       sum[half] *= shrink;
 #pragma unroll
       for (int n = 0; n < FP / 8; ++n) {

@@ -22,12 +22,26 @@ WIDEST = 128  # of a head: its tiles must fit 48 KB of shared memory
 HALVES = ("float16", "bfloat16")
 
 
-def fits(arch: int, dtype: str, shapes: Sequence[Sequence[int]], block_q: int = ROWS, block_k: int = ROWS) -> bool:
-    """Whether there is a kernel; ``shapes`` of q, k and v, blocks of lists."""
+def fits(
+    arch: int,
+    dtype: str,
+    shapes: Sequence[Sequence[int]],
+    block_q: int = ROWS,
+    block_k: int = ROWS,
+    skips: bool = False,
+) -> bool:
+    """Whether there is a kernel; ``shapes`` of q, k and v, blocks of lists; ``skips``: whole blocks are left out by their weights."""
     q, k, v = shapes
     if block_q % ROWS or block_k % FEWEST:
         return False
+    if skips and (block_q, block_k) != (ROWS, tile(q[3], v[3], block_k)):
+        return False
     return arch >= ARCH and dtype in HALVES and max(q[3], v[3]) <= WIDEST and 0 not in (*q, *k, *v)
+
+
+def tile(e: int, f: int, block_k: int = 64) -> int:
+    """Keys of a tile, for heads of e and f channels: what fits shared memory, a part of a block."""
+    return math.gcd(64 if max(e, f) <= 64 else 32, block_k)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Problem:
     lists: tuple[int, ...] | None = None
     block_q: int = ROWS
     block_k: int = ROWS
+    skip: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,11 +103,12 @@ class Problem:
             f"thresher::{self.mask_kind}",
             e,
             f,
-            math.gcd(64 if max(e, f) <= 64 else 32, self.block_k if self.lists else 64),
+            tile(e, f, self.block_k if self.lists or self.skip is not None else 64),
             wide,
             self.softcap is not None,
             self.block_q if self.lists else 0,
             self.block_k if self.lists else 0,
+            self.skip is not None,
         ]
         return (
             f"thresher::flash_attention<{', '.join(str(x).lower() if isinstance(x, bool) else str(x) for x in flags)}>"
@@ -110,6 +126,7 @@ class Problem:
             keys,
             self.scale,
             float(self.softcap or 0.0),
+            float(self.skip or 0.0),
             *self._list_strides,
             *strides,
             *(self.mask.strides if self.mask else [0] * 4),

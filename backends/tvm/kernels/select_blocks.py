@@ -1,7 +1,7 @@
 """Lists of the blocks of keys that look most promising: ``thresher::select_blocks`` as one loop over heads.
 
 Ranks come from counting, for every block, those that go before it: with tens of blocks in a row that is cheaper than sorting, and ties are
-settled by the place, as in the reference.
+settled by the place, as in the reference. With groups the scores of blocks outside the best groups are not computed.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class Problem:
     scale: float
     most: int
     causal: bool
+    group: int = 1  # blocks of a group; 1: there are no groups
 
 
 def kernel(problem: Problem, lanes: int) -> tirx.PrimFunc:
-    """The function (q, k[, keys], forced, keep, mass, blocks, counts)."""
+    """The function (q, k[, keys], forced, keep, mass[, groups], blocks, counts)."""
     return _Kernel(problem, lanes).build()
 
 
@@ -55,6 +56,7 @@ class _Kernel:
         self.p, self.lanes = problem, lanes
         self.batch, self.heads, rows, self.width = problem.q.shape
         self.rows, self.columns = -(-rows // problem.block_q), -(-problem.k.shape[2] // problem.block_k)
+        self.groups = -(-self.columns // problem.group) if problem.group > 1 else 0
 
     def build(self) -> tirx.PrimFunc:
         p, grid = self.p, (self.rows, self.columns)
@@ -64,23 +66,41 @@ class _Kernel:
             self.forced = argument("forced", (1, self.heads, *grid), "bool")
             self.keep = argument("keep", (self.heads,), "int64")
             self.mass = argument("mass", (self.heads,))
+            best: Any = argument("groups", (self.heads,), "int64") if self.groups else None
             self.blocks = argument("blocks", (self.batch, self.heads, self.rows, p.most), "int32")
             self.counts = argument("counts", (self.batch, self.heads, self.rows), "int32")
             with T.parallel(self.batch * self.heads) as task:
                 b, h = task // self.heads, task % self.heads
                 q_means, k_means = buffer(self.rows * self.width), buffer(self.columns * self.width)
-                self.there = buffer(self.columns)
-                self.means(p.q, q, b, h, p.block_q, q_means, None)
-                self.means(p.k, k, b, T.floordiv(h, self.heads // p.k.shape[1]), p.block_k, k_means, keys)
+                there = buffer(self.columns)
+                of_k = T.floordiv(h, self.heads // p.k.shape[1])
+                self.means(p.q, q, b, h, p.block_q, q_means, None, None)
+                self.means(p.k, k, b, of_k, p.block_k, k_means, there, keys)
+                if self.groups:
+                    g_means, some, coarse = (buffer(n) for n in (self.groups * self.width, self.groups, self.groups))
+                    self.means(p.k, k, b, of_k, p.block_k * p.group, g_means, some, keys)
+                    self.good = buffer(self.groups)
                 self.scores, self.weights, self.order, self.taken = (buffer(self.columns) for _ in range(4))
                 with T.serial(self.rows) as i:
-                    self.score(h, i, q_means, k_means)
+                    if self.groups:
+                        with T.serial(self.groups) as g:
+                            self.score(i, g, p.block_k * p.group, q_means, g_means, some, coarse)
+                        self.best_groups(coarse, best[h])
+                    with T.serial(self.columns) as j:
+                        if self.groups:
+                            wanted = tirx.any(self.forced[0, h, i, j], self.good[T.floordiv(j, p.group)] > f32(0.0))
+                            store(self.scores, f32(LOW), j)
+                            with T.If(wanted), T.Then():
+                                self.score(i, j, p.block_k, q_means, k_means, there, self.scores)
+                        else:
+                            self.score(i, j, p.block_k, q_means, k_means, there, self.scores)
+                    self.weigh(h, i)
                     self.rank(h, i)
                     self.list(b, h, i)
         return builder.get()
 
-    def means(self, operand: Operand, x: Any, b: Any, h: Any, block: int, to: Any, keys: Any) -> None:
-        """The mean of each block of rows, and for keys how many of a block there are."""
+    def means(self, operand: Operand, x: Any, b: Any, h: Any, block: int, to: Any, there: Any, keys: Any) -> None:
+        """The mean of each block of rows, and, if asked for, how many of a block are ``there``."""
         length = operand.shape[2]
         with T.serial(-(-length // block)) as j:
             with vectors(self.width, self.lanes) as e:
@@ -94,8 +114,8 @@ class _Kernel:
                     store(to, to[j * self.width + e] + value, j * self.width + e)
             with vectors(self.width, self.lanes) as e:
                 store(to, to[j * self.width + e] / tirx.max(count[i64(0)], f32(1.0)), j * self.width + e)
-            if operand is self.p.k:
-                store(self.there, count[i64(0)], j)
+            if there is not None:
+                store(there, count[i64(0)], j)
 
     def exists(self, b: Any, s: Any, length: int, keys: Any) -> Any:
         inside = s < length
@@ -103,20 +123,34 @@ class _Kernel:
             return inside
         return tirx.all(inside, keys[broadcast((b, i64(0), i64(0), tirx.min(s, length - 1)), keys.shape)])
 
-    def score(self, h: Any, i: Any, q_means: Any, k_means: Any) -> None:
-        """The scores of row ``i``, LOW where a block may not be listed, and exp of them; forced blocks come first in ``order``."""
+    def score(self, i: Any, j: Any, block_k: int, q_means: Any, k_means: Any, there: Any, to: Any) -> None:
+        """The score of block ``j`` for row ``i``, LOW where it may not be listed."""
+        total = buffer(1)
+        store(total, f32(0.0), i64(0))
+        with T.serial(self.width) as e:
+            product = q_means[i * self.width + e] * k_means[j * self.width + e]
+            store(total, total[i64(0)] + product, i64(0))
+        possible = there[j] > f32(0.0)
+        if self.p.causal:
+            possible = tirx.all(possible, j * block_k <= i * self.p.block_q + self.p.block_q - 1)
+        store(to, tirx.Select(possible, total[i64(0)] * f32(self.p.scale), f32(LOW)), j)
+
+    def best_groups(self, coarse: Any, best: Any) -> None:
+        """``good``: 1 where a group is among the ``best`` of highest scores."""
+        with T.serial(self.groups) as g:
+            rank = buffer(1, "int64")
+            store(rank, i64(0), i64(0))
+            with T.serial(self.groups) as other:
+                same = tirx.all(coarse[other] == coarse[g], other < g)
+                ahead = tirx.any(coarse[other] > coarse[g], same)
+                store(rank, rank[i64(0)] + T.cast(ahead, "int64"), i64(0))
+            store(self.good, T.cast(rank[i64(0)] < best, "float32"), g)
+
+    def weigh(self, h: Any, i: Any) -> None:
+        """exp of the scores of row ``i``; forced blocks come first in ``order``."""
         top = buffer(1)
         store(top, f32(LOW), i64(0))
         with T.serial(self.columns) as j:
-            total = buffer(1)
-            store(total, f32(0.0), i64(0))
-            with T.serial(self.width) as e:
-                product = q_means[i * self.width + e] * k_means[j * self.width + e]
-                store(total, total[i64(0)] + product, i64(0))
-            possible = self.there[j] > f32(0.0)
-            if self.p.causal:
-                possible = tirx.all(possible, j * self.p.block_k <= i * self.p.block_q + self.p.block_q - 1)
-            store(self.scores, tirx.Select(possible, total[i64(0)] * f32(self.p.scale), f32(LOW)), j)
             store(top, tirx.max(top[i64(0)], self.scores[j]), i64(0))
         with T.serial(self.columns) as j:
             possible, forced = self.scores[j] > f32(LOW), self.forced[0, h, i, j]
@@ -131,17 +165,18 @@ class _Kernel:
         with T.serial(self.columns) as j:
             store(total, total[i64(0)] + self.weights[j], i64(0))
         with T.serial(self.columns) as j:
-            rank, before = buffer(1, "int64"), buffer(1)
-            store(rank, i64(0), i64(0))
-            store(before, f32(0.0), i64(0))
-            with T.serial(self.columns) as other:
-                same = tirx.all(self.order[other] == self.order[j], other < j)
-                ahead = tirx.any(self.order[other] > self.order[j], same)
-                store(rank, rank[i64(0)] + T.cast(ahead, "int64"), i64(0))
-                store(before, before[i64(0)] + tirx.Select(ahead, self.weights[other], f32(0.0)), i64(0))
-            chosen = tirx.all(rank[i64(0)] < self.keep[h], before[i64(0)] < self.mass[h] * total[i64(0)])
-            listed = tirx.all(self.scores[j] > f32(LOW), tirx.any(self.forced[0, h, i, j], chosen))
-            store(self.taken, T.cast(listed, "float32"), j)
+            store(self.taken, f32(0.0), j)
+            with T.If(self.scores[j] > f32(LOW)), T.Then():
+                rank, before = buffer(1, "int64"), buffer(1)
+                store(rank, i64(0), i64(0))
+                store(before, f32(0.0), i64(0))
+                with T.serial(self.columns) as other:
+                    same = tirx.all(self.order[other] == self.order[j], other < j)
+                    ahead = tirx.any(self.order[other] > self.order[j], same)
+                    store(rank, rank[i64(0)] + T.cast(ahead, "int64"), i64(0))
+                    store(before, before[i64(0)] + tirx.Select(ahead, self.weights[other], f32(0.0)), i64(0))
+                chosen = tirx.all(rank[i64(0)] < self.keep[h], before[i64(0)] < self.mass[h] * total[i64(0)])
+                store(self.taken, T.cast(tirx.any(self.forced[0, h, i, j], chosen), "float32"), j)
 
     def list(self, b: Any, h: Any, i: Any) -> None:
         count = buffer(1, "int64")

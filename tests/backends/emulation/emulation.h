@@ -128,6 +128,16 @@ T exchanged(T value, int from) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::block); }
+/// Whether it holds for all threads of a block: everyone has told before the second gate, and read before the third.
+inline int __syncthreads_and(int holds) {
+  static bool all;
+  __syncthreads();
+  all = true;
+  __syncthreads();
+  if (!holds) all = false;
+  __syncthreads();
+  return all;
+}
 inline void __syncwarp(unsigned = 0) { emulated::wait(emulated::warp().gate); }
 inline unsigned __activemask() { return 0xffffffffu; }
 template <typename T>

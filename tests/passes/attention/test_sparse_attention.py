@@ -17,9 +17,10 @@ from thresher.calibration import Calibration
 from thresher.capture import capture
 from thresher.ops.sparse_attention import block_mask
 from thresher.pass_manager import Context, PassManager
-from thresher.passes.attention.head_errors import Blocks, HeadErrors, each_head
+from thresher.passes.attention.block_sizes import Blocks
+from thresher.passes.attention.head_errors import HeadErrors, each_head
 from thresher.passes.attention.patterns import attended, planes, shapes
-from thresher.passes.attention.sparse_attention import Choice, SparseAttention, replace
+from thresher.passes.attention.sparse_attention import Choice, SparseAttention, errors_of_heads, replace
 from thresher.program import Program
 from thresher.validation import compare
 
@@ -189,3 +190,26 @@ def test_attended_patterns_follow_the_mass() -> None:
     slash = torch.full((1, 6, 6), 0.01)
     slash[0, torch.arange(5), torch.arange(5) + 1] = 1.0
     assert bool(attended(slash, 16, 16)["1 stripes and 1 slashes"][0, torch.arange(5), torch.arange(5) + 1].all())
+
+
+def test_many_blocks_are_asked_in_groups() -> None:
+    """From 64 blocks on; what is chosen in groups is built in groups."""
+
+    class Alike(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.reshape(1, 512, 2, 8).transpose(1, 2)
+            return F.scaled_dot_product_attention(4 * q, q, q).transpose(1, 2).reshape(1, 512, 16)
+
+    x = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(64, 1)
+    program = capture(Alike(), (x,))
+    (site,) = attention_sites(program)[0]
+    blocks = Blocks(8, 8)
+    choices = SparseAttention(block=8, static=False).choices(site, blocks, torch.ones(2, 64, 64))
+    (words,) = [w for w in choices if w.startswith("the 8 most") and "in the 2 most promising groups of 8" in w]
+    errors = errors_of_heads(program, [site], {site.node: blocks}, {site.node: choices}, [[x]])[site.node]
+    replace(program, site, blocks, {h: choices[words][h] for h in range(2)})
+    (node,) = program.clean().calls(SELECT)
+    assert node.args[-1] == 8 and program.constant(node.args[-2]).tolist() == [2, 2]
+    (found,) = program.run(x)
+    wanted = (found - Alike()(x)).square().sum()
+    assert sum(errors.sums[words]).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)

@@ -17,7 +17,9 @@ from thresher.calibration import Calibration
 from thresher.capture import capture
 from thresher.pass_manager import Context, PassManager
 from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
-from thresher.passes.attention.pyramid_attention import PyramidAttention
+from thresher.passes.attention.pool_values import PoolValues, Window, mean_of_values, windows_of
+from thresher.passes.attention.pool_values import edit as replace_by_mean
+from thresher.passes.attention.pyramid_attention import PyramidAttention, measure
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.program import Program, shape_of
@@ -154,8 +156,9 @@ def test_small_weights_are_left_out_within_the_budget() -> None:
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
 
 
+@pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_near_keys_and_means_of_the_others(masked: bool) -> None:
+def test_near_keys_and_means_of_the_others(masked: bool, follows: bool) -> None:
     """Equal keys in runs: a pyramid is exact where its means are of equal keys, and every key is seen once."""
     x = sequences(1, 256, 4)[0]
     there = torch.arange(256).reshape(1, -1) < 200
@@ -163,12 +166,17 @@ def test_near_keys_and_means_of_the_others(masked: bool) -> None:
     program = canonical(Layers(1), *inputs)
     rule = PyramidAttention(block=16)
     (site,) = attention_sites(program)[0]
-    grids = rule.grids(site)
-    for grid in grids.values():
+    pyramid = rule.pyramid(site, "cpu")
+    choices = [c for c in pyramid.choices().values() if c.means]
+    scores = torch.randn(1, 1, pyramid.rows, pyramid.groups, generator=torch.Generator().manual_seed(0))
+    for choice in choices:
+        grid = pyramid.grid(choice, scores)
         seen = grid[:, :16].float() + grid[:, 16:].repeat_interleave(4, 1)[:, :16]
         assert bool((seen == 1).all())
-    words = list(grids)
-    chosen = [Candidate((site.node.name, h), "", "", 0, 0, site.node.name, payload=grids[words[h]]) for h in range(2)]
+    chosen = [
+        Candidate((site.node.name, h), "", "", 0, 0, site.node.name, payload=(pyramid.blocks, choices[c]))
+        for h, c in enumerate((-1, 1) if follows else (0, 1))
+    ]
     work = rule.build(program, chosen).verify()
     assert {n for n, _ in work.to_module().named_parameters()} <= set(program.constants)  # nothing new to train
     assert compare(program.run(*inputs), work.run(*inputs)).relative < 1e-5
@@ -184,3 +192,83 @@ def test_pyramids_within_the_budget() -> None:
     manager.run(program, Context(machine=SLOW, calibration=calibration))
     assert any("means" in n.message for n in manager.records[0].rewrites)
     assert calibration.ledger[0].held_out.bound <= 0.01
+
+
+def test_what_is_seen_is_what_is_measured() -> None:
+    """One head over a window alone, one over the keys that promise most and the means of the others, one over everything."""
+
+    class Three(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = (torch.randn(1, 3, 256, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    program, rule = canonical(Three(), q, k, v), PyramidAttention(block=16)
+    (site,) = attention_sites(program)[0]
+    pyramid = rule.pyramid(site, "cpu")
+    choices = pyramid.choices()
+    words = ["the 64 keys around", "the 128 most promising keys, means of 4 of the others"]
+    errors, _ = measure(program, [pyramid], [[q, k, v]])
+    chosen = [
+        Candidate((site.node.name, h), "", "", 0, 0, site.node.name, payload=(pyramid.blocks, choices[w]))
+        for h, w in enumerate(words)
+    ]
+    work = rule.build(program, chosen).verify()
+    (dense,), (found,) = program.run(q, k, v), work.run(q, k, v)
+    assert not compare([dense[:, 2:]], [found[:, 2:]]).exceeds(1e-5)
+    for h, w in enumerate(words):
+        wanted = (found - dense)[:, h].square().sum().item()
+        assert float(errors[site.node].sums[w][h]) == pytest.approx(wanted, rel=1e-3) and wanted > 0.1
+    compiled = thresher.compile(work.to_module(), (q, k, v), passes="none")
+    assert not compare([found], [compiled(q, k, v)]).exceeds(1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [Window(0), Window(5), Window(3, 8), Window(3, 7, 15)], ids=str)
+def test_means_of_values(window: Window, masked: bool) -> None:
+    """Against a product with the matrix of the means, in the graph and compiled."""
+    x = sequences(1)[0]
+    there = torch.rand(1, 64, generator=torch.Generator().manual_seed(0)) > 0.3
+    there[:, 20] = True
+    inputs = (x, there) if masked else (x,)
+    program = canonical(Layers(1), *inputs)
+    (site,) = attention_sites(program)[0]
+    place = torch.arange(64) - window.prefix
+    if not window.size:
+        near = torch.ones(64, 64, dtype=torch.bool)
+    elif window.side:
+        row, column = place // window.side, place % window.side
+        reach = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) <= window.size // 2
+        near = torch.where(place[:, None] < 0, torch.ones(()).bool(), reach & (place >= 0))
+    else:
+        near = (place[:, None] - place).abs() <= window.size // 2
+    near = near & (there if masked else torch.ones(1, 64).bool())
+    values: dict = {}
+    program.run(*inputs, watch=values.__setitem__)
+    wanted = (near / near.sum(-1, keepdim=True).clamp(min=1)).to(x.dtype) @ values[site.v]
+    found = mean_of_values(lambda f, *args: f(*args), site, values[site.v], there.float() if masked else None, window)
+    assert not compare([wanted], [found]).exceeds(1e-5)
+    work = program.clone()
+    replace_by_mean(work, site.node.name, window)
+    work.clean().verify()
+    assert not list(work.calls(SDPA)) and len(list(work.calls(torch.ops.aten.linear.default))) == 2
+    compiled = thresher.compile(work.to_module(), inputs, passes="none")
+    assert not compare(work.run(*inputs), [compiled(*inputs)]).exceeds(1e-5)
+
+
+def test_attention_to_everything_becomes_a_mean() -> None:
+    """One layer whose queries are all but nothing; the other stays."""
+    model = Layers(2)
+    with torch.no_grad():
+        model.maps[1][0].weight *= 0.01
+        model.maps[1][0].bias *= 0.01
+        model.maps[0][0].weight *= 20
+    data = sequences(12)
+    program = canonical(model, data[0])
+    (first, last) = attention_sites(program)[0]
+    assert Window(0) in windows_of(last, (0, 3)) and Window(3, 8) in windows_of(last, (0, 3))
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.02))
+    manager = PassManager([PoolValues()])
+    result = manager.run(program, Context(machine=SLOW, calibration=calibration))
+    assert [n.name for n in result.calls(SDPA)] == [first.node.name]
+    assert [n.message for n in manager.records[0].rewrites] == ["the mean of all values"]
+    assert calibration.ledger[0].held_out.bound <= 0.02
