@@ -155,10 +155,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Spent:
-    """One approximate pass: the model's error before and after it, and the error on samples that chose nothing."""
+    """One approximate pass: the model's error before and after it, and the error on samples that chose nothing; ``checks`` of its own, in
+    words."""
 
     name: str
     before: float
     after: float
     held_out: Measured
     changes: list[Change] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)

@@ -145,6 +145,8 @@ class Report:
         console.print(checks)
         if self.spent:
             console.print(_ledger_table(self.spent))
+            for one, words in ((s, w) for s in self.spent for w in s.checks):
+                console.print(f"{one.name}: {words}")
         if self.memory:
             parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
             console.print(f"memory: {parts}")
@@ -260,7 +262,9 @@ def _html_changes(spent: Spent) -> str:
         if drawn
         else ""
     )
-    return f"<details><summary>{spent.name}: {len(rows)} changes</summary>{table}{explained}<div class=heads>{pictures}</div></details>"
+    checks = "".join(f"<p>{html.escape(words)}</p>" for words in spent.checks)
+    heads = f"{explained}<div class=heads>{pictures}</div>"
+    return f"<details><summary>{spent.name}: {len(rows)} changes</summary>{checks}{table}{heads}</details>"
 
 
 def _saved(before: float, after: float) -> str:

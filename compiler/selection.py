@@ -64,6 +64,10 @@ class BoundedPass(Pass):
         """``program`` with the chosen replacements; at most one per key. Must not change ``program``."""
         raise NotImplementedError
 
+    def checks(self, result: Program, calibration: Calibration) -> list[str]:
+        """What else a user should know of the result, beside its error: sentences for the report."""
+        return []
+
     def apply(self, program: Program, context: Context) -> PassResult:
         calibration = context.calibration
         if calibration is None:
@@ -82,7 +86,8 @@ class BoundedPass(Pass):
         before = calibration.measure(program, calibration.judging).mean
         judged = search.judged(chosen)
         changes = [_change(c) for c in chosen]
-        calibration.ledger.append(Spent(self.name, before, judged.mean, judged, changes))
+        checks = self.checks(result, calibration)
+        calibration.ledger.append(Spent(self.name, before, judged.mean, judged, changes, checks))
         return PassResult(result, [c.note() for c in chosen], refusals)
 
 

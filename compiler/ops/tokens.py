@@ -2,7 +2,7 @@
 
     thresher::reduce_tokens    x'_j = sum_{i -> j} size_i x_i / sum_{i -> j} size_i          M, from ``assign`` [B, N] and sizes [B, N]
     thresher::restore_tokens   x_i = x'_{assign_i}, 0 where it is -1                         the other way, for consumers of every token
-    thresher::match_tokens     assign and the sizes of the slots, from the similarity of tokens
+    thresher::match_tokens     assign, the sizes of the slots, and for each token 1 if the slot is its own, else 0; from their similarity
     thresher::token_sides      who may be merged into whom
 
 A *size* is the number of tokens of the input that a token stands for; padding has size 0, so it adds nothing to a mean, and the attention
@@ -59,7 +59,7 @@ def _restore(x: Tensor, assign: Tensor, dim: int) -> Tensor:
     )
 
 
-def _match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) -> tuple[Tensor, Tensor]:
+def _match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) -> tuple[Tensor, Tensor, Tensor]:
     best, partner = similar.masked_fill((side != TAKES).unsqueeze(1), NEVER).max(-1)
     worth = torch.where(size > 0, best, FIRST).masked_fill(side != GOES, NEVER)  # padding first, whatever it is like
     going = rank(worth) < count
@@ -67,7 +67,7 @@ def _match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) 
     assign = torch.where(going, -1 if drop else slot.gather(1, partner), slot)
     left = size.shape[1] - count
     sizes = size.new_zeros(size.shape[0], left).scatter_add(1, assign.clamp(min=0), torch.where(assign >= 0, size, 0.0))
-    return assign, sizes
+    return assign, sizes, (~going).to(size.dtype)
 
 
 def rank(scores: Tensor) -> Tensor:
@@ -105,12 +105,13 @@ define(
 
 
 def _fake_match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) -> Any:
-    return size.new_empty(size.shape, dtype=torch.int64), size.new_empty(size.shape[0], size.shape[1] - count)
+    left = size.new_empty(size.shape[0], size.shape[1] - count)
+    return size.new_empty(size.shape, dtype=torch.int64), left, size.new_empty(size.shape)
 
 
 define(
     "match_tokens",
-    "(Tensor similar, Tensor size, Tensor side, int count, bool drop) -> (Tensor, Tensor)",
+    "(Tensor similar, Tensor size, Tensor side, int count, bool drop) -> (Tensor, Tensor, Tensor)",
     _match,
     _fake_match,
 )

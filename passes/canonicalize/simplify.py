@@ -4,6 +4,7 @@
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
 * ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
+* what is computed twice from the same values is computed once;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped;
 * what is computed from a value that was expanded is computed before it is expanded, and attention masks are not expanded at all.
 """
@@ -42,6 +43,7 @@ class Simplify(Pass):
         for node in list(work.calls()):
             for rule in (
                 drop_no_op,
+                compute_once,
                 name_each_part,
                 name_linear,
                 spell_out_prelu,
@@ -80,6 +82,18 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
         return ""
     node.replace_all_uses_with(source)
     return "does nothing: removed"
+
+
+def compute_once(program: Program, node: fx.Node) -> str:
+    """Another call before ``node`` is the same."""
+    inputs = node.all_input_nodes
+    if not inputs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return ""
+    for other in inputs[0].users:
+        if other < node and (other.target, other.args, other.kwargs) == (node.target, node.args, node.kwargs):
+            node.replace_all_uses_with(other)
+            return f"the same as {other.name}: computed once"
+    return ""
 
 
 def _keeps_order(node: fx.Node) -> bool:

@@ -25,9 +25,10 @@ from torch import fx
 
 from thresher.analysis.attention_sites import SDPA
 from thresher.analysis.cost import seconds
-from thresher.calibration import watch
+from thresher.calibration import Calibration, watch
 from thresher.errors import PassError
 from thresher.pass_manager import Context, Note, register_pass
+from thresher.passes.tokens.by_place import in_words
 from thresher.passes.tokens.importance import SIDES, at_once, judge
 from thresher.passes.tokens.key_sizes import key_sizes, sizes_of_mask
 from thresher.passes.tokens.resize import NeedsAllTokens, Resize
@@ -101,6 +102,9 @@ class ReduceTokens(BoundedPass):
             self.edit(work, candidate.node, *candidate.payload)
         return work.clean()
 
+    def checks(self, result: Program, calibration: Calibration) -> list[str]:
+        return in_words(result, calibration)
+
     # ------------------------------------------------------------------ how many can go
 
     def front(self, program: Program) -> int:
@@ -135,7 +139,7 @@ class ReduceTokens(BoundedPass):
             for kind, count in sums[stream.value]:
                 scores, similar = judge(at_once, kind, known[site.q], known[site.k], size, site.scale)
                 side = ops.token_sides(scores, size, SIDES[kind], count, protected, self.every)
-                assign, _ = ops.match_tokens(similar, size, side, count, self.drop)
+                assign, *_ = ops.match_tokens(similar, size, side, count, self.drop)
                 back = ops.restore_tokens(ops.reduce_tokens(x, size, assign, x.shape[1] - count), assign, 1)
                 weight = size.unsqueeze(-1)
                 change = ((back - x).square() * weight).sum() / (x.square() * weight).sum().clamp(min=1e-30)
@@ -164,8 +168,8 @@ class ReduceTokens(BoundedPass):
         scores, similar = judge(insert, kind, site.q, site.k, size, site.scale)
         side = insert(ops.token_sides.default, scores, size, SIDES[kind], count, protected, self.every)
         match = insert(ops.match_tokens.default, similar, size, side, count, self.drop)
-        assign, sizes = (insert(operator.getitem, match, i) for i in range(2))
+        assign, sizes, own = (insert(operator.getitem, match, i) for i in range(3))
         reduced = insert(ops.reduce_tokens.default, x, size, assign, tokens - count)
-        resize = Resize(program, x, reduced, assign, sizes, site.mask, protected)
+        resize = Resize(program, x, reduced, assign, sizes, own, site.mask, protected)
         resize.run()
         return resize.blockers

@@ -1,8 +1,10 @@
 """What stands behind a value with fewer tokens is made for fewer tokens; where something needs all of them, they are restored first.
 
 Tokens are treated as a set by pointwise operators, by linear layers and norms over channels, and by attention, to whose scores log(size)
-is added. Those take fewer tokens as they are, once the sizes in their arguments are right. Whatever treats them otherwise (convolutions,
-scans, means and softmax over tokens, sums with values of another length, outputs) gets every token back, as ``restore_tokens``.
+is added. Those take fewer tokens as they are, once the sizes in their arguments are right. Numbers that belong to places (rotary positions)
+become those of the tokens whose slots they are. Tokens at the front may stand apart for a while. Whatever treats tokens otherwise
+(convolutions, scans, means and softmax over tokens, sums with values of another length, outputs) gets every token back, as
+``restore_tokens``.
 """
 
 from __future__ import annotations
@@ -30,18 +32,25 @@ class NeedsAllTokens(Exception):
 @dataclass
 class Resize:
     """One reduction: ``source`` [B, N, C] became ``reduced`` [B, N - r, C] by ``assign``; ``sizes`` [B, N - r] of the slots say what the
-    ``mask`` of keys said before. ``protected`` tokens at the front are where they were. ``blockers`` are those who needed all tokens."""
+    ``mask`` of keys said before, ``own`` [B, N] whose slots they are. ``protected`` tokens at the front are where they were.
+
+    ``dims``: the dimension of tokens of what has fewer; ``starts``: how many at the front it is without. ``blockers`` are those who needed
+    all tokens."""
 
     program: Program
     source: fx.Node
     reduced: fx.Node
     assign: fx.Node
     sizes: fx.Node
+    own: fx.Node
     mask: fx.Node | None
     protected: int
     dims: dict[fx.Node, int] = field(default_factory=dict)
+    starts: dict[fx.Node, int] = field(default_factory=dict)
     blockers: list[str] = field(default_factory=list)
     _whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _placed: dict[tuple[fx.Node, int, int], fx.Node] = field(default_factory=dict)
+    _apart: dict[int, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     _bias: fx.Node | None = None
 
     def run(self) -> None:
@@ -49,7 +58,7 @@ class Resize:
         behind = [n for n in self.program.graph.nodes if n > self.reduced]
         for user in [u for u in self.source.users if u > self.reduced]:
             user.replace_input_with(self.source, self.reduced)
-        self.dims[self.reduced] = 1
+        self.dims[self.reduced], self.starts[self.reduced] = 1, 0
         for node in behind:
             if not any(n in self.dims for n in node.all_input_nodes):
                 continue
@@ -62,9 +71,10 @@ class Resize:
         """Make ``node`` for fewer tokens, or restore them before it."""
         old_args, old_kwargs, old_value = node.args, node.kwargs, node.meta["val"]
         try:
-            self.fit(node)
+            start = self.fit(node)
             self.program.refresh(node)
             self.dims.update(self.changed(node, old_value))
+            self.starts[node] = start
         except (NeedsAllTokens, RuntimeError, ValueError, IndexError, TypeError) as reason:
             node.args, node.kwargs, node.meta["val"] = old_args, old_kwargs, old_value
             self.restore(node, str(reason) if isinstance(reason, NeedsAllTokens) else "values of another length")
@@ -80,8 +90,16 @@ class Resize:
 
     # ------------------------------------------------------------------ what takes fewer tokens
 
-    def fit(self, node: fx.Node) -> None:
+    def fit(self, node: fx.Node) -> int:
+        """Make the arguments of ``node`` right; returns how many tokens at the front the result is without."""
         target = node.target
+        if target is aten.slice.Tensor:
+            return self.slice(node)
+        if target is aten.cat.default:
+            return self.concat(node)
+        starts = {self.starts[n] for n in node.all_input_nodes if n in self.dims}
+        if len(starts) > 1:
+            raise NeedsAllTokens("values of different tokens")
         if target is SDPA:
             self.attention(node)
         elif target in (aten.reshape.default, aten.expand.default):
@@ -90,16 +108,64 @@ class Resize:
             self.select(node)
         elif target is aten.linear.default or target in NORMS:
             self.channels(node)
-        elif target is aten.cat.default:
-            self.concat(node)
         elif target in SOFTMAX or target in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default):
             self.over_other_dims(node)
-        elif target is aten.slice.Tensor:
-            self.slice(node)
         elif _pointwise(node):
-            torch.broadcast_shapes(*(shape_of(n) for n in node.all_input_nodes))
+            self.pointwise(node)
         elif target not in MOVES:
             raise NeedsAllTokens(str(target).removesuffix(".default"))
+        return starts.pop()
+
+    def pointwise(self, node: fx.Node) -> None:
+        """What belongs to places goes with the tokens."""
+        rank = max(len(shape_of(n)) for n in node.all_input_nodes)
+        x = next(n for n in node.all_input_nodes if n in self.dims)
+        behind = len(shape_of(x)) - self.dims[x]  # the dimension of the tokens, from the last one
+        for other in node.all_input_nodes:
+            shape = shape_of(other)
+            if other not in self.dims and len(shape) >= behind and shape[-behind] == self.before(x):
+                node.replace_input_with(other, self.placed(other, self.starts[x], len(shape) - behind, rank - behind))
+        torch.broadcast_shapes(*(shape_of(n) for n in node.all_input_nodes))
+
+    def before(self, x: fx.Node) -> int:
+        """How many tokens ``x`` had."""
+        return shape_of(self.source)[1] - self.starts[x]
+
+    def placed(self, x: fx.Node, start: int, dim: int, to: int) -> fx.Node:
+        """[.., 1, N - start, *rest], the tokens at ``dim``, as [B, .., 1, N' - start, *rest] with the tokens at ``to``: of every slot the
+        numbers of the token whose slot it is."""
+        if (x, start, to) in self._placed:
+            return self._placed[x, start, to]
+        if to < 1 or any(d != 1 for d in shape_of(x)[:dim]):
+            raise NeedsAllTokens("numbers that differ from sample to sample or head to head belong to places")
+        tokens, rest, batch = shape_of(x)[dim], shape_of(x)[dim + 1 :], shape_of(self.source)[0]
+        own, assign = self.apart(start)
+        place = x if x > self.reduced else assign if start else self.reduced
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            nonlocal place
+            place = self.program.insert_call(place.next, target, args, like=x)
+            return place
+
+        flat = call(aten.reshape.default, x, [1, tokens, math.prod(rest)])
+        flat = call(aten.expand.default, flat, [batch, tokens, math.prod(rest)])
+        left = shape_of(self.reduced)[1] - start
+        taken = call(ops.reduce_tokens.default, flat, own, assign, left)
+        self._placed[x, start, to] = call(aten.reshape.default, taken, [batch, *[1] * (to - 1), left, *rest])
+        return self._placed[x, start, to]
+
+    def apart(self, start: int) -> tuple[fx.Node, fx.Node]:
+        """``own`` and ``assign`` without the first tokens."""
+        if start and start not in self._apart:
+            place, end = self.reduced.next, shape_of(self.source)[1]
+
+            def call(target: Any, *args: Any) -> fx.Node:
+                return self.program.insert_call(place, target, args, like=self.reduced)
+
+            own, assign = (call(aten.slice.Tensor, n, 1, start, end) for n in (self.own, self.assign))
+            lower = call(aten.sub.Tensor, assign, start)
+            self._apart[start] = own, call(aten.clamp.default, lower, -1)
+        return self._apart[start] if start else (self.own, self.assign)
 
     def attention(self, node: fx.Node) -> None:
         q, k, v = node.args[:3]
@@ -136,7 +202,7 @@ class Resize:
         source, sizes = node.args[:2]
         dim, before = self.dims[source], shape_of(node)
         now = shape_of(source)[dim]
-        old = shape_of(self.source)[1]
+        old = self.before(source)
         if node.target is aten.expand.default:
             at = dim + len(before) - len(shape_of(source))
         else:
@@ -152,14 +218,22 @@ class Resize:
         if dim % len(shape_of(source)) == self.dims[source] and not 0 <= index < self.protected:
             raise NeedsAllTokens(f"token {index} by its place")
 
-    def slice(self, node: fx.Node) -> None:
+    def slice(self, node: fx.Node) -> int:
+        """Of other dimensions; of tokens the first ones, or all behind them."""
         source, dim, start, end, step = (argument(node, i, n, v) for i, (n, v) in enumerate(
             (("self", None), ("dim", 0), ("start", None), ("end", None), ("step", 1))
         ))  # fmt: skip
-        if dim % len(shape_of(source)) == self.dims[source] and not (
-            0 <= (start or 0) <= (end if end is not None else 1 << 62) <= self.protected and step == 1
-        ):
+        start, end = start or 0, 1 << 62 if end is None else end
+        without = self.starts[source]
+        if dim % len(shape_of(source)) != self.dims[source]:
+            return without
+        before = self.before(source)
+        if step == 1 and start >= 0 and end >= before and without + start <= self.protected:
+            node.args = (source, dim, start, 1 << 62)
+            return without + start
+        if step != 1 or not 0 <= start <= end <= self.protected - without:
             raise NeedsAllTokens("tokens by their place")
+        return without
 
     def channels(self, node: fx.Node) -> None:
         x = node.args[0]
@@ -169,10 +243,18 @@ class Resize:
         ):
             raise NeedsAllTokens("channels are mixed with tokens")
 
-    def concat(self, node: fx.Node) -> None:
-        parts, dim = node.args[0], argument(node, 1, "dim", 0)
-        if any(n not in self.dims or self.dims[n] == dim % len(shape_of(n)) for n in parts):
+    def concat(self, node: fx.Node) -> int:
+        """Of other dimensions; along the tokens, those that stood apart at the front with all others."""
+        parts, dim = node.args[0], argument(node, 1, "dim", 0) % len(shape_of(node))
+        first, last = [n for n in parts if n not in self.dims], parts[-1]
+        if not first and all(self.dims[n] != dim for n in parts):
+            if len({self.starts[n] for n in parts}) > 1:
+                raise NeedsAllTokens("values of different tokens")
+            return self.starts[last]
+        apart = sum(shape_of(n)[dim] for n in first)
+        if first != list(parts[:-1]) or self.dims.get(last) != dim or apart != self.starts[last]:
             raise NeedsAllTokens("tokens are joined with others")
+        return 0
 
     def over_other_dims(self, node: fx.Node) -> None:
         x, dims = node.args[:2]
@@ -190,8 +272,9 @@ class Resize:
                 dim = self.dims[source]
                 if dim == 0 or shape_of(source)[0] != shape_of(self.assign)[0]:
                     raise NeedsAllTokens(f"{node.name}: {reason}, and batch and tokens are one dimension there")
+                _, assign = self.apart(self.starts[source])
                 self._whole[source] = self.program.insert_call(
-                    source.next, ops.restore_tokens.default, (source, self.assign, dim), like=source
+                    source.next, ops.restore_tokens.default, (source, assign, dim), like=source
                 )
             node.replace_input_with(source, self._whole[source])
 

@@ -68,18 +68,16 @@ def _stream_behind(site: AttentionSite) -> fx.Node | str:
 
 
 def read_by_place(program: Program) -> int:
-    """How many tokens at the front of streams are selected by their number."""
-    first = 0
+    """How many tokens at the front of streams are selected by their number, or stand apart from the others."""
+    lengths, first = {s.tokens for s in streams(program)[0]}, 0
     for node in program.calls(aten.select.int, aten.slice.Tensor):
         source = node.args[0]
-        if (
-            len(shape_of(source)) != 3
-            or len(node.args) < 3
-            or node.args[1] % 3 != 1
-            or program.constant(source) is not None
-        ):
+        if len(node.args) < 3 or program.constant(source) is not None:
             continue
-        end = node.args[2] + 1 if node.target is aten.select.int else node.args[3] if len(node.args) > 3 else 1 << 62
-        if 0 < end <= 8:
-            first = max(first, end)
+        if shape_of(source)[node.args[1]] not in lengths or node.args[1] % len(shape_of(source)) == 0:
+            continue
+        start, end = node.args[2], node.args[3] if len(node.args) > 3 else 1 << 62
+        split = start + 1 if node.target is aten.select.int else start if start else end
+        if 0 < split <= 8:
+            first = max(first, split)
     return first

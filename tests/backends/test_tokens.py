@@ -32,9 +32,9 @@ class Reduce(nn.Module):
     def forward(self, x: Tensor, size: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         side = ops.token_sides(scores, size, *self.how)
         unit = x / x.norm(dim=-1, keepdim=True)
-        assign, sizes = ops.match_tokens(unit @ unit.mT, size, side, self.count, self.drop)
+        assign, sizes, own = ops.match_tokens(unit @ unit.mT, size, side, self.count, self.drop)
         reduced = ops.reduce_tokens(x, size, assign, x.shape[1] - self.count)
-        return side, assign, sizes, reduced, ops.restore_tokens(reduced, assign, 1)
+        return side, assign, sizes, reduced, ops.restore_tokens(reduced, assign, 1), own
 
 
 MODELS = st.builds(
@@ -52,10 +52,11 @@ MODELS = st.builds(
 def test_what_a_reduction_is(model: Reduce, tokens: int, seed: int) -> None:
     x, size = rand(2, tokens, 6, seed=seed).double(), torch.ones(2, tokens)
     size[1, tokens - 3 :] = 0
-    side, assign, sizes, reduced, restored = model(x, size, rand(2, tokens, seed=seed + 1))
+    side, assign, sizes, reduced, restored, own = model(x, size, rand(2, tokens, seed=seed + 1))
     gone = model.count
     for b in range(2):
         kept = [i for i in range(tokens) if side[b, i] != GOES or (assign[b, :i] != assign[b, i]).all()]
+        assert assign[b][own[b] == 1].tolist() == list(range(tokens - gone))
         assert sorted(set(assign[b].tolist()) - {-1}) == list(range(tokens - gone))  # every slot is somebody's
         assert assign[b, : model.how[2]].tolist() == list(range(model.how[2]))  # the protected keep their places
         assert len(kept) >= tokens - gone
@@ -81,7 +82,7 @@ def test_nearest_partner_takes() -> None:
     x = torch.tensor([[[1.0, 0], [0, 1.0], [1.0, 0.1], [0.1, 1.0]]])
     side = torch.tensor([[TAKES, TAKES, GOES, GOES]])
     unit = x / x.norm(dim=-1, keepdim=True)
-    assign, sizes = ops.match_tokens(unit @ unit.mT, torch.ones(1, 4), side, 2, False)
+    assign, sizes, _ = ops.match_tokens(unit @ unit.mT, torch.ones(1, 4), side, 2, False)
     assert assign.tolist() == [[0, 1, 0, 1]] and sizes.tolist() == [[2.0, 2.0]]
 
 

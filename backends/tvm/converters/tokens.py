@@ -27,12 +27,15 @@ def _call(importer: Importer, name: str, function: tirx.PrimFunc, node: fx.Node,
 
 @semantics(ops.match_tokens.default)
 def match_tokens(importer: Importer, node: fx.Node) -> Any:
-    """Two values, which ``getitem`` takes apart."""
+    """Three values, which ``getitem`` takes apart."""
     *_, count, drop = node.args
     batch, n = sizes(node.args[1])
     if importer.machine is None or result_dtype(node.args[0]) != "float32" or result_dtype(node.args[1]) != "float32":
         return _match_anywhere(importer, node)
-    kinds = [relax.TensorType((batch, n), "int64"), relax.TensorType((batch, n - count), "float32")]
+    kinds = [
+        relax.TensorType((batch, n), "int64"),
+        *(relax.TensorType(s, "float32") for s in ((batch, n - count), (batch, n))),
+    ]
     return _call(importer, "match_tokens", tokens.match(batch, n, count, drop), node, 3, kinds)
 
 
@@ -113,12 +116,16 @@ def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
             name="sizes",
         )
 
+    def keeps(places: te.Tensor) -> te.Tensor:
+        dtype = result_dtype(node.args[1])
+        return te.compute((batch, n), lambda b, i: tirx.Cast(dtype, places[b, i] >= count), name="own")
+
     emit = importer.emit_te
     top = emit("best", best, similar, side)
     partners = emit("partner", partner, similar, side, top)
     places = rank(importer, emit("worth", worth, size, side, top, alone=True))
     found = emit("assign", assign, places, emit("slot", slot, places), partners)
-    return importer.emit(relax.Tuple([found, emit("token_sizes", summed, size, found)]))
+    return importer.emit(relax.Tuple([found, emit("token_sizes", summed, size, found), emit("own", keeps, places)]))
 
 
 @semantics(ops.token_sides.default)

@@ -23,12 +23,12 @@ def rank(values: Any, base: Any, i: Any, size: int) -> Any:
 
 
 def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
-    """(similar [B, N, N], size [B, N], side int64 [B, N], assign int64 [B, N], sizes [B, N - count])"""
+    """(similar [B, N, N], size [B, N], side int64 [B, N], assign int64 [B, N], sizes [B, N - count], own [B, N])"""
     n = tokens
     with function() as builder:
         similar, size = argument("similar", (batch, n, n)), argument("size", (batch, n))
         side, assign = (argument(name, (batch, n), "int64") for name in ("side", "assign"))
-        sizes = argument("sizes", (batch, n - count))
+        sizes, own = argument("sizes", (batch, n - count)), argument("own", (batch, n))
         worth, partner = buffer(batch * n), buffer(batch * n, "int64")
         going, slot = buffer(batch * n, "int64"), buffer(batch * n, "int64")
         with T.parallel(batch * n) as at:
@@ -41,8 +41,8 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
                 with T.If(better), T.Then():
                     store(best, similar[b, i, j], i64(0))
                     store(partner, j, at)
-            own = tirx.Select(size[b, i] > f32(0.0), best[i64(0)], f32(FIRST))
-            store(worth, tirx.Select(side[b, i] == GOES, own, f32(NEVER)), at)
+            there = tirx.Select(size[b, i] > f32(0.0), best[i64(0)], f32(FIRST))
+            store(worth, tirx.Select(side[b, i] == GOES, there, f32(NEVER)), at)
         with T.parallel(batch * n) as at:
             store(going, T.cast(rank(worth, at // n * n, at % n, n) < count, "int64"), at)
         with T.parallel(batch) as b:
@@ -57,6 +57,7 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
                 at = b * n + i
                 taken = i64(-1) if drop else slot[b * n + partner[at]]
                 store(assign, tirx.Select(going[at] == 1, taken, slot[at]), b, i)
+                store(own, T.cast(going[at] == 0, "float32"), b, i)
                 with T.If(assign[b, i] >= 0), T.Then():
                     store(sizes, sizes[b, assign[b, i]] + size[b, i], b, assign[b, i])
     return builder.get()

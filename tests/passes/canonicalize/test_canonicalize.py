@@ -304,3 +304,16 @@ def test_batch_norm_folds(model: nn.Module, shape: tuple[int, ...], left: int) -
 
     program, _ = canonical(settle(model), torch.randn(shape), passes=[*pipelines.canonicalize, "fold-batch-norm"])
     assert len(list(program.calls())) == left
+
+
+def test_what_is_computed_twice_is_computed_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = x.relu().sum(-1), x.relu().sum(-1)
+            return a + b + x.relu().sum(0)
+
+    x = torch.randn(3, 3)
+    program = PassManager([pipelines.canonicalize[1]]).run(capture(Twice(), (x,)))
+    targets = [n.target for n in program.calls()]
+    assert targets.count(torch.ops.aten.relu.default) == 1 and targets.count(torch.ops.aten.sum.dim_IntList) == 2
+    assert torch.equal(program.run(x)[0], Twice()(x))

@@ -13,6 +13,7 @@ from thresher.capture import capture
 from thresher.errors import PassError
 from thresher.models.vit import ViT
 from thresher.pass_manager import Context, PassManager
+from thresher.passes.tokens.by_place import error_by_place, in_words, kept_by_place
 from thresher.passes.tokens.importance import SIDES
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
 from thresher.passes.tokens.streams import read_by_place, streams
@@ -133,6 +134,50 @@ def test_padding_goes_first_and_all_tokens_come_back(pooled: bool) -> None:
     assert compare([before[seen]], [after[seen]]).relative < 1e-5  # only padding went
 
 
+class Rotary(nn.Module):
+    """Two layers with rotary positions for all but the first ``prefix`` tokens, as timm's EVA and DINOv3 have them."""
+
+    def __init__(self, tokens: int, prefix: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.prefix, self.maps = prefix, nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        angle = torch.arange(tokens - prefix).unsqueeze(1) * torch.tensor([1.0, 0.3, 0.1, 0.03]).repeat_interleave(2)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def rotate(self, x: Tensor) -> Tensor:
+        first, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        turned = torch.stack([-rest[..., 1::2], rest[..., ::2]], -1).reshape(rest.shape)
+        rest = rest * self.cos + turned * self.sin
+        return torch.cat([first, rest], 2) if self.prefix else rest
+
+    def forward(self, x: Tensor, there: Tensor) -> Tensor:
+        for qkv in self.maps:
+            q, k, v = qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            q, k, mask = self.rotate(q), self.rotate(k), there[:, None, None]
+            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = x + y.transpose(1, 2).reshape(x.shape)
+        return x
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_rotary_positions_go_with_their_tokens(prefix: int, drop: bool) -> None:
+    """Only padding goes, from between the others: all that is left stays as it is, if every token keeps its position."""
+    x = torch.randn(2, 48, 16, generator=torch.Generator().manual_seed(0))
+    there = (torch.arange(48) % 3 != 1).expand(2, -1) | (torch.arange(48) < prefix)
+    there = there | (torch.arange(2).unsqueeze(1) * torch.arange(48) > 40)  # another number of them in each sample
+    program = folded(Rotary(48, prefix).eval(), x, there)
+    gone = int((~there).sum(1).min())
+    work, blockers = edited(program, {0: gone}, "received", ReduceTokens(drop=drop))
+    assert len(blockers) == 1 and "output" in blockers[0]
+    assert [shape_of(n)[2] for n in work.calls(torch.ops.aten.scaled_dot_product_attention.default)] == [48, 48 - gone]
+    before, after = program.run(x, there)[0], work.run(x, there)[0]
+    assert compare([before[there]], [after[there]]).relative < 1e-5
+    compiled = thresher.compile(work.to_module(), (x, there), passes="none")
+    assert not compare([after], [compiled(x, there)]).exceeds(1e-5)
+
+
 def test_what_mixes_neighbours_gets_all_tokens() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -168,8 +213,25 @@ def test_within_the_budget() -> None:
     manager = PassManager([ReduceTokens(score="merge+energy+received")])
     result = manager.run(program, Context(calibration=calibration))
     assert manager.records[0].status == "changed" and calibration.ledger[0].held_out.bound <= 0.05
+    assert any("tokens" in words and "by their place" in words for words in calibration.ledger[0].checks)
     compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+def test_what_stays_of_every_place() -> None:
+    """Padding at the end goes in two reductions; what is left of each place is told, and where the error is."""
+    x, there = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)), torch.ones(2, 40, dtype=torch.bool)
+    there[0, 30:] = there[1, 20:] = False
+    program = folded(Encoder(False).eval(), x, there)
+    work, _ = edited(program, {0: 6, 1: 4}, "received", ReduceTokens(drop=True))
+    kept = kept_by_place(work, [[x, there]])
+    assert kept[:20].tolist() == [1.0] * 20 and kept[20:].tolist() == [0.5] * 20
+    calibration = Calibration.of(program, [(x, there)] * 8, Budget(rel_l2=0.5))
+    errors = error_by_place(work, calibration, calibration.judging, 40)
+    assert errors is not None and errors[:20].max() < 1e-5 and errors.max() > 0.1  # what is dropped is 0
+    assert [w.startswith(("of 40 tokens 75 % are left", "error by place")) for w in in_words(work, calibration)] == [
+        True
+    ] * 2
 
 
 def test_unknown_scores() -> None:
