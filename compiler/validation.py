@@ -152,3 +152,45 @@ def first_divergence(before: Program, after: Program, tolerance: float) -> fx.No
     before.run(*before.probe, dtype=torch.float64, watch=keep)
     after.run(*before.probe, dtype=torch.float64, watch=check)
     return suspects[0] if suspects else None
+
+
+# ---------------------------------------------------------------------- choices that rounding makes
+
+aten, ops = torch.ops.aten, torch.ops.thresher
+#: Operators whose result jumps: who is first, who merges with whom, what is looked at.
+CHOICES = (
+    aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
+    ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default,
+)  # fmt: skip
+NUDGE = 1e-5  # of every input, as a part of itself: more than rounding does
+
+
+def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
+    """The first choice that comes out differently in float64, or for inputs that differ by rounding: there a compiled program may rightly
+    differ from its reference."""
+    if not any(program.calls(*CHOICES)):
+        return None
+    wanted = _choices(program, flat, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    runs = [_choices(program, flat, None)]
+    runs += [_choices(program, [_nudged(v, generator) for v in flat], torch.float64) for _ in range(2)]
+    return next((n for n in wanted if any(not torch.equal(wanted[n], r[n]) for r in runs)), None)
+
+
+def _choices(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> dict[fx.Node, Tensor]:
+    found: dict[fx.Node, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.target in CHOICES:
+            results = value if isinstance(value, (tuple, list)) else [value]
+            found[node] = torch.cat([r.flatten() for r in results if not r.is_floating_point()])
+
+    program.run(*flat, dtype=dtype, watch=keep)
+    return found
+
+
+def _nudged(value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return (value.double() * (1 + NUDGE * noise)).to(value.dtype)
