@@ -50,8 +50,8 @@ approximate = (
     ShareAttention(),  # weights of the layer before
     PoolValues(),  # means instead of attentions that do little more
     PoolKeys(),  # means of neighbouring keys
-    PyramidAttention(),  # near keys, and means of the others
     SparseAttention(),  # heads look at fewer blocks of keys
+    PyramidAttention(),  # near keys, and means of the others, where all are looked at yet
     SkipSmallWeights(),  # weights that turn out small
 )
 
