@@ -24,6 +24,17 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "PAUSE", 0.0)
 
 
+class Function(nn.Module):
+    """A function, and the layers it is given, as a module."""
+
+    def __init__(self, function: Callable, *layers: nn.Module):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs, *self.layers)
+
+
 def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random batch-norm statistics and affine parameters, evaluation mode."""
     generator = torch.Generator().manual_seed(seed)

@@ -60,6 +60,7 @@ def overloads(*names: str) -> list[Any]:
 def _table() -> dict[Any, Row]:
     table: dict[Any, Row] = {
         torch.ops.thresher.shrink.default: Elementwise(),
+        torch.ops.thresher.group_shrink.default: Mixing(along(1)),
         aten.where.self: Choice(),
         aten.index_select.default: Gather(),
         adapter: Adapter(),

@@ -1,152 +1,312 @@
 """Every spelling of thresholding becomes one ``thresher::shrink(x, t, kind)``.
 
-soft       relu(x - t) - relu(-x - t);  sign(x) * relu(|x| - t);  x - clamp(x, -t, t);  where(|x| > t, x - sign(x) t, 0 x)  (softshrink)
-hard       where(|x| > t, x, 0);  x * (|x| > t)  (hardshrink)
-positive   relu(x - t)
-above      where(x > t, x, 0);  x * (x > t)  (threshold with value 0)
+relu(x - t) - relu(-x - t), sign(x) relu(|x| - t), x - clamp(x, -t, t), where(|x| > t, x, 0), x * (|x| > t), ... are told by what they
+compute, not by how they look: what stands between a value and a result is a piecewise linear function (``thresher.analysis.piecewise``),
+and that of a threshold is known,
 
-``t`` is a number or a constant; a soft threshold needs t >= 0, else the spellings disagree and the site is refused.
+    soft      1 outside [-t, t], shifted by t, and 0 inside         positive  0 below t, x - t above
+    hard      x outside [-t, t] and 0 inside                        above     0 below t, x above
+    firm      0 inside [-t, t], x outside [-t2, t2], a line between
+
+What happens at t, for NaN and for infinities is seen by computing it, and must be what the operator does. So ``relu`` before or behind a
+threshold, or one threshold behind another, become one, too. Thresholds that divide (x relu(1 - t / |x|), pairs z relu(1 - t / |z|),
+garrote) are found by their patterns.
+
+``t`` is a number, a constant, or computed in the graph; for ``soft`` it must be seen not to be negative: from its value, or from what
+made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
+from thresher.analysis.piecewise import OPERATORS, Leaf, NotPiecewise, Piecewise, piecewise_of
+from thresher.analysis.signs import nonnegative
+from thresher.ops.shrink import KEEPS
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.canonicalize.dividing_thresholds import rewrite_dividing
 from thresher.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriter import Match, matches
 
 aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default
+LARGEST = 24  # calls of a spelling
+CLOSE = 1e-12
 
 
-def _soft_two_relu(x, t):
-    return aten.sub.Tensor(
-        aten.relu.default(aten.sub.Tensor(x, t)), aten.relu.default(aten.sub.Tensor(aten.neg.default(x), t))
-    )
+@dataclass(frozen=True)
+class Threshold:
+    """shrink(x, t, kind, keep, t2) with t and t2 as multiples of ``unit``, or as they are without one."""
 
-
-def _soft_sign(x, t):
-    return aten.mul.Tensor(aten.sign.default(x), aten.relu.default(aten.sub.Tensor(aten.abs.default(x), t)))
-
-
-def _soft_clamp(x, low, t):
-    return aten.sub.Tensor(x, aten.clamp.default(x, low, t))
-
-
-def _soft_decomposed(x, t):
-    inside = aten.sub.Tensor(x, aten.mul.Tensor(aten.sign.default(x), t))
-    return aten.where.self(aten.gt.Scalar(aten.abs.default(x), t), inside, aten.mul.Tensor(x, 0))
-
-
-def _hard_where(x, t, zero):
-    return aten.where.self(aten.gt.Scalar(aten.abs.default(x), t), x, zero)
-
-
-def _hard_where_tensor(x, t, zero):
-    return aten.where.self(aten.gt.Tensor(aten.abs.default(x), t), x, zero)
-
-
-def _hard_where_inverse(x, t, zero):
-    return aten.where.self(aten.le.Scalar(aten.abs.default(x), t), zero, x)
-
-
-def _hard_product(x, t):
-    return aten.mul.Tensor(x, aten.gt.Scalar(aten.abs.default(x), t))
-
-
-def _positive(x, t):
-    return aten.relu.default(aten.sub.Tensor(x, t))
-
-
-def _above_where(x, t, zero):
-    return aten.where.self(aten.gt.Scalar(x, t), x, zero)
-
-
-def _above_inverse(x, t, zero):
-    return aten.where.self(aten.le.Scalar(x, t), zero, x)
-
-
-def _above_product(x, t):
-    return aten.mul.Tensor(x, aten.gt.Scalar(x, t))
-
-
-def _threshold(x, t, zero):
-    return aten.threshold.default(x, t, zero)
-
-
-def _softshrink(x, t):
-    return aten.softshrink.default(x, t)
-
-
-def _hardshrink(x, t):
-    return aten.hardshrink.default(x, t)
-
-
-RULES: list[tuple[Callable, str]] = [
-    (_soft_two_relu, "soft"), (_soft_sign, "soft"), (_soft_clamp, "soft"), (_soft_decomposed, "soft"), (_softshrink, "soft"),
-    (_hard_where, "hard"), (_hard_where_tensor, "hard"), (_hard_where_inverse, "hard"), (_hard_product, "hard"), (_hardshrink, "hard"),
-    (_above_where, "above"), (_above_inverse, "above"), (_above_product, "above"), (_threshold, "above"),
-    (_positive, "positive"),
-]  # fmt: skip
+    x: fx.Node
+    unit: fx.Node | None
+    kind: str
+    t: float
+    t2: float | None = None
+    keep: str = "nle"
 
 
 @register_pass
 @dataclass(frozen=True)
 class CanonicalizeThreshold(Pass):
-    """Write every soft, hard and one-sided threshold as thresher::shrink."""
+    """Write every threshold as thresher::shrink."""
 
     name: ClassVar[str] = "canonicalize-threshold"
     requires: ClassVar[tuple[str, ...]] = ("simplify",)
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes, refusals = program.clone(), [], []
-        for pattern, kind in RULES:
-            for match in list(matches(work, pattern)):
-                node = match.anchor
-                reason = _check(work, match, kind)
-                if reason:
-                    refusals.append(Note.at(node, reason))
-                    continue
-                _rewrite(work, match, kind)
-                notes.append(Note.at(node, f"written as thresher::shrink ({kind})"))
+        for node in reversed(list(work.calls())):
+            if node.target not in OPERATORS or not _alive(node):
+                continue
+            found = threshold_at(work, node)
+            if isinstance(found, str):
+                refusals += [Note.at(node, found)] if found else []
+            elif found is not None:
+                notes.append(Note.at(node, f"written as thresher::shrink ({found.kind})"))
+                rewrite(work, node, found)
+        notes += rewrite_dividing(work)
         return PassResult(work.clean(), notes, refusals) if notes else PassResult(program, [], refusals)
 
 
-def _check(program: Program, match: Match, kind: str) -> str:
-    """Why the match cannot be rewritten, or an empty string."""
-    x, t, zero, low = (match.bound.get(k) for k in ("x", "t", "zero", "low"))
-    if not is_tensor(x) or not dtype_of(x).is_floating_point:
-        return "the thresholded value is not a floating-point tensor"
-    value = t if isinstance(t, (int, float)) else program.constant(t)
-    if value is None:
-        return "the threshold is not constant"
-    if "low" in match.bound and (not isinstance(low, (int, float)) or not isinstance(t, (int, float)) or low != -t):
-        return "the clamp is not symmetric"
-    if "zero" in match.bound:
-        filler = zero if isinstance(zero, (int, float)) else program.constant(zero)
-        if filler is None or bool(torch.as_tensor(filler).any()):
-            return "what is put below the threshold is not 0"
-    if kind == "soft" and bool((torch.as_tensor(value) < 0).any()):
-        return "a negative soft threshold has no single meaning"
-    if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape_of(x)) != torch.Size(shape_of(x)):
-        return "the threshold is larger than the value"
-    return ""
+def _alive(node: fx.Node) -> bool:
+    """Whether something outside what has been replaced reads it."""
+    return bool(node.users) and is_tensor(node) and dtype_of(node).is_floating_point
 
 
-def _rewrite(program: Program, match: Match, kind: str) -> None:
-    x, t = match.bound["x"], match.bound["t"]
-    if not isinstance(t, fx.Node):
-        t = program.add_constant(
-            torch.tensor(float(t), dtype=torch.float64), f"{match.anchor.name}_t", dtype_of(x), like=match.anchor
+def threshold_at(program: Program, root: fx.Node) -> Threshold | str | None:
+    """The threshold that ends in ``root``; why it is none though it looks like one (or empty), or None."""
+    reason = None
+    for x in sources(program, root):
+        try:
+            leaves, unit = leaves_between(program, root, x)
+            function = piecewise_of(root, x, leaves, unit is not None)
+        except NotPiecewise:
+            continue
+        found = kind_of(function, x, unit)
+        if found is None:
+            reason = reason or _near_miss(function)
+            continue
+        if found.kind in ("soft", "firm") and not _not_negative(program, unit, found):
+            reason = "a soft threshold that may be negative has no single meaning"
+            continue
+        keep = what_is_kept(program, root, found, leaves)
+        if keep is None:
+            reason = "it is no threshold at its breakpoints, or for NaN and infinities"
+            continue
+        return Threshold(found.x, found.unit, found.kind, found.t, found.t2, keep)
+    return reason
+
+
+def sources(program: Program, root: fx.Node) -> list[fx.Node]:
+    """Values of the shape and type of ``root`` that it may be a function of, those farthest back first."""
+    seen: dict[fx.Node, None] = {}
+    queue = [root]
+    while queue and len(seen) < LARGEST:
+        node = queue.pop(0)
+        if node in seen or program.constant(node) is not None:
+            continue
+        seen[node] = None
+        if node.target in OPERATORS:
+            queue += [n for n in node.all_input_nodes if is_tensor(n)]
+    alike = [n for n in seen if n is not root and shape_of(n) == shape_of(root) and dtype_of(n) == dtype_of(root)]
+    return sorted(alike)
+
+
+def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx.Node, Leaf], fx.Node | None]:
+    """What ``root`` depends on beside ``x``: numbers, and multiples of at most one tensor that is not a number: the unit."""
+    leaves: dict[fx.Node, Leaf] = {}
+    behind = _depending_on(root, x)
+    if x not in behind:
+        raise NotPiecewise("it does not depend on x")
+    queue, seen, unit = [root], {x}, None
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        value = program.constant(node)
+        if value is not None and value.numel() and bool((value == value.flatten()[0]).all()):
+            leaves[node] = Leaf(float(value.flatten()[0]))
+        elif node in behind or (value is None and _multiple(node)):
+            queue += node.all_input_nodes
+        else:
+            unit = unit or node
+            leaves[node] = Leaf(_ratio(program, node, unit), in_units=True)
+    positive = next(
+        (n for n, leaf in leaves.items() if leaf.in_units and leaf.value == -1 and nonnegative(program, n)), None
+    )
+    if unit is not None and positive is not None:  # -t came first
+        unit, leaves = (
+            positive,
+            {n: replace(leaf, value=-leaf.value) if leaf.in_units else leaf for n, leaf in leaves.items()},
         )
-    new = program.insert_call(match.anchor, SHRINK, (x, t, kind), like=match.anchor)
-    match.anchor.replace_all_uses_with(new)
-    for node in sorted(match.inner, reverse=True):
-        program.graph.erase_node(node)
+    if unit is not None and torch.broadcast_shapes(shape_of(unit), shape_of(x)) != torch.Size(shape_of(x)):
+        raise NotPiecewise("the threshold is larger than the value")
+    if unit is not None and program.constant(unit) is None and _elements(unit) == _elements(x):
+        raise NotPiecewise("another value of the same size")
+    return leaves, unit
+
+
+def _ratio(program: Program, node: fx.Node, unit: fx.Node) -> float:
+    """node = ratio * unit"""
+    a, b = program.constant(node), program.constant(unit)
+    if node is unit:
+        return 1.0
+    if a is not None and b is not None and torch.equal(a, -b):
+        return -1.0
+    raise NotPiecewise("two tensors beside x")
+
+
+def _elements(node: fx.Node) -> Any:
+    return node.meta["val"].numel()
+
+
+def _multiple(node: fx.Node) -> bool:
+    """-t, or t times a number."""
+    return node.target is aten.neg.default or (
+        node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float))
+    )
+
+
+def _depending_on(root: fx.Node, x: fx.Node) -> set[fx.Node]:
+    """The calls from ``x`` to ``root``, both included."""
+    known: dict[fx.Node, bool] = {x: True}
+
+    def depends(node: fx.Node) -> bool:
+        if node not in known:
+            known[node] = False
+            if node > x and node.target in OPERATORS:
+                known[node] = any([depends(n) for n in node.all_input_nodes])
+        return known[node]
+
+    depends(root)
+    return {n for n, yes in known.items() if yes}
+
+
+# ---------------------------------------------------------------------- which threshold it is
+
+
+def kind_of(f: Piecewise, x: fx.Node, unit: fx.Node | None) -> Threshold | None:
+    """By its pieces."""
+    breaks, pieces = f.breaks, f.pieces
+
+    def like(*wanted: tuple[float, float]) -> bool:
+        return len(wanted) == len(pieces) and all(_close(a, b) for w, p in zip(wanted, pieces) for a, b in zip(w, p))
+
+    if len(breaks) == 1:
+        (t,) = breaks
+        if t > 0 or (t < 0 and unit is None and like((0, 0), (1, 0))):
+            for kind, offset in (("positive", -t), ("above", 0.0)):
+                if like((0, 0), (1, offset)):
+                    return Threshold(x, unit, kind, t)
+        return None
+    if not breaks:
+        return None
+    t = breaks[len(breaks) // 2]
+    if len(breaks) == 2 and t > 0 and _close(breaks[0], -t):
+        for kind, offset in (("soft", t), ("hard", 0.0)):
+            if like((1, offset), (0, 0), (1, -offset)):
+                return Threshold(x, unit, kind, t)
+    if len(breaks) == 4 and t > 0 and _close(breaks[1], -t) and _close(breaks[0], -breaks[3]):
+        t2 = breaks[3]
+        slope = t2 / (t2 - t)
+        if like((1, 0), (slope, slope * t), (0, 0), (slope, -slope * t), (1, 0)):
+            return Threshold(x, unit, "firm", t, t2)
+    return None
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b))
+
+
+def _near_miss(f: Piecewise) -> str | None:
+    """Words for something that is 0 in the middle and grows on both sides, and is no threshold."""
+    if len(f.breaks) >= 2 and any(p == (0, 0) for p in f.pieces[1:-1]) and f.pieces[0][0] and f.pieces[-1][0]:
+        return f"0 between {f.breaks[0]:g} and {f.breaks[-1]:g}, and no threshold: not symmetric, or scaled"
+    return None
+
+
+def _not_negative(program: Program, unit: fx.Node | None, found: Threshold) -> bool:
+    return unit is None or nonnegative(program, unit)
+
+
+# ---------------------------------------------------------------------- what happens at t, and for NaN and infinities
+
+
+def what_is_kept(program: Program, root: fx.Node, found: Threshold, leaves: dict[fx.Node, Leaf]) -> str | None:
+    """The ``keep`` with which the operator computes what the graph does, at t and around it, at 0, for NaN and infinities; or None."""
+    unit, x = _samples(program, found)
+    values: dict[fx.Node, Tensor] = {found.x: x}
+    for node, leaf in leaves.items():
+        values[node] = unit * leaf.value if leaf.in_units else torch.tensor(leaf.value, dtype=dtype_of(node))
+    wanted = _computed(root, values)
+    keeps = KEEPS if found.kind in ("hard", "above") else ("nle",)
+    return next((k for k in keeps if _agree(wanted, _shrunk(found, x, unit, k))), None)
+
+
+def _samples(program: Program, found: Threshold) -> tuple[Tensor, Tensor]:
+    """Values of the unit, and of x around the breakpoints, along a new first dimension."""
+    dtype = dtype_of(found.x)
+    unit = torch.ones(())
+    if found.unit is not None:
+        known, shape = program.constant(found.unit), shape_of(found.unit)
+        numbers = torch.tensor([0.0, 0.3, 1.0, 2.5, *([] if nonnegative(program, found.unit) else [-0.7])])
+        drawn = numbers[torch.arange(math.prod(shape)) % len(numbers)].reshape(shape)
+        unit = (drawn if known is None else known).reshape(*[1] * (len(shape_of(found.x)) - len(shape)), *shape)
+    edges = [(unit.double() * v).to(dtype) for v in (found.t, found.t2) if v is not None]
+    fixed = (0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.nan)
+    around = [torch.full_like(edges[0], value) for value in fixed]
+    step = torch.finfo(dtype).eps
+    for edge in edges:
+        for factor in (1.0, 0.5, 1.5, 3.0, 1 + 2 * step, 1 - 2 * step):
+            around += [edge * factor, -edge * factor]
+    return unit.to(dtype), torch.stack(around)
+
+
+def _computed(root: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+    def of(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in values:
+            values[value] = value.target(*map(of, value.args), **value.kwargs)
+        return values[value]
+
+    return of(root)
+
+
+def _shrunk(found: Threshold, x: Tensor, unit: Tensor, keep: str) -> Tensor:
+    t, t2 = ((unit.double() * v).to(x.dtype) if v is not None else None for v in (found.t, found.t2))
+    return SHRINK(x, t, found.kind, keep, t2)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Up to roundings: what is kept or not at t differs by t."""
+    a, b = torch.broadcast_tensors(a, b)
+    few = 4 * torch.finfo(a.dtype).eps
+    largest = float(a.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(a, b, rtol=few, atol=few * largest, equal_nan=True)
+
+
+# ---------------------------------------------------------------------- the rewrite
+
+
+def rewrite(program: Program, root: fx.Node, found: Threshold) -> None:
+    """``root`` as one operator."""
+
+    def scaled(value: float, name: str) -> fx.Node:
+        if found.unit is None:
+            number = torch.tensor(value, dtype=torch.float64)
+            return program.add_constant(number, f"{root.name}_{name}", dtype_of(root), like=root)
+        if value == 1:
+            return found.unit
+        return program.insert_call(root, aten.mul.Tensor, (found.unit, value), like=root)
+
+    extra = () if found.t2 is None else (scaled(found.t2, "t2"),)
+    args = (found.x, scaled(found.t, "t"), found.kind, found.keep, *extra)
+    root.replace_all_uses_with(program.insert_call(root, SHRINK, args, like=root))

@@ -3,6 +3,7 @@
 * no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices, expands and concatenations of one value;
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
+* ``clamp(x, 0)``, ``maximum(x, 0)`` and ``threshold(x, 0, 0)`` become ``relu``;
 * ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
 * what is computed twice from the same values is computed once;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped;
@@ -46,6 +47,7 @@ class Simplify(Pass):
                 compute_once,
                 name_each_part,
                 name_linear,
+                name_relu,
                 spell_out_prelu,
                 name_instance_norm,
                 spell_out_shuffle,
@@ -128,6 +130,27 @@ def name_each_part(program: Program, node: fx.Node) -> str:
         item.replace_all_uses_with(part)
         program.graph.erase_node(item)
     return f"{node.target} written as slices"
+
+
+def name_relu(program: Program, node: fx.Node) -> str:
+    """NaN passes through all of them."""
+
+    def is_zero(value: object) -> bool:
+        known = program.constant(value) if isinstance(value, fx.Node) else None
+        return bool((known == 0).all()) if known is not None else value == 0 and not isinstance(value, (bool, fx.Node))
+
+    x = node.args[0] if node.args else None
+    if node.target in (aten.clamp.default, aten.clamp_min.default):
+        same = is_zero(argument(node, 1, "min")) and argument(node, 2, "max") is None
+    elif node.target is aten.maximum.default:
+        x, other = node.args if is_tensor(node.args[1]) and is_zero(node.args[1]) else node.args[::-1]
+        same = is_zero(other) and shape_of(x) == shape_of(node) and dtype_of(x) == dtype_of(node)
+    else:
+        same = node.target is aten.threshold.default and node.args[1] == node.args[2] == 0
+    if not same or not dtype_of(node).is_floating_point:
+        return ""
+    node.replace_all_uses_with(program.insert_call(node, aten.relu.default, (x,), like=node))
+    return "written as relu"
 
 
 def name_linear(program: Program, node: fx.Node) -> str:

@@ -14,6 +14,7 @@ from thresher.backends.tvm.converters import (  # noqa: F401  (each fills the ta
     products,
     reductions,
     selection,
+    thresholds,
     tokens,
 )
 from thresher.backends.tvm.converters.registry import converter_of

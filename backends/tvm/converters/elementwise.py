@@ -21,7 +21,6 @@ from thresher.backends.tvm.converters.registry import (
     aten,
     cast,
     cpu_kernel,
-    ops,
     result_dtype,
     semantics,
 )
@@ -149,20 +148,6 @@ for _name, _operation in {
     "ge": R.greater_equal,
 }.items():
     SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
-
-
-@semantics(ops.shrink.default)
-def shrink(importer: Importer, node: fx.Node) -> Any:
-    x, t, kind = importer.value(node.args[0]), importer.value(node.args[1]), node.args[2]
-    zero = relax.const(0, result_dtype(node))
-    emit = importer.emit
-    if kind == "soft":
-        return emit(R.subtract(x, emit(R.maximum(emit(R.minimum(x, t)), emit(R.negative(t))))))
-    if kind == "positive":
-        y = emit(R.subtract(x, t))
-        return emit(R.where(emit(R.less(y, zero)), zero, y))
-    size = emit(R.abs(x)) if kind == "hard" else x
-    return emit(R.where(emit(R.greater(size, t)), x, zero))
 
 
 def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) -> Any:

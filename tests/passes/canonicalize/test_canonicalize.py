@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Function
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -19,15 +20,6 @@ from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
 SHRINK, SDPA = torch.ops.thresher.shrink.default, aten.scaled_dot_product_attention.default
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable, *layers: nn.Module):
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs, *self.layers)
 
 
 def canonical(
@@ -209,76 +201,6 @@ def test_multihead_attention_module() -> None:
     assert count(program, SDPA) == 1
     program, _ = canonical(Function(lambda x, a: a(x, x, x, need_weights=False)[0], layer), torch.randn(2, 5, 8))
     assert count(program, SDPA) == 1
-
-
-# ---------------------------------------------------------------------- thresholds
-
-T = 0.4
-THRESHOLDS: dict[str, tuple[str, Callable]] = {
-    "two relu": ("soft", lambda x: F.relu(x - T) - F.relu(-x - T)),
-    "sign": ("soft", lambda x: torch.sign(x) * F.relu(x.abs() - T)),
-    "sign right": ("soft", lambda x: F.relu(x.abs() - T) * torch.sign(x)),
-    "clamp": ("soft", lambda x: x - x.clamp(-T, T)),
-    "softshrink": ("soft", lambda x: F.softshrink(x, T)),
-    "where": ("hard", lambda x: torch.where(x.abs() > T, x, torch.zeros(()))),
-    "where inverse": ("hard", lambda x: torch.where(x.abs() <= T, torch.zeros(()), x)),
-    "gate": ("hard", lambda x: x * (x.abs() > T)),
-    "hardshrink": ("hard", lambda x: F.hardshrink(x, T)),
-    "threshold": ("above", lambda x: F.threshold(x, T, 0.0)),
-    "where above": ("above", lambda x: torch.where(x > T, x, torch.zeros(()))),
-    "gate above": ("above", lambda x: (x > T) * x),
-    "relu shifted": ("positive", lambda x: F.relu(x - T)),
-}
-
-
-@pytest.mark.parametrize("name", sorted(THRESHOLDS))
-def test_threshold_spellings(name: str) -> None:
-    kind, function = THRESHOLDS[name]
-    program, _ = canonical(Function(function), torch.randn(4, 9))
-    (site,) = program.calls(SHRINK)
-    assert site.args[2] == kind and len(list(program.calls())) == 1
-
-
-def test_threshold_per_channel() -> None:
-    theta = nn.Parameter(torch.rand(9))
-
-    class Shrink(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.theta = theta
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(x - self.theta) - F.relu(-x - self.theta)
-
-    program, _ = canonical(Shrink(), torch.randn(4, 9))
-    assert [n.args[2] for n in program.calls()] == ["soft"]
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda x: x - x.clamp(-0.3, 0.4), "not symmetric"),
-        (lambda x: F.threshold(x, 0.2, 7.0), "not 0"),
-        (lambda x: F.relu(x + 0.4) - F.relu(-x + 0.4), None),
-        (lambda x: torch.sign(x) * F.relu(x.abs() - (-0.4)), "negative soft threshold"),
-        (lambda x: F.relu(x - x.mean()), "not constant"),
-    ],
-)
-def test_threshold_near_misses(function: Callable, message: str | None) -> None:
-    program, records = canonical(Function(function), torch.randn(4, 9))
-    assert not any(n.args[2] == "soft" for n in program.calls(SHRINK))
-    if message:
-        assert any(message in n.message for n in records["canonicalize-threshold"].refusals)
-
-
-@pytest.mark.parametrize("kind", ["soft", "hard", "positive", "above"])
-def test_shrink_has_a_gradient_and_a_fake(kind: str) -> None:
-    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    t = torch.full((7,), 0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: SHRINK(a, b, kind), (x, t))
-    assert SHRINK(x.to("meta"), t.to("meta"), kind).shape == (5, 7)
-    with pytest.raises(ValueError, match="unknown kind"):
-        SHRINK(x, t, "sideways")
 
 
 # ---------------------------------------------------------------------- batch norm
