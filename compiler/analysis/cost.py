@@ -61,6 +61,8 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv_transpose3d.input: _transposed,
     aten.scaled_dot_product_attention.default: _attention,
     ops.sparse_attention.default: _attention,
+    ops.sparse_linear.default: _linear,
+    ops.gated_linear.default: _linear,
     ops.conv2d_nhwc.default: _convolution,
     ops.conv3d_ndhwc.default: _convolution,
     ops.conv_transpose2d_nhwc.default: _transposed,

@@ -6,4 +6,5 @@ import thresher.ops.pyramid_lists
 import thresher.ops.select_blocks
 import thresher.ops.shrink
 import thresher.ops.sparse_attention
+import thresher.ops.sparse_linear
 import thresher.ops.tokens  # noqa: F401

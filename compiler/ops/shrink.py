@@ -10,7 +10,7 @@
 ``t`` broadcasts against ``x``: a number, one per channel, or computed in the graph; for ``soft``, ``garrote`` and ``firm`` it is not
 negative. ``t2 > t`` is for ``firm`` alone.
 
-``keep`` says what ``hard``, ``above`` and ``garrote`` keep, since their spellings differ at t, for NaN and for infinities: ``gt`` and ``ge``
+``keep`` says what ``hard``, ``above`` and ``garrote`` keep, since their spellings differ at t, for NaN and infinities: ``gt`` and ``ge``
 what is greater (or equal), and 0 for NaN; ``nle`` and ``nlt`` what is not less or equal (not less), NaN among it; ``xgt`` and ``xge`` are
 products with the comparison, which make NaN of infinities that they drop. All other kinds keep NaN.
 

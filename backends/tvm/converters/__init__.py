@@ -14,6 +14,7 @@ from thresher.backends.tvm.converters import (  # noqa: F401  (each fills the ta
     products,
     reductions,
     selection,
+    sparse_linear,
     thresholds,
     tokens,
 )

@@ -46,6 +46,12 @@ def store(target: Any, value: Any, *place: Any) -> None:
     T.buffer_store(target, value, list(place))
 
 
+def prefetch(source: Any, *place: Any) -> None:
+    """Fetch the line of an element into the caches."""
+    address = tirx.address_of(source[tuple(place)])
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, i32(0), i32(3), i32(1)))
+
+
 def broadcast(place: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, ...]:
     """The index of an element where dimensions of size 1 stand for all."""
     return tuple(i if int(size) > 1 else i64(0) for i, size in zip(place, shape))
