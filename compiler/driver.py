@@ -23,6 +23,7 @@ from thresher.budget import Budget
 from thresher.calibration import Calibration
 from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
+from thresher.crossover import Crossover, Layer, estimated, measure, record, recorded
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
 from thresher.machine_speed import WORKLOAD
 from thresher.masks import Masks, apply_masks
@@ -219,7 +220,8 @@ class _Build:
         self.model, self.args, self.kwargs, self.target, self.step = model, args, kwargs, target, step
         self.backend = find_backend(backend)
         self.records = Records(tune.records if isinstance(tune, Tune) else None)
-        plans = {} if tune == "never" else known_plans(self.backend, target, self.records)
+        self.recording = tune != "never"
+        plans = known_plans(self.backend, target, self.records) if self.recording else {}
         self.how = Lowering(strict_rounding, plans, library, step)
         if (
             isinstance(tune, Tune)
@@ -271,10 +273,24 @@ class _Build:
         program = self.rewritten
         if self.backend.name == "tvm":
             manager = PassManager(pipelines.specialize, "off")
-            program = manager.run(program, Context(self.target, self.step, self.machine)).rounded()
+            context = Context(self.target, self.step, self.machine, self.calibration, crossovers=self.crossover)
+            program = manager.run(program, context).rounded()
         self.specialized = program
         self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
         self._timed("lower", start)
+
+    def crossover(self, layer: Layer) -> Crossover:
+        """What a layer takes dense and skipping zeros: on record, else measured, if that can be done here, and put on record."""
+        found = recorded(layer, self.how.records)
+        if found is not None or not self.runnable:
+            return found or estimated(layer, self.machine)
+        self.step(f"measuring {layer.workload}")
+        found = measure(self.backend, self.target, layer)
+        made = record(layer, found, self.backend.fingerprint(self.target))
+        if self.recording:
+            self.records.put([made])
+        self.how = replace(self.how, records={**self.how.records, made.workload: made.plan})
+        return found
 
     def keep_approximation_if_faster(self) -> None:
         """Nobody wants an error that buys nothing."""
@@ -447,6 +463,7 @@ class _Build:
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             library=list(self.lowered.library), approximation=self.approximation,
+            sparsity=self.specialized.notes.get("sparsity", []),
             spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
             attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},

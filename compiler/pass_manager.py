@@ -25,6 +25,7 @@ from torch import fx
 
 from thresher.analysis.cost import Machine, machine_of
 from thresher.calibration import Calibration
+from thresher.crossover import Crossover, Layer, estimated
 from thresher.errors import PassError, ProgramError, ThresherError
 from thresher.program import Program, module_path, source_line
 from thresher.validation import EXACT_TOLERANCE, Divergence, Observed, compare_programs, observe
@@ -56,16 +57,21 @@ class PassResult:
 @dataclass
 class Context:
     """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one.
-    ``calibration`` is there for approximate passes, and ``share``: the part of the budget that may be spent after this one."""
+    ``calibration`` is there for approximate passes, and ``share``: the part of the budget that may be spent after this one.
+    ``crossovers``: what a layer takes dense and skipping zeros; default: estimated."""
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
     machine: Machine = None  # type: ignore[assignment]
     calibration: Calibration | None = None
     share: float = 1.0
+    crossovers: Callable[[Layer], Crossover] | None = None
 
     def __post_init__(self) -> None:
         self.machine = self.machine or machine_of(self.target)
+
+    def crossover(self, layer: Layer) -> Crossover:
+        return estimated(layer, self.machine) if self.crossovers is None else self.crossovers(layer)
 
 
 @dataclass(frozen=True)

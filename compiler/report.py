@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Report:
     )  # (module, what it is) of every attention that was found
     approximation: dict[str, float] = field(default_factory=dict)  # milliseconds of the exact and the approximate model
     spent: list[Spent] = field(default_factory=list)  # what approximate passes spent of the budget
+    #: Layers that meet zeros: module, kind, and the numbers of ``passes.sparsity.skip_zeros.Skipped``.
+    sparsity: list[dict[str, Any]] = field(default_factory=list)
     library: list[str] = field(default_factory=list)  # nodes that torch computes, where that was measured as faster
     estimate: float = 0.0  # milliseconds of a run, by the cost model that the passes decide with
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
@@ -144,9 +147,12 @@ class Report:
             )
         console.print(checks)
         if self.spent:
-            console.print(_ledger_table(self.spent))
+            rows = list(map(_ledger_row, self.spent))
+            console.print(_table("error ledger (held-out samples)", LEDGER_COLUMNS, rows))
             for one, words in ((s, w) for s in self.spent for w in s.checks):
                 console.print(f"{one.name}: {words}")
+        if self.sparsity:
+            console.print(_table("zeros", SPARSITY_COLUMNS, list(map(_sparsity_row, self.sparsity))))
         if self.memory:
             parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
             console.print(f"memory: {parts}")
@@ -180,6 +186,7 @@ class Report:
             if self.spent
             else "",
             *map(_html_changes, self.spent),
+            _html_table("Zeros", SPARSITY_COLUMNS, list(map(_sparsity_row, self.sparsity))) if self.sparsity else "",
             _html_table("Attention", ("module", "what it is"), self.attention) if self.attention else "",
             _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
             _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
@@ -236,14 +243,39 @@ def _ledger_row(spent: Spent) -> tuple:
     return spent.name, str(len(spent.changes)), *errors
 
 
-def _ledger_table(spent: list[Spent]) -> Any:
+SPARSITY_COLUMNS = (
+    "layer",
+    "zeros of",
+    "not 0",
+    "arithmetic saved",
+    "dense, ms",
+    "skipping, ms",
+    "dense is faster from",
+    "",
+)
+
+
+def _sparsity_row(line: dict[str, Any]) -> tuple:
+    times = (f"{line[k]:.3f}" + ("" if line["measured"] else " (estimated)") for k in ("dense", "sparse"))
+    parts = (f"{100 * line[k]:.1f} %" for k in ("nonzero", "saved"))
+    return (
+        line["module"],
+        line["kind"],
+        *parts,
+        *times,
+        f"{100 * line['crossover']:.0f} %",
+        "skips" if line["chosen"] else "dense",
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple]) -> Any:
     from rich.table import Table
 
-    table = Table(title="error ledger (held-out samples)", title_justify="left")
-    for column in LEDGER_COLUMNS:
-        table.add_column(column, justify="left" if column == LEDGER_COLUMNS[0] else "right")
-    for one in spent:
-        table.add_row(*_ledger_row(one))
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

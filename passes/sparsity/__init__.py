@@ -1,0 +1,1 @@
+"""Zeros among activations and weights."""

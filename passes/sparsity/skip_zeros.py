@@ -1,0 +1,127 @@
+"""Linear layers skip the zeros that they meet, where that is faster.
+
+    linear(x)            -> thresher::sparse_linear(x)                 zeros of x: behind relu, thresholds, top-k
+    gate * linear(x)     -> thresher::gated_linear(x, gate)            zeros of the gate
+
+The function stays what it is. How many zeros there are is measured on calibration samples, or on the example where there are none; what
+that saves is measured, too (``thresher.crossover``). The kernels look at the zeros of every call; a density that turns out larger costs
+little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from thresher.analysis.cost import constant_bytes
+from thresher.analysis.rows.base import argument
+from thresher.crossover import CACHED, Crossover, Layer
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.sparsity.densities import Density, Site, densities, sites_of
+from thresher.program import Program, module_path, shape_of
+
+aten, ops = torch.ops.aten, torch.ops.thresher
+MOST = 0.95  # of all elements: what has fewer zeros is not looked at
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """For the report: a layer that meets zeros, what part of its elements is not 0, what part of its arithmetic is left out, what it takes
+    dense and skipping (milliseconds, measured or estimated), and from which density on dense is faster."""
+
+    module: str
+    kind: str
+    nonzero: float
+    saved: float
+    dense: float
+    sparse: float
+    crossover: float
+    measured: bool
+    chosen: bool
+
+
+@register_pass
+@dataclass(frozen=True)
+class SkipZeros(Pass):
+    """Skip the zeros that linear layers meet, where that is faster."""
+
+    name: ClassVar[str] = "skip-zeros"
+    target_ops: ClassVar[tuple] = (aten.linear.default,)
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        if context.target.startswith("cuda"):
+            return PassResult(program, [], [Note("", "", "GPUs have no kernel that skips zeros of activations")])
+        work = program.clone()
+        sites = sites_of(work)
+        calibration = context.calibration
+        samples = [list(work.probe)] if calibration is None else calibration.choosing[:SAMPLES]
+        found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
+        cold = constant_bytes(work) > CACHED
+        judged = [Judged(s, d, context.crossover(_layer(s, cold))) for s, d in found.items()]
+        notes, lines, done = [], [], set()
+        for one in sorted(judged, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
+            chosen = one.gain > 0 and one.site.linear not in done
+            lines.append(one.line(chosen))
+            if chosen:
+                done.add(one.site.linear)
+                notes.append(Note.at(one.site.linear, one.words()))
+                _rewrite(work, one.site)
+        if not notes:
+            return PassResult(program)
+        work.notes["sparsity"] = [asdict(line) for line in lines]
+        return PassResult(work.clean(), notes)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A site, its zeros, and what it takes with and without them."""
+
+    site: Site
+    density: Density
+    times: Crossover
+
+    @property
+    def sparse(self) -> float:
+        return self.times.at(self.density.listed)
+
+    @property
+    def gain(self) -> float:
+        """Seconds."""
+        return self.times.dense - self.sparse
+
+    def line(self, chosen: bool) -> Skipped:
+        d, t = self.density, self.times
+        milliseconds = 1e3 * t.dense, 1e3 * self.sparse
+        where = module_path(self.site.linear)
+        return Skipped(where, self.site.kind, d.nonzero, 1 - d.listed, *milliseconds, t.density, t.measured, chosen)
+
+    def words(self) -> str:
+        what = "its input" if self.site.gate is None else "what its output is multiplied with"
+        how = "measured" if self.times.measured else "estimated"
+        return (
+            f"zeros of {what} are skipped: {100 * self.density.nonzero:.1f} % are not 0, {100 * (1 - self.density.listed):.0f} % of the "
+            f"arithmetic is left out, {1e3 * self.sparse:.3f} ms instead of {1e3 * self.times.dense:.3f} ms ({how})"
+        )
+
+
+def _layer(site: Site, cold: bool) -> Layer:
+    outputs, inputs = (int(d) for d in shape_of(site.linear.args[1]))
+    return Layer(site.kind, site.rows, inputs, outputs, cold)
+
+
+def _rewrite(program: Program, site: Site) -> None:
+    node = site.linear
+    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+
+    def insert(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        return program.insert_call(before, target, args, like=node)
+
+    if site.product is None:
+        node.replace_all_uses_with(insert(node, ops.sparse_linear.default, x, weight, bias))
+    else:
+        product = site.product
+        product.replace_all_uses_with(insert(product, ops.gated_linear.default, x, weight, bias, site.gate))

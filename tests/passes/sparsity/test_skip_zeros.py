@@ -1,0 +1,141 @@
+"""Linear layers that meet zeros: which are found, when they skip, and that nothing changes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Function
+from torch import Tensor, nn
+
+import thresher
+from thresher.analysis.cost import machine_of
+from thresher.backends.base import find_backend
+from thresher.capture import capture
+from thresher.crossover import Crossover, Layer, estimated, measure, record, recorded
+from thresher.pass_manager import Context, PassManager
+from thresher.passes.sparsity.densities import densities, listed, sites_of
+from thresher.passes.sparsity.skip_zeros import SkipZeros
+from thresher.program import Program
+from thresher.validation import compare
+
+ops = torch.ops.thresher
+
+
+class FFN(nn.Module):
+    """relu(x U) D, or relu(x G) * (x U) D, most of it closed by its bias."""
+
+    def __init__(self, gated: bool, closed: float = -2.5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(32, 256), nn.Linear(256, 32)
+        self.gate = nn.Linear(32, 256) if gated else None
+        with torch.no_grad():
+            (self.gate or self.up).weight *= 3
+            (self.gate or self.up).bias += closed
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu() if self.gate is None else self.gate(x).relu() * self.up(x)
+        return self.down(hidden)
+
+
+def free(layer: Layer, overhead: float = 0.0) -> Crossover:
+    """Skipping takes what is left."""
+    return Crossover(1.0, (0.01 + overhead, 1.0 + overhead), (0.01, 1.0))
+
+
+def skipped(model: nn.Module, x: Tensor, crossover=free) -> tuple[Program, list]:
+    program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
+    manager = PassManager([SkipZeros()])
+    return manager.run(program, Context(crossovers=crossover)), manager.records[0].rewrites
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 30])
+def test_relu_layers_skip_their_zeros(rows: int) -> None:
+    model, x = FFN(False), rand(rows, 32)
+    program, notes = skipped(model, x)
+    assert [n.target for n in program.calls()].count(ops.sparse_linear.default) == 1 and len(notes) == 1
+    (line,) = program.notes["sparsity"]
+    hidden = model.up(x).relu()
+    assert line["nonzero"] == pytest.approx(float((hidden != 0).double().mean())) and line["module"] == "down"
+    assert line["saved"] == pytest.approx(1 - listed(hidden)) and line["chosen"]
+    compiled = thresher.compile(model, (x,))
+    assert not compare([model(x)], [compiled(x)]).exceeds(1e-5)
+
+
+def test_gates_close_layers() -> None:
+    model, x = FFN(True), rand(3, 32)
+    program, _ = skipped(model, x)
+    targets = [n.target for n in program.calls()]
+    assert targets.count(ops.gated_linear.default) == targets.count(ops.sparse_linear.default) == 1
+    assert {line["kind"] for line in program.notes["sparsity"]} == {"gate", "input"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, layer: layer(F.hardshrink(x, 2.0)),
+        lambda x, layer: layer(x * (x.abs() >= x.abs().topk(4, -1).values[..., -1:])),
+        lambda x, layer: layer(F.relu(x - 1.0).square()),
+        lambda x, layer: layer(torch.where(x > 1.5, x, 0.0).reshape(2, 2, 32)),
+    ],
+)
+def test_whatever_makes_zeros(function) -> None:
+    _, notes = skipped(Function(function, nn.Linear(32, 8)), rand(4, 32))
+    assert len(notes) == 1 and "are not 0" in notes[0].message
+
+
+def test_when_it_stays_dense() -> None:
+    x = rand(4, 32)
+    assert not skipped(FFN(False, closed=4.0), x)[1]  # nearly nothing is 0
+    assert not skipped(FFN(False), x, partial(free, overhead=1.0))[1]  # skipping is slow
+    model = FFN(False)
+    with torch.no_grad():
+        model.down.weight[0, 0] = math.inf  # 0 times infinity is no 0
+    assert not skipped(model, x)[1]
+
+
+def test_tiles_share_a_list() -> None:
+    x = torch.zeros(14, 10)
+    x[0, 0] = x[6, 1] = x[7, 2] = x[13, 2] = 1
+    assert listed(x) == pytest.approx((0.2 + 0.1) / 2) and listed(x[:8]) == pytest.approx(0.3)
+    program = capture(Function(lambda x, layer: layer(x), nn.Linear(10, 3)), (x,))
+    (density,) = densities(program, sites_of(program), [[x], [x * 0]]).values()
+    assert density.nonzero == pytest.approx(4 / 140 / 2) and density.listed == pytest.approx(0.075)
+
+
+def test_crossovers_are_measured_and_remembered() -> None:
+    layer = Layer("input", 1, 512, 256, cold=False)
+    found = measure(find_backend("tvm"), "cpu", layer)
+    assert found.measured and len(found.sparse) == len(found.densities) and min(found.dense, *found.sparse) > 0
+    made = record(layer, found, "here")
+    assert recorded(layer, {made.workload: made.plan}) == found
+    assert recorded(layer, {made.workload: "{}"}) is None and recorded(layer, {}) is None
+    assert measure(find_backend("tvm"), "cpu", Layer("gate", 2, 64, 64, cold=True)).measured
+
+
+def test_between_what_was_measured() -> None:
+    times = Crossover(2.0, (0.5, 1.5, 4.5), (0.0, 0.5, 1.0))
+    assert times.at(0.25) == pytest.approx(1.0) and times.at(0.75) == pytest.approx(3.0) and times.at(1.0) == 4.5
+    assert times.density == pytest.approx(0.59, abs=0.011)
+    guess = estimated(Layer("input", 1, 1024, 1024, True), machine_of("cpu"))
+    assert guess.at(0.1) < guess.dense < guess.at(1.0) and not guess.measured
+    assert estimated(Layer("gate", 64, 64, 64, True), machine_of("cpu")).density <= 0.01
+
+
+def test_builds_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("thresher.driver.measure", lambda *a: calls.append(a[2]) or free(a[2]))
+    model, x = FFN(False), rand(2, 32)
+    compiled = thresher.compile(model, (x,))
+    again = thresher.compile(model, (x,))
+    assert [layer.workload for layer in calls] == ["skip zeros/input/2x256x32/hot"]
+    assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0]["chosen"]
+    assert "not 0" in str(compiled.report) and "down" in compiled.report.to_html()
