@@ -157,10 +157,10 @@ def first_divergence(before: Program, after: Program, tolerance: float) -> fx.No
 # ---------------------------------------------------------------------- choices that rounding makes
 
 aten, ops = torch.ops.aten, torch.ops.thresher
-#: Operators whose result jumps: who is first, who merges with whom, what is looked at.
+#: Operators whose result jumps: who is first, who merges with whom, what is looked at, what is kept.
 CHOICES = (
     aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
-    ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default,
+    ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default, ops.shrink.default,
 )  # fmt: skip
 NUDGE = 1e-5  # of every input, as a part of itself: more than rounding does
 
@@ -183,7 +183,7 @@ def _choices(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -
     def keep(node: fx.Node, value: Any) -> None:
         if node.target in CHOICES:
             results = value if isinstance(value, (tuple, list)) else [value]
-            found[node] = torch.cat([r.flatten() for r in results if not r.is_floating_point()])
+            found[node] = torch.cat([(r != 0 if r.is_floating_point() else r).flatten() for r in results])
 
     program.run(*flat, dtype=dtype, watch=keep)
     return found

@@ -19,6 +19,7 @@ from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
 from thresher.passes.layers.drop_sublayers import DropSublayers
 from thresher.passes.sparsity.skip_zeros import SkipZeros
+from thresher.passes.sparsity.threshold_activations import ThresholdActivations
 from thresher.passes.specialize.channels_last import ChannelsLast
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
 
@@ -54,6 +55,7 @@ approximate = (
     SparseAttention(),  # heads look at fewer blocks of keys
     PyramidAttention(),  # near keys, and means of the others, where all are looked at yet
     SkipSmallWeights(),  # weights that turn out small
+    ThresholdActivations(),  # small activations are 0, where zeros are skipped
 )
 
 #: Nothing but the capture.

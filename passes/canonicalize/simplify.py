@@ -4,6 +4,7 @@
 * ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
 * ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
 * ``clamp(x, 0)``, ``maximum(x, 0)`` and ``threshold(x, 0, 0)`` become ``relu``;
+* the last of the k largest, ``topk(x, k).values[..., -1:]``, becomes ``thresher::kth_largest``;
 * ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
 * what is computed twice from the same values is computed once;
 * an additive attention mask that is all 0, or a boolean one that is all True, is dropped;
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +50,7 @@ class Simplify(Pass):
                 name_each_part,
                 name_linear,
                 name_relu,
+                name_kth_largest,
                 spell_out_prelu,
                 name_instance_norm,
                 spell_out_shuffle,
@@ -151,6 +154,29 @@ def name_relu(program: Program, node: fx.Node) -> str:
         return ""
     node.replace_all_uses_with(program.insert_call(node, aten.relu.default, (x,), like=node))
     return "written as relu"
+
+
+def name_kth_largest(program: Program, node: fx.Node) -> str:
+    """Nothing else of the k largest is asked for here."""
+    if (
+        node.target is not aten.slice.Tensor
+        or not is_tensor(node.args[0])
+        or node.args[0].target is not operator.getitem
+    ):
+        return ""
+    found, index = node.args[0].args
+    if found.target is not aten.topk.default or index != 0 or not argument(found, 3, "largest", True):
+        return ""
+    x, k = found.args[:2]
+    last = len(shape_of(x)) - 1
+    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    start = start + k if start is not None and start < 0 else start
+    if argument(found, 2, "dim", -1) % (last + 1) != last or node.args[1] % (last + 1) != last:
+        return ""
+    if start != k - 1 or (end is not None and 0 <= end < k) or step != 1:
+        return ""
+    node.replace_all_uses_with(program.insert_call(node, torch.ops.thresher.kth_largest.default, (x, k), like=node))
+    return "the last of the largest: written as thresher::kth_largest"
 
 
 def name_linear(program: Program, node: fx.Node) -> str:

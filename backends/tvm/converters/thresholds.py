@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import fx
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
 from thresher.analysis.rows.base import argument
-from thresher.backends.tvm.converters.registry import R, cast, ops, result_dtype, semantics, sizes
+from thresher.backends.tvm.converters.registry import R, cast, cpu_kernel, ops, result_dtype, semantics, sizes
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.kernels import kth_largest as kth
 from thresher.program import shape_of
 
 #: (size, t, kept, zero) -> the element, by ``keep``. The comparison stays as it is: its opposite is another one for NaN.
@@ -108,3 +111,24 @@ def group_shrink(importer: Importer, node: fx.Node) -> Any:
         return te.compute(x.shape, element, name="T_group_shrink")
 
     return importer.emit_te("group_shrink", compute, x, size, t)
+
+
+@semantics(ops.kth_largest.default)
+def kth_largest(importer: Importer, node: fx.Node) -> Any:
+    """The last of the k largest."""
+    x, k = importer.value(node.args[0]), node.args[1]
+    found = importer.emit(R.topk(x, k, -1, "values", True))
+    return importer.emit(R.strided_slice(found, [-1], [k - 1], [k]))
+
+
+@cpu_kernel(ops.kth_largest.default)
+def kth_largest_kernel(importer: Importer, node: fx.Node) -> Any:
+    """By bits, row by row."""
+    *lead, size = sizes(node.args[0])
+    rows = math.prod(lead)
+    function = kth.kernel(rows, size, importer.cpu.lanes)
+    x = importer.emit(R.reshape(importer.value(node.args[0]), [rows, size]))
+    k = relax.const(np.array([node.args[1]], np.int32))
+    target = importer.builder.add_func(function, "kth_largest")
+    out = importer.emit(relax.call_tir(target, [x, k], relax.TensorType([rows], "float32")))
+    return importer.emit(R.reshape(out, [*lead, 1]))
