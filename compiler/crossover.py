@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from thresher.backends.base import Backend
 
 ops = torch.ops.thresher
-Kind = Literal["input", "gate"]
+Kind = Literal["input", "gate", "rows", "panels", "runs"]
+PRUNED = ("rows", "panels", "runs")
+WIDE, RUN = 32, 16  # outputs of a panel, inputs of a run
 DENSITIES = (0.01, 0.1, 0.3, 0.6, 1.0)
 ROUNDS = 7
 FLUSH = 64 << 20  # bytes that are written to empty the caches
@@ -34,7 +37,8 @@ FEW = 8  # rows for which skipping saves memory in order
 
 @dataclass(frozen=True)
 class Layer:
-    """``kind``: whether zeros of the input are skipped, or outputs that a gate closes."""
+    """``kind``: whether zeros of the input are skipped, outputs that a gate closes, or zeros of the weight, by the layout in which it is
+    kept (``thresher.ops.pruned_linear``)."""
 
     kind: Kind
     rows: int
@@ -85,9 +89,10 @@ def estimated(layer: Layer, machine: Machine) -> Crossover:
     weights = 4.0 * layer.inputs * layer.outputs
     arithmetic = 2.0 * layer.rows * layer.inputs * layer.outputs / machine.flops
     dense = max(weights / machine.bandwidth, arithmetic) + machine.launch
-    if layer.kind == "gate" and layer.rows > FEW:
+    if layer.kind == "gate" and layer.rows > FEW:  # it has no kernel
         return Crossover(dense, (dense,) * len(DENSITIES), measured=False)
-    return Crossover(dense, tuple(1.1 * d * dense + 2 * machine.launch for d in DENSITIES), measured=False)
+    slower = {"rows": 2.5, "runs": 1.5}.get(layer.kind, 1.1)  # per element that counts
+    return Crossover(dense, tuple(slower * d * dense + 2 * machine.launch for d in DENSITIES), measured=False)
 
 
 class _Dense(nn.Module):
@@ -96,27 +101,43 @@ class _Dense(nn.Module):
         self.kind, self.layer = layer.kind, nn.Linear(layer.inputs, layer.outputs, bias=False)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self.layer(x) if self.kind == "input" else gate * self.layer(x)
+        return gate * self.layer(x) if self.kind == "gate" else self.layer(x)
 
 
 class _Sparse(_Dense):
+    """``density`` of the weight stay, in blocks of the layout."""
+
+    def __init__(self, layer: Layer, density: float = 1.0):
+        super().__init__(layer)
+        high, wide = {"panels": (WIDE, 1), "runs": (1, RUN)}.get(layer.kind, (1, 1))
+        blocks = torch.rand(-(-layer.outputs // high), -(-layer.inputs // wide)) < density
+        mask = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)[: layer.outputs, : layer.inputs]
+        with torch.no_grad():
+            self.layer.weight *= mask
+
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         weight = self.layer.weight
-        return ops.sparse_linear(x, weight) if self.kind == "input" else ops.gated_linear(x, weight, None, gate)
+        if self.kind == "gate":
+            return ops.gated_linear(x, weight, None, gate)
+        return ops.sparse_linear(x, weight) if self.kind == "input" else ops.pruned_linear(x, weight, None, self.kind)
 
 
 def measure(backend: Backend, target: str, layer: Layer) -> Crossover:
     """In turn, medians."""
     generator = torch.Generator().manual_seed(0)
     x, gate = (torch.randn(layer.rows, n, generator=generator) for n in (layer.inputs, layer.outputs))
-    dense, sparse = (
-        backend.lower(capture(module(layer).eval(), (x, gate)).rounded(), target) for module in (_Dense, _Sparse)
-    )
-    calls: dict[float | None, Callable[[], object]] = {None: lambda: dense.run([x, gate])}
-    for density in DENSITIES:
-        kept = [v * (torch.rand(v.shape[1], generator=generator) < density) for v in (x, gate)]
-        inputs = [kept[0], gate] if layer.kind == "input" else [x, kept[1]]
-        calls[density] = lambda inputs=inputs: sparse.run(inputs)  # type: ignore[misc]
+
+    def lowered(module: nn.Module) -> Callable[[list[Tensor]], object]:
+        return backend.lower(capture(module.eval(), (x, gate)).rounded(), target).run
+
+    calls: dict[float | None, Callable[[], object]] = {None: partial(lowered(_Dense(layer)), [x, gate])}
+    if layer.kind in PRUNED:
+        calls |= {d: partial(lowered(_Sparse(layer, d)), [x, gate]) for d in DENSITIES}
+    else:
+        skipping = lowered(_Sparse(layer))
+        for d in DENSITIES:
+            left = [v * (torch.rand(v.shape[1], generator=generator) < d) for v in (x, gate)]
+            calls[d] = partial(skipping, [left[0], gate] if layer.kind == "input" else [x, left[1]])
     took: dict[float | None, list[float]] = {name: [] for name in calls}
     rubbish = torch.zeros(FLUSH // 4 if layer.cold else 1)
     for _ in range(ROUNDS):

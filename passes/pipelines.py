@@ -18,6 +18,7 @@ from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
 from thresher.passes.layers.drop_sublayers import DropSublayers
+from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights
 from thresher.passes.sparsity.skip_zeros import SkipZeros
 from thresher.passes.sparsity.threshold_activations import ThresholdActivations
 from thresher.passes.specialize.channels_last import ChannelsLast
@@ -62,6 +63,6 @@ approximate = (
 none = ()
 
 #: The form that TVM's kernels run best; the driver appends it for that backend.
-specialize = (Simplify(), SkipZeros(), ChannelsLast())
+specialize = (Simplify(), SkipPrunedWeights(), SkipZeros(), ChannelsLast())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "approximate": approximate, "none": none}

@@ -63,6 +63,7 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
     ops.sparse_attention.default: _attention,
     ops.sparse_linear.default: _linear,
     ops.gated_linear.default: _linear,
+    ops.pruned_linear.default: _linear,
     ops.conv2d_nhwc.default: _convolution,
     ops.conv3d_ndhwc.default: _convolution,
     ops.conv_transpose2d_nhwc.default: _transposed,

@@ -3,6 +3,7 @@
 import thresher.ops.channels_last
 import thresher.ops.kth_largest
 import thresher.ops.norms
+import thresher.ops.pruned_linear
 import thresher.ops.pyramid_lists
 import thresher.ops.select_blocks
 import thresher.ops.shrink

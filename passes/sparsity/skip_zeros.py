@@ -72,7 +72,7 @@ class SkipZeros(Pass):
                 _rewrite(work, one.site)
         if not notes:
             return PassResult(program)
-        work.notes["sparsity"] = [asdict(line) for line in lines]
+        work.notes["sparsity"] = [*work.notes.get("sparsity", []), *map(asdict, lines)]
         return PassResult(work.clean(), notes)
 
 

@@ -17,6 +17,7 @@ from thresher.backends.tvm.converters.registry import R, aten, cpu_kernel, ops, 
 from thresher.backends.tvm.converters.thresholds import element
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import elementwise, gemm
+from thresher.backends.tvm.kernels import pruned_linear as pruned
 from thresher.backends.tvm.kernels import sparse_linear as kernels
 from thresher.program import dtype_of, is_tensor, shape_of
 
@@ -158,3 +159,28 @@ def gated_linear_kernel(importer: Importer, node: fx.Node) -> Any:
     stored = importer.weight(np.ascontiguousarray(importer.array(weight)), (weight, "as it is"))
     inputs = [_flat(importer, x, [m, k]), stored, *([] if bias is None else [importer.value(bias)])]
     return _call(importer, function, [*inputs, _flat(importer, gate, [m, n])], [m, n], sizes(node))
+
+
+@semantics(ops.pruned_linear.default)
+def pruned_linear(importer: Importer, node: fx.Node) -> Any:
+    """Dense where there is no kernel."""
+    return linear(importer, node)
+
+
+@cpu_kernel(ops.pruned_linear.default)
+def pruned_linear_kernel(importer: Importer, node: fx.Node) -> Any:
+    """The weight packed by its layout; runs are for one row."""
+    x, weight, bias, layout = node.args
+    if not importer.is_constant(weight):
+        return linear(importer, node)
+    (n, k), m, machine = sizes(weight), math.prod(sizes(x)[:-1]), importer.cpu
+    layout = "rows" if layout == "runs" and m > 1 else layout
+    epilogue = epilogue_of(importer, node, bias, m, n)
+    packed = pruned.pack(importer.array(weight), layout, machine)
+    stored = [importer.weight(a, (weight, layout, i)) for i, a in enumerate(packed.arrays)]
+    problem = kernels.Problem(m, k, n, epilogue.operands())
+    function = pruned.kernel(problem, packed, layout, machine, epilogue.finish)
+    out = _call(importer, function, [_flat(importer, x, [m, k]), *stored, *epilogue.more], [m, n], sizes(node))
+    for absorbed in epilogue.nodes:
+        importer.env[absorbed] = out
+    return out

@@ -1,0 +1,113 @@
+"""Pruned weights: which structure is seen, which layout is taken, and when it stays dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import thresher
+from thresher.analysis.cost import machine_of
+from thresher.backends.base import find_backend
+from thresher.capture import capture
+from thresher.crossover import Crossover, Layer, estimated, measure
+from thresher.pass_manager import Context, PassManager, PassRecord
+from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights, pattern_of, stored
+from thresher.program import Program
+from thresher.validation import compare
+
+ops = torch.ops.thresher
+
+
+def blocks(high: int, wide: int, density: float, n: int = 128, k: int = 96) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(n // high, k // wide, generator=generator) < density
+    return torch.randn(n, k, generator=generator) * mask.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+
+
+def two_of_four(n: int = 128, k: int = 96) -> Tensor:
+    weight = torch.randn(n, k // 4, 4, generator=torch.Generator().manual_seed(0))
+    return (weight * (weight.abs() >= weight.abs().topk(2, -1).values[..., -1:])).reshape(n, k)
+
+
+def layers(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def by_density(layer: Layer) -> Crossover:
+    """Rows are twice as dear as panels, runs in between."""
+    cost = {"rows": 2.0, "panels": 1.0, "runs": 1.5}.get(layer.kind, 9.0)
+    return Crossover(1.0, (0.0, cost), (0.0, 1.0))
+
+
+def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord]:
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    manager = PassManager([SkipPrunedWeights()])
+    program = manager.run(capture(layers(weight).eval(), (x,)), Context(crossovers=by_density))
+    return program, manager.records[0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (blocks(32, 32, 0.2), "blocks of 32 x 32"),
+        (blocks(16, 1, 0.1), "blocks of 16 x 1"),
+        (blocks(1, 16, 0.1), "blocks of 1 x 16"),
+        (blocks(4, 4, 0.3), "blocks of 4 x 4"),
+        (two_of_four(), "2:4"),
+        (blocks(1, 1, 0.1), "scattered"),
+    ],
+)
+def test_patterns_are_seen(weight: Tensor, words: str) -> None:
+    assert pattern_of(weight) == words
+
+
+@pytest.mark.parametrize(
+    ("weight", "rows", "layout"),
+    [
+        (blocks(32, 32, 0.2), 4, "panels"),
+        (blocks(32, 1, 0.2), 1, "panels"),
+        (blocks(1, 1, 0.1), 4, "rows"),
+        (blocks(1, 16, 0.1), 1, "runs"),
+        (blocks(1, 16, 0.1), 4, "rows"),
+    ],
+)
+def test_the_fastest_layout_is_taken(weight: Tensor, rows: int, layout: str) -> None:
+    program, record = run(weight, rows)
+    (node,) = program.calls(ops.pruned_linear.default)
+    assert node.args[3] == layout and f"kept by {layout}" in record.rewrites[0].message
+    assert program.notes["sparsity"][0]["chosen"]
+
+
+def test_it_stays_dense_where_that_is_faster() -> None:
+    program, record = run(blocks(1, 1, 0.6))
+    assert not list(program.calls(ops.pruned_linear.default)) and "dense is faster" in record.refusals[0].message
+    assert run(blocks(1, 1, 0.9))[1].refusals == []  # too few zeros to speak of
+    assert stored(blocks(1, 16, 0.1), 1)["runs"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_pruned_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn.utils.prune, end to end; what is stored is what is left."""
+    monkeypatch.setattr("thresher.driver.measure", lambda backend, target, layer: by_density(layer))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.9)
+    x = torch.randn(5, 64)
+    compiled = thresher.compile(model, (x,))
+    assert not compare([model(x)], [compiled(x)]).exceeds(1e-5)
+    assert [line["kind"] for line in compiled.report.sparsity if line["chosen"]] == ["weight (scattered)"] * 2
+    dense = 4 * 2 * 64 * 256
+    assert compiled.report.memory["weights"] < 0.35 * dense
+
+
+def test_layouts_are_measured() -> None:
+    layer = Layer("panels", 4, 128, 128, cold=False)
+    found = measure(find_backend("tvm"), "cpu", layer)
+    assert found.measured and found.dense > 0
+    guess = estimated(Layer("rows", 64, 256, 256, False), machine_of("cpu"))
+    assert guess.at(0.1) < guess.dense < guess.at(0.6)
