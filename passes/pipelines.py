@@ -9,6 +9,7 @@ from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.passes.attention.sparse_attention import SparseAttention
 from thresher.passes.canonicalize.canonicalize_attention import CanonicalizeAttention
 from thresher.passes.canonicalize.canonicalize_threshold import CanonicalizeThreshold
+from thresher.passes.canonicalize.complex_numbers import ComplexNumbers
 from thresher.passes.canonicalize.evaluate_constants import EvaluateConstants
 from thresher.passes.canonicalize.share_key_heads import ShareKeyHeads
 from thresher.passes.canonicalize.simplify import Simplify
@@ -27,6 +28,7 @@ from thresher.passes.tokens.reduce_tokens import ReduceTokens
 #: One spelling for each thing.
 canonicalize = (
     EvaluateConstants(),  # masks, parametrizations, position grids
+    ComplexNumbers(),  # pairs of real numbers; Fourier transforms are products
     Simplify(),  # no-ops, split -> slice, x @ W -> linear
     CanonicalizeAttention(),  # matmul-softmax-matmul -> one site
     EvaluateConstants(),  # masks that were regrouped for it

@@ -43,6 +43,12 @@ def _vector_norm(x: Any) -> Any:
     return aten.linalg_vector_norm.default(x, 2, [-1], True)
 
 
+def _of_pairs(x: Any, c: Any, dim: Any) -> Any:
+    """The norm without its dimension, which comes back at the end."""
+    norm = aten.sqrt.default(aten.sum.dim_IntList(aten.pow.Tensor_Scalar(x, 2), [-1]))
+    return aten.mul.Tensor(x, aten.unsqueeze.default(_gain(aten.mul.Tensor(aten.reciprocal.default(norm), c)), dim))
+
+
 def _garrote_where(x: Any, t: Any, c: Any, zero: Any) -> Any:
     quotient = aten.mul.Tensor(aten.reciprocal.default(x), c)
     return aten.where.self(aten.gt.Scalar(aten.abs.default(x), t), aten.sub.Tensor(x, quotient), zero)
@@ -56,6 +62,7 @@ RULES: list[tuple[Callable, str]] = [
     *((make(size), kind) for make in (_share, _share_of_tensor) for size, kind in (
         (aten.abs.default, "soft"), (_norm, "group"), (_vector_norm, "group"),
     )),
+    (_of_pairs, "group"),
     (_share(lambda x: aten.pow.Tensor_Scalar(x, 2)), "garrote"), (_share(_square), "garrote"), (_garrote_where, "garrote"),
 ]  # fmt: skip
 

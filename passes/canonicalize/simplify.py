@@ -69,6 +69,8 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
     source = node.args[0] if node.args else None
     if node.target is aten.cat.default and len(node.args[0]) == 1:
         source = node.args[0][0]
+    if node.target is aten.copy.default:  # what is written over does not matter
+        source = node.args[1]
     if (
         not is_tensor(source)
         or not is_tensor(node)
@@ -80,7 +82,7 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
         (node.target in NO_OPS and not (node.target is aten.dropout.default and node.args[2]))
         or node.target in CONVERSIONS
         or (node.target in RESHAPES and _keeps_order(node))
-        or node.target is aten.cat.default
+        or node.target in (aten.cat.default, aten.copy.default)
         or _neutral(program, node)
     )
     if not same:

@@ -1,0 +1,263 @@
+"""Complex values become pairs of real numbers, and Fourier transforms products with their matrices, exactly.
+
+    z [..]  ->  [.., 2]            (re, im)
+    DFT along a dimension of n     a linear layer with the constant matrix of cosines and sines, n^2 instead of n log n multiplications: for
+                                   the grids of models (AFNO, Guibas et al., 2022; FNet; GFNet) that is what a kernel for products does best
+
+So thresholds, products and sums of Fourier modes are the ones that other passes know. A program that takes or gives complex values, or does
+something else with them, stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.rows.base import argument
+from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.program import Program, dtype_of, is_tensor, shape_of
+
+aten = torch.ops.aten
+FOURIER = (aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
+MAKERS = (*FOURIER, aten.view_as_complex.default, aten.complex.default)
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+class NoRule(Exception):
+    """Something else is done with a complex value."""
+
+
+@register_pass
+@dataclass(frozen=True)
+class ComplexNumbers(Pass):
+    """Write complex arithmetic and Fourier transforms with real numbers."""
+
+    name: ClassVar[str] = "complex-numbers"
+    target_ops: ClassVar[tuple] = MAKERS
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work = program.clone()
+        notes = [Note.at(n, "a product with its matrix") for n in work.calls(*FOURIER)]
+        try:
+            _Pairs(work).run()
+        except NoRule as reason:
+            return PassResult(program, [], [Note("", "", f"complex values stay: {reason}")])
+        return PassResult(work.clean(), notes or [Note("", "", "complex values are pairs")])
+
+
+def is_complex(node: Any) -> bool:
+    return is_tensor(node) and dtype_of(node) in REAL
+
+
+@dataclass
+class _Pairs:
+    program: Program
+    of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the pairs of complex nodes
+
+    def run(self) -> None:
+        for node in list(self.program.graph.nodes):
+            if node.op == "output" and any(is_complex(n) for n in node.all_input_nodes):
+                raise NoRule("the model returns some")
+            if node.op == "placeholder" and is_complex(node):
+                raise NoRule("the model takes some")
+            if node.op == "get_attr" and is_complex(node):
+                value = torch.view_as_real(self.program.constants[str(node.target)])
+                self.of[node] = self.program.add_constant(value, f"{node.name}_pairs", REAL[dtype_of(node)], like=node)
+            elif node.op == "call_function" and (is_complex(node) or any(is_complex(n) for n in node.all_input_nodes)):
+                self.convert(node)
+
+    def convert(self, node: fx.Node) -> None:
+        rule = RULES.get(node.target)
+        if rule is None:
+            raise NoRule(f"{node.name} is {node.target}")
+        self.here = node
+        made = rule(self, node)
+        if is_complex(node):
+            self.of[node] = made
+        else:
+            node.replace_all_uses_with(made)
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        return self.program.insert_call(self.here, target, args, like=self.here)
+
+    def pairs(self, value: Any) -> Any:
+        """Of a complex or a real value; numbers stay."""
+        if not is_tensor(value):
+            if isinstance(value, complex):
+                raise NoRule(f"the complex number {value}")
+            return value
+        return self.of[value] if value in self.of else self.stack(value, self.call(aten.mul.Tensor, value, 0.0))
+
+    def stack(self, re: fx.Node, im: fx.Node) -> fx.Node:
+        rank = len(shape_of(re))
+        return self.call(aten.cat.default, [self.call(aten.unsqueeze.default, part, rank) for part in (re, im)], rank)
+
+    def parts(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        x = self.pairs(value)
+        last = len(shape_of(x)) - 1
+        return self.call(aten.select.int, x, last, 0), self.call(aten.select.int, x, last, 1)
+
+    # ------------------------------------------------------------------ Fourier transforms
+
+    def along(self, x: fx.Node, dim: int, matrix: Tensor, paired: tuple[bool, bool]) -> fx.Node:
+        """``matrix`` times the numbers (or pairs) of x along a dimension; ``paired``: whether x has pairs, and the result."""
+        before, after = paired
+        rank = len(shape_of(x)) - before  # without the pairs
+        others = [d for d in range(rank) if d != dim]
+        order = [*others, dim, *([rank] if before else [])]
+        x = self.call(aten.permute.default, x, order) if order != list(range(len(order))) else x
+        lead = [shape_of(x)[i] for i in range(rank - 1)]
+        x = self.call(aten.reshape.default, x, [*lead, matrix.shape[1]]) if before else x
+        dtype = dtype_of(x)
+        weight = self.program.add_constant(matrix, f"{self.here.name}_{dim}", dtype, like=self.here, fixed=True)
+        x = self.call(aten.linear.default, x, weight)
+        if after:
+            x = self.call(aten.reshape.default, x, [*lead, matrix.shape[0] // 2, 2])
+        back = sorted(range(rank), key=lambda d: [*others, dim][d])
+        back = [*back, *([rank] if after else [])]
+        return self.call(aten.permute.default, x, back) if back != list(range(len(back))) else x
+
+
+def _angles(rows: int, columns: int, n: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi r c / n; the product is reduced first, so that large ones lose nothing."""
+    product = torch.arange(rows, dtype=torch.float64)[:, None] * torch.arange(columns, dtype=torch.float64) % n
+    angle = product * (2 * math.pi / n)
+    return angle.cos(), angle.sin()
+
+
+def real_to_complex(n: int, half: bool) -> Tensor:
+    """[2 m, n]"""
+    cos, sin = _angles(n // 2 + 1 if half else n, n, n)
+    return torch.stack([cos, -sin], 1).flatten(0, 1)
+
+
+def complex_to_complex(n: int, forward: bool) -> Tensor:
+    """[2 n, 2 n]"""
+    cos, sin = _angles(n, n, n)
+    sin = sin if forward else -sin
+    return torch.stack([torch.stack([cos, sin], -1).flatten(1), torch.stack([-sin, cos], -1).flatten(1)], 1).flatten(
+        0, 1
+    )
+
+
+def complex_to_real(n: int) -> Tensor:
+    """[n, 2 (n // 2 + 1)]: the other half of the spectrum is the conjugate of the first."""
+    m = n // 2 + 1
+    cos, sin = _angles(n, m, n)
+    twice = torch.tensor([1.0 if k == 0 or 2 * k == n else 2.0 for k in range(m)], dtype=torch.float64)
+    return torch.stack([cos * twice, -sin * twice], -1).flatten(1)
+
+
+def _scale(normalization: int, size: int) -> float:
+    return {0: 1.0, 1: 1 / math.sqrt(size), 2: 1 / size}[normalization]
+
+
+def _fourier(self: _Pairs, node: fx.Node) -> fx.Node:
+    source, dims, normalization = node.args[:3]
+    rank = len(shape_of(source))
+    dims = [d % rank for d in dims]
+    x = source if node.target is aten._fft_r2c.default else self.pairs(source)
+    last = node.args[3]
+    whole = [shape_of(source)[d] for d in dims]
+    if node.target is aten._fft_c2r.default:
+        whole[-1] = last
+    if any(not isinstance(n, int) for n in whole):
+        raise NoRule(f"{node.name} is over a dynamic dimension")
+    scale = _scale(normalization, math.prod(whole))
+    if node.target is aten._fft_r2c.default:
+        x = self.along(x, dims[-1], scale * real_to_complex(whole[-1], last), (False, True))
+        rest, forward = dims[:-1], True
+    elif node.target is aten._fft_c2c.default:
+        x = self.along(x, dims[-1], scale * complex_to_complex(whole[-1], last), (True, True))
+        rest, forward = dims[:-1], last
+    else:
+        rest, forward = dims[:-1], False
+    for dim in rest:
+        x = self.along(x, dim, complex_to_complex(shape_of(source)[dim], forward), (True, True))
+    if node.target is aten._fft_c2r.default:
+        x = self.along(x, dims[-1], scale * complex_to_real(last), (True, False))
+    return x
+
+
+# ---------------------------------------------------------------------- arithmetic and movement
+
+
+def _product(self: _Pairs, node: fx.Node) -> fx.Node:
+    a, b = node.args[:2]
+    if is_complex(a) and is_complex(b):
+        (p, q), (r, s) = self.parts(a), self.parts(b)
+        mul = aten.mul.Tensor
+        re = self.call(aten.sub.Tensor, self.call(mul, p, r), self.call(mul, q, s))
+        return self.stack(re, self.call(aten.add.Tensor, self.call(mul, p, s), self.call(mul, q, r)))
+    z, real = (a, b) if is_complex(a) else (b, a)
+    if node.target is aten.div.Tensor and z is b:
+        raise NoRule(f"{node.name} divides by a complex value")
+    if isinstance(real, complex):
+        raise NoRule(f"{node.name} multiplies with a complex number")
+    if is_tensor(real):
+        real = self.call(aten.unsqueeze.default, real, len(shape_of(real)))
+    return self.call(node.target, self.pairs(z), real)
+
+
+def _elementwise(self: _Pairs, node: fx.Node) -> fx.Node:
+    return self.call(node.target, *(self.pairs(a) if is_tensor(a) else a for a in node.args))
+
+
+def _sum(self: _Pairs, node: fx.Node) -> fx.Node:
+    if node.kwargs or not all(is_tensor(a) for a in node.args):
+        raise NoRule(f"{node.name} adds a number")
+    return _elementwise(self, node)
+
+
+def _sizes(self: _Pairs, node: fx.Node) -> fx.Node:
+    return self.call(node.target, self.pairs(node.args[0]), [*node.args[1], 2])
+
+
+def _permute(self: _Pairs, node: fx.Node) -> fx.Node:
+    rank = len(shape_of(node))
+    return self.call(node.target, self.pairs(node.args[0]), [*(d % rank for d in node.args[1]), rank])
+
+
+def _one_dim(self: _Pairs, node: fx.Node) -> fx.Node:
+    """slice, select, squeeze and unsqueeze: their dimension, counted from the front."""
+    rank = len(shape_of(node.args[0])) + (node.target is aten.unsqueeze.default)
+    dim = argument(node, 1, "dim", 0)
+    return self.call(node.target, self.pairs(node.args[0]), dim % rank, *node.args[2:])
+
+
+def _cat(self: _Pairs, node: fx.Node) -> fx.Node:
+    parts, dim = node.args[0], argument(node, 1, "dim", 0)
+    return self.call(node.target, [self.pairs(p) for p in parts], dim % len(shape_of(parts[0])))
+
+
+def _pad(self: _Pairs, node: fx.Node) -> fx.Node:
+    return self.call(node.target, self.pairs(node.args[0]), [0, 0, *node.args[1]], *node.args[2:])
+
+
+def _conjugate(self: _Pairs, node: fx.Node) -> fx.Node:
+    re, im = self.parts(node.args[0])
+    return self.stack(re, self.call(aten.neg.default, im))
+
+
+def _size(self: _Pairs, node: fx.Node) -> fx.Node:
+    squares = self.call(aten.pow.Tensor_Scalar, self.pairs(node.args[0]), 2)
+    return self.call(aten.sqrt.default, self.call(aten.sum.dim_IntList, squares, [-1]))
+
+
+RULES: dict[Any, Callable[[_Pairs, fx.Node], fx.Node]] = {
+    **dict.fromkeys(FOURIER, _fourier),
+    aten.view_as_complex.default: lambda self, node: node.args[0],
+    aten.view_as_real.default: lambda self, node: self.pairs(node.args[0]),
+    aten.complex.default: lambda self, node: self.stack(*node.args),
+    aten.mul.Tensor: _product, aten.div.Tensor: _product, aten.add.Tensor: _sum, aten.sub.Tensor: _sum, aten.neg.default: _elementwise,
+    aten.clone.default: lambda self, node: self.pairs(node.args[0]), aten.abs.default: _size,
+    aten._conj.default: _conjugate, aten.conj_physical.default: _conjugate,
+    aten.reshape.default: _sizes, aten.view.default: _sizes, aten.expand.default: _sizes, aten.permute.default: _permute,
+    aten.slice.Tensor: _one_dim, aten.select.int: _one_dim, aten.unsqueeze.default: _one_dim, aten.squeeze.dim: _one_dim,
+    aten.cat.default: _cat, aten.constant_pad_nd.default: _pad,
+}  # fmt: skip
