@@ -46,18 +46,24 @@ class Turns(nn.Module):
 
 
 def decode() -> list[dict[str, Any]]:
-    return [row for shape in ((4096, 1024), (1024, 4096)) for row in decoded(*shape)]
+    """Beyond 80 % more weights: what is read of them must not fit the cache either (at 97 % it does, 20 MB)."""
+    shapes = ((4096, 1024), (1024, 4096))
+    return [
+        r
+        for s in shapes
+        for count, zeros in ((12, (0.0, 0.5, 0.7)), (40, (0.9, 0.97)))
+        for r in decoded(*s, count, zeros)
+    ]
 
 
-def decoded(inputs: int, outputs: int) -> list[dict[str, Any]]:
+def decoded(inputs: int, outputs: int, count: int, parts: tuple[float, ...]) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    count = BEYOND // (4 * inputs * outputs)
     weights = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]
     x = torch.randn(1, inputs, generator=generator)
     lowered = TVMBackend().lower(capture(Turns(weights, True), (x,)).rounded(), "cpu")
     dense = Turns(weights, False)
     rows = []
-    for zeros in (0.0, 0.5, 0.7, 0.9, 0.97):
+    for zeros in parts:
         given = x * (torch.rand(inputs, generator=generator) >= zeros)
         for found, wanted in zip(lowered.run([given]), dense(given)):
             assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,11 +140,13 @@ def measure(backend: Backend, target: str, layer: Layer) -> Crossover:
             left = [v * (torch.rand(v.shape[1], generator=generator) < d) for v in (x, gate)]
             calls[d] = partial(skipping, [left[0], gate] if layer.kind == "input" else [x, left[1]])
     took: dict[float | None, list[float]] = {name: [] for name in calls}
-    rubbish = torch.zeros(FLUSH // 4 if layer.cold else 1)
+    rubbish = np.zeros(
+        FLUSH // 4 if layer.cold else 1, np.float32
+    )  # not torch's: its threads would spin beside what is timed
     for _ in range(ROUNDS):
         for name, call in calls.items():
             call()
-            rubbish.add_(1)
+            rubbish += 1
             start = time.perf_counter()
             call()
             took[name].append(time.perf_counter() - start)

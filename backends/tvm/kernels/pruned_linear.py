@@ -59,7 +59,8 @@ def pack(weight: np.ndarray, layout: str, machine: Machine) -> Packed:
     else:
         blocks = weight[:, :, None]
     used = (blocks != 0).any(-1)
-    counts = -(-used.sum(1) // STEP) * STEP
+    step = lanes if layout == "rows" else STEP
+    counts = -(-used.sum(1) // step) * step
     start = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
     values = np.zeros((max(STEP, int(start[-1])), blocks.shape[2]), np.float32)
     index = np.zeros(len(values), np.int32)
@@ -134,15 +135,18 @@ class _Body:
 
     def row(self, n: Any) -> None:
         """One output of one row of x."""
-        total = buffer(STEP)
-        for u in range(STEP):
-            store(total, f32(0.0), i64(u))
-        with T.serial(self.steps(n)) as i:
-            for u in range(STEP):
-                entry = self.start[n] + i * STEP + u
-                store(total, total[u] + self.values[entry, 0] * self.x[0, self.place(entry)], i64(u))
-        whole = (total[0] + total[1]) + (total[2] + total[3])
-        store(self.out, self.finish(whole, i64(0), n), i64(0), n)
+        lanes = self.machine.lanes
+        total, whole = buffer(lanes), buffer(1)
+        with T.vectorized(lanes) as e:
+            store(total, f32(0.0), e)
+        first = self.start[n]
+        with T.serial(T.floordiv(self.start[n + 1] - first, lanes)) as i, T.vectorized(lanes) as e:
+            entry = first + i * lanes + e
+            store(total, total[e] + self.values[entry, 0] * self.x[0, self.index[entry]], e)
+        store(whole, f32(0.0), i64(0))
+        with T.unroll(lanes) as e:
+            store(whole, whole[i64(0)] + total[e], i64(0))
+        store(self.out, self.finish(whole[i64(0)], i64(0), n), i64(0), n)
 
     def turn(self) -> Any:
         """x as [k, m], padded to whole registers."""

@@ -5,7 +5,8 @@ that are not 0 for any of the rows are listed first; then GROUP rows of the weig
 stay in the L1 cache. Each thread has its own columns.
 
 Many rows: tiles of rows, each with its own list, and the packed panels of a dense product; a step of the innermost loop takes the next
-input on the list instead of the next one. A tile of which most inputs count takes them all.
+input on the list instead of the next one. A tile of which most inputs count takes them all; one whose rows have little in common takes
+its rows apart, each with a list of its own.
 
 Gated: the other way round. Of the rows of the weight as it is, [N, K], those are multiplied whose gate is not 0.
 """
@@ -27,6 +28,8 @@ GROUP = 32  # rows of the weight that are added at once, times rows of the input
 SUMS = 2048  # that a thread adds to at a time: 8 KB
 VECTORS = 2  # registers of a row of a tile
 AHEAD = 12  # inputs on the list, whose part of the weight is fetched before it is needed: no hardware guesses it
+APART = 2.5  # times as long takes an element that is not 0 where rows are taken apart
+STEP = 4  # elements of a row that is taken apart, with sums of their own
 WHOLE = 0.45  # of the inputs on its list, from which on a tile takes them all: memory is faster in order (measured on Zen 4)
 
 
@@ -158,56 +161,136 @@ def many_rows(problem: Problem, machine: Machine, finish: Callable[..., Any]) ->
         x, weight = argument("x", (m, k)), argument("weight", (panels, k, columns))
         more = [argument(f"more{i}", o.shape, o.dtype) for i, o in enumerate(problem.more)]
         out = argument("out", (m, n))
-        listed, count, packed = buffer(tiles * k + 1, "int32"), buffer(tiles, "int64"), buffer(tiles * k * rows)
+        lists = _Lists(x, m, k, rows, tiles, lanes)
         with T.parallel(tiles) as t:
-            _list_tile(x, m, k, t, rows, listed, count, packed, lanes)
-        with T.parallel(panels) as panel, T.serial(tiles) as t:
-            total = buffer(rows * columns)
-            for v in range(rows * VECTORS):
-                with T.vectorized(lanes) as e:
-                    store(total, f32(0.0), v * lanes + e)
-            with T.serial(count[t]) as i:
-                j, place = T.cast(listed[t * k + i], "int64"), (t * k + i) * rows
-                ahead = T.cast(listed[t * k + tirx.min(i + AHEAD, k - 1)], "int64")
-                for line in range(0, columns, LINE // 4):
-                    prefetch(weight, panel, ahead, i64(line))
+            lists.make(t)
+        with T.parallel(panels) as panel, T.serial(tiles) as t, T.If(lists.apart[t] > 0):
+            with T.Then(), T.serial(tirx.min(i64(rows), m - t * rows)) as row:
+                total = buffer(STEP * columns)
+                lists.row(total, weight, panel, t * rows + row, columns)
+                _store_tile(out, total, more, finish, 0, t * rows + row, panel * columns, n, columns, lanes)
+            with T.Else():
+                total = buffer(rows * columns)
+                lists.tile(total, weight, panel, t, columns)
                 for row in range(rows):
-                    for v in range(VECTORS):
-                        with T.vectorized(lanes) as e:
-                            at = (row * VECTORS + v) * lanes + e
-                            store(total, total[at] + packed[place + row] * weight[panel, j, v * lanes + e], at)
-            for row in range(rows):
-                with T.If(t * rows + row < m), T.Then():
-                    _store_tile(out, total, more, finish, row, t * rows + row, panel * columns, n, columns, lanes)
+                    with T.If(t * rows + row < m), T.Then():
+                        _store_tile(out, total, more, finish, row, t * rows + row, panel * columns, n, columns, lanes)
     return builder.get()
 
 
-def _list_tile(x: Any, m: int, k: int, t: Any, rows: int, listed: Any, count: Any, packed: Any, lanes: int) -> None:
-    """The inputs of a tile that count, and their values side by side, [input, row]."""
-    some, found = buffer(k), buffer(1, "int64")
-    source = [tirx.min(t * rows + row, m - 1) for row in range(rows)]
-    with T.serial(k // lanes) as v, T.vectorized(lanes) as e:
-        store(
-            some,
-            sum((tirx.abs(x[s, v * lanes + e]) for s in source[1:]), tirx.abs(x[source[0], v * lanes + e])),
-            v * lanes + e,
+class _Lists:
+    """Of every tile of rows: the inputs that count for some row and their values side by side; or, ``apart``, of each row its own."""
+
+    def __init__(self, x: Any, m: int, k: int, rows: int, tiles: int, lanes: int):
+        self.x, self.m, self.k, self.rows, self.lanes = x, m, k, rows, lanes
+        self.listed, self.count, self.apart = (
+            buffer(tiles * k + 1, "int32"),
+            buffer(tiles, "int64"),
+            buffer(tiles, "int64"),
         )
-    with T.serial(k % lanes) as e:
-        at = k // lanes * lanes + e
-        store(some, sum((tirx.abs(x[s, at]) for s in source[1:]), tirx.abs(x[source[0], at])), at)
-    store(found, i64(0), i64(0))
-    with T.serial(k) as j:
-        store(listed, T.cast(j, "int32"), t * k + found[i64(0)])
-        store(found, found[i64(0)] + counts([some[j]]), i64(0))
-    with T.If(T.cast(found[i64(0)], "float32") >= f32(WHOLE * k)), T.Then():
+        self.packed = buffer(tiles * k * rows)
+        self.wide = -(-k // STEP) * STEP + STEP  # places of a row's own list
+        self.own, self.values = buffer(m * self.wide, "int32"), buffer(m * self.wide)
+        self.owns = buffer(m, "int64")
+
+    def make(self, t: Any) -> None:
+        k, rows, x = self.k, self.rows, self.x
+        some, found, number = buffer(k), buffer(1, "int64"), buffer(1)
+        source = [tirx.min(t * rows + row, self.m - 1) for row in range(rows)]
+        self._look(source, some, number)
+        store(found, i64(0), i64(0))
         with T.serial(k) as j:
-            store(listed, T.cast(j, "int32"), t * k + j)
-        store(found, i64(k), i64(0))
-    store(count, found[i64(0)], t)
-    with T.serial(found[i64(0)]) as i:
-        j = T.cast(listed[t * k + i], "int64")
-        for row in range(rows):
-            store(packed, x[source[row], j], (t * k + i) * rows + row)
+            store(self.listed, T.cast(j, "int32"), t * k + found[i64(0)])
+            store(found, found[i64(0)] + counts([some[j]]), i64(0))
+        whole = T.cast(found[i64(0)], "float32") >= f32(WHOLE * k)
+        together = tirx.Select(whole, f32(float(k * rows)), T.cast(found[i64(0)] * rows, "float32"))
+        store(self.apart, T.cast(number[i64(0)] * f32(APART) < together, "int64"), t)
+        with T.If(self.apart[t] > 0):
+            with T.Then(), T.serial(tirx.min(i64(rows), self.m - t * rows)) as row:
+                self._own(t * rows + row)
+            with T.Else():
+                with T.If(whole), T.Then():
+                    with T.serial(k) as j:
+                        store(self.listed, T.cast(j, "int32"), t * k + j)
+                    store(found, i64(k), i64(0))
+                store(self.count, found[i64(0)], t)
+                with T.serial(found[i64(0)]) as i:
+                    j = T.cast(self.listed[t * k + i], "int64")
+                    for row in range(rows):
+                        store(self.packed, x[source[row], j], (t * k + i) * rows + row)
+
+    def _look(self, source: list[Any], some: Any, number: Any) -> None:
+        """``some``: not 0 where an input counts for some row; ``number``: of the elements that are not 0."""
+        k, lanes, x = self.k, self.lanes, self.x
+        parts = buffer(lanes)
+        with T.vectorized(lanes) as e:
+            store(parts, f32(0.0), e)
+
+        def seen(at: Any) -> tuple[Any, Any]:
+            elements = [x[s, at] for s in source]
+            ones = [tirx.Select(v == f32(0.0), f32(0.0), f32(1.0)) for v in elements]
+            return sum(map(tirx.abs, elements[1:]), tirx.abs(elements[0])), sum(ones[1:], ones[0])
+
+        with T.serial(k // lanes) as v, T.vectorized(lanes) as e:
+            size, ones = seen(v * lanes + e)
+            store(some, size, v * lanes + e)
+            store(parts, parts[e] + ones, e)
+        store(number, f32(0.0), i64(0))
+        with T.serial(lanes) as e:
+            store(number, number[i64(0)] + parts[e], i64(0))
+        with T.serial(k % lanes) as e:
+            size, ones = seen(k // lanes * lanes + e)
+            store(some, size, k // lanes * lanes + e)
+            store(number, number[i64(0)] + ones, i64(0))
+
+    def _own(self, row: Any) -> None:
+        """A list of one row, filled up with zeros to whole steps."""
+        found, base = buffer(1, "int64"), row * self.wide
+        store(found, i64(0), i64(0))
+        with T.serial(self.k) as j:
+            store(self.own, T.cast(j, "int32"), base + found[i64(0)])
+            store(self.values, self.x[row, j], base + found[i64(0)])
+            store(found, found[i64(0)] + counts([self.x[row, j]]), i64(0))
+        with T.serial(STEP) as i:
+            store(self.own, tirx.const(0, "int32"), base + found[i64(0)] + i)
+            store(self.values, f32(0.0), base + found[i64(0)] + i)
+        store(self.owns, T.floordiv(found[i64(0)] + STEP - 1, STEP), row)
+
+    def tile(self, total: Any, weight: Any, panel: Any, t: Any, columns: int) -> None:
+        """The sums of a tile, by its list."""
+        k, rows, lanes = self.k, self.rows, self.lanes
+        for v in range(rows * VECTORS):
+            with T.vectorized(lanes) as e:
+                store(total, f32(0.0), v * lanes + e)
+        with T.serial(self.count[t]) as i:
+            j, place = T.cast(self.listed[t * k + i], "int64"), (t * k + i) * rows
+            ahead = T.cast(self.listed[t * k + tirx.min(i + AHEAD, k - 1)], "int64")
+            for line in range(0, columns, LINE // 4):
+                prefetch(weight, panel, ahead, i64(line))
+            for row in range(rows):
+                for v in range(VECTORS):
+                    with T.vectorized(lanes) as e:
+                        at = (row * VECTORS + v) * lanes + e
+                        store(total, total[at] + self.packed[place + row] * weight[panel, j, v * lanes + e], at)
+
+    def row(self, total: Any, weight: Any, panel: Any, row: Any, columns: int) -> None:
+        """The sums of one row, by its own list; the first ``columns`` of ``total``."""
+        lanes = self.lanes
+        for v in range(STEP * VECTORS):
+            with T.vectorized(lanes) as e:
+                store(total, f32(0.0), v * lanes + e)
+        with T.serial(self.owns[row]) as i:
+            for u in range(STEP):
+                at = row * self.wide + i * STEP + u
+                j = T.cast(self.own[at], "int64")
+                for v in range(VECTORS):
+                    with T.vectorized(lanes) as e:
+                        to = (u * VECTORS + v) * lanes + e
+                        store(total, total[to] + self.values[at] * weight[panel, j, v * lanes + e], to)
+        for v in range(VECTORS):
+            with T.vectorized(lanes) as e:
+                parts = [total[(u * VECTORS + v) * lanes + e] for u in range(STEP)]
+                store(total, (parts[0] + parts[1]) + (parts[2] + parts[3]), v * lanes + e)
 
 
 def _store_tile(

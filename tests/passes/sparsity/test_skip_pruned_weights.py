@@ -94,14 +94,14 @@ def test_pruned_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.nn.utils.prune, end to end; what is stored is what is left."""
     monkeypatch.setattr("thresher.driver.measure", lambda backend, target, layer: by_density(layer))
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
     for layer in (model[0], model[2]):
         prune.l1_unstructured(layer, "weight", 0.9)
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 256)
     compiled = thresher.compile(model, (x,))
     assert not compare([model(x)], [compiled(x)]).exceeds(1e-5)
     assert [line["kind"] for line in compiled.report.sparsity if line["chosen"]] == ["weight (scattered)"] * 2
-    dense = 4 * 2 * 64 * 256
+    dense = 4 * 2 * 256 * 256
     assert compiled.report.memory["weights"] < 0.35 * dense
 
 
