@@ -38,6 +38,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/zoo.py
 	for part in kernel encoder budgets; do $(BIN)/python benchmarks/attention.py $$part || exit 1; done
 	$(BIN)/python benchmarks/train_vit.py --epochs 24 && $(BIN)/python benchmarks/attention.py vit
+	$(BIN)/python benchmarks/train_text.py
+	for part in decode lista text weights; do $(BIN)/python benchmarks/thresholds.py $$part || exit 1; done
 	$(BIN)/python benchmarks/render.py
 
 gpu-bench:

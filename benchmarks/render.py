@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean, quantiles
 from typing import Any
@@ -23,19 +24,84 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("zoo-*.json"), reverse=True):
         lines += ["", *machine(json.loads(path.read_text()))]
     (HERE.parent / "docs" / "performance.md").write_text("\n".join(lines) + "\n")
-    approximations()
+    last_section("approximate.md", "attention", approximations)
+    last_section("zeros.md", "thresholds", zeros)
 
 
-def approximations() -> None:
-    """The last section of ``docs/approximate.md``, from ``benchmarks/results/attention-*.json``."""
-    page = HERE.parent / "docs" / "approximate.md"
-    text = page.read_text().partition(MEASURED)[0] + MEASURED
-    for path in sorted((HERE / "results").glob("attention-*.json")):
-        text += "\n".join(["", *measured(path.stem.removeprefix("attention-"), json.loads(path.read_text())), ""])
-    page.write_text(text)
+def last_section(page: str, results: str, lines: Callable[[str, dict[str, Any]], list[str]]) -> None:
+    """What was measured, from ``benchmarks/results/<results>-*.json``, at the end of a page."""
+    path = HERE.parent / "docs" / page
+    text = path.read_text().partition(MEASURED)[0] + MEASURED
+    for found in sorted((HERE / "results").glob(f"{results}-*.json")):
+        text += "\n".join(["", *lines(found.stem.removeprefix(f"{results}-"), json.loads(found.read_text())), ""])
+    path.write_text(text)
 
 
-def measured(cpu: str, found: dict[str, Any]) -> list[str]:
+def zeros(cpu: str, found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"### CPU {cpu}",
+        "",
+        "`python benchmarks/thresholds.py decode | lista | text | weights`; medians, contenders in turn.",
+        "",
+    ]
+    if rows := found.get("decode"):
+        lines += [
+            "One row times a weight that comes from memory each time:",
+            "",
+            "| weight | zeros | microseconds | torch, dense | ratio |",
+            "|---" * 5 + "|",
+            *(
+                f"| {r['weight']} | {100 * r['zeros']:.0f} % | {r['ours, microseconds']} | {r['torch, microseconds']} | {r['ratio']}x |"
+                for r in rows
+            ),
+            "",
+        ]
+    if rows := found.get("lista"):
+        lines += [
+            "LISTA, 16 iterations, 256 -> 1024 (trained here on codes of which 3 % are not 0, and as initialised):",
+            "",
+            "| model | batch | ms | torch.compile | eager | layers that skip | GFLOP/s, zeros counted |",
+            "|---" * 7 + "|",
+            *(
+                f"| {r['model']} | {r['batch']} | {r['ms']['ours']} | {r['ratio']['torch.compile']}x | {r['ratio']['eager']}x "
+                f"| {r['layers that skip']} | {', '.join(f'{n} {v}' for n, v in r['GFLOP/s if all were multiplied'].items())} |"
+                for r in rows
+            ),
+            "",
+        ]
+    if t := found.get("text"):
+        relu, gated = t["relu"], t["gated"]
+        parts = ", ".join(f"{100 * z['nonzero']:.1f} %" for z in relu["zeros"] if z["chosen"])
+        spent = "; ".join(
+            f"{n}: {v} nats of KL on 512 fresh texts, {gated['nats per character after'][n]} nats per character, {gated['ms'][n]} ms"
+            for n, v in gated["spent on 512 fresh texts"].items()
+        )
+        others = ", ".join(f"{n} {ms} ms" for n, ms in relu["ms"].items())
+        lines += [
+            f"Models of text trained here (`train_text.py`), a character at a time. ReLU, nothing approximated: {others}; not 0 of the "
+            f"hidden layers: {parts}; largest error {relu['largest error on 200 texts']:.0e}. Gated by SiLU, at most "
+            f"{gated['budget, nats of KL']} nats of KL: {spent}; exact {gated['ms']['exact']} ms, torch.compile "
+            f"{gated['ms']['torch.compile']} ms, {gated['nats per character']} nats per character.",
+            "",
+        ]
+    if rows := found.get("weights"):
+        lines += [
+            "Pruned weights, 1024 -> 4096, as the build decided to keep them (one row: twelve of them in turn; a tenth of twelve is 20 MB, "
+            "which the L3 cache may hold):",
+            "",
+            "| rows | zeros | left | kept | microseconds | ours, dense | torch, dense |",
+            "|---" * 7 + "|",
+            *(
+                f"| {r['batch']} | {r['zeros']} | {100 * r['left']:.0f} % | {r['kept']} | {r['microseconds']['ours']} "
+                f"| {r['ratio']['ours, dense']}x | {r['ratio']['torch']}x |"
+                for r in rows
+            ),
+            "",
+        ]
+    return lines
+
+
+def approximations(cpu: str, found: dict[str, Any]) -> list[str]:
     lines = [
         f"### CPU {cpu}",
         "",

@@ -31,6 +31,7 @@ PRUNED = ("rows", "panels", "runs")
 WIDE, RUN = 32, 16  # outputs of a panel, inputs of a run
 DENSITIES = (0.01, 0.1, 0.3, 0.6, 1.0)
 ROUNDS = 7
+WORTH = 0.93  # of the dense layer's time, that a layer may take to be chosen: measurements are not better than that
 FLUSH = 64 << 20  # bytes that are written to empty the caches
 CACHED = 8 << 20  # bytes of weights that stay in the caches between two runs
 FEW = 8  # rows for which skipping saves memory in order
@@ -69,11 +70,15 @@ class Crossover:
         part = 0.0 if above == below else min(1.0, max(0.0, (density - a) / (b - a)))
         return self.sparse[below] + part * (self.sparse[above] - self.sparse[below])
 
+    def worth(self, density: float) -> bool:
+        """Whether skipping is faster, and not by chance."""
+        return self.at(density) < WORTH * self.dense
+
     @property
     def density(self) -> float:
-        """From which on the dense layer is faster; 1 if it never is."""
+        """From which on the layer stays dense; 1 if it never does."""
         steps = [i / 100 for i in range(1, 101)]
-        return next((d for d in steps if self.at(d) >= self.dense), 1.0)
+        return next((d for d in steps if not self.worth(d)), 1.0)
 
     def plan(self) -> str:
         return json.dumps({"dense": self.dense, "sparse": self.sparse, "densities": self.densities})

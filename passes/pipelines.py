@@ -19,6 +19,7 @@ from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
 from thresher.passes.layers.drop_sublayers import DropSublayers
+from thresher.passes.sparsity.select_neurons import SelectNeurons
 from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights
 from thresher.passes.sparsity.skip_zeros import SkipZeros
 from thresher.passes.sparsity.threshold_activations import ThresholdActivations
@@ -58,6 +59,7 @@ approximate = (
     SparseAttention(),  # heads look at fewer blocks of keys
     PyramidAttention(),  # near keys, and means of the others, where all are looked at yet
     SkipSmallWeights(),  # weights that turn out small
+    SelectNeurons(),  # neurons that matter for what is read
     ThresholdActivations(),  # small activations are 0, where zeros are skipped
 )
 

@@ -42,11 +42,11 @@ class Simplify(Pass):
     name: ClassVar[str] = "simplify"
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        work, notes = program.clone(), []
+        work = program.clone()
+        notes = share(work)  # before products with one matrix get one each
         for node in list(work.calls()):
             for rule in (
                 drop_no_op,
-                compute_once,
                 name_each_part,
                 name_linear,
                 name_relu,
@@ -61,6 +61,7 @@ class Simplify(Pass):
                 if message:
                     notes.append(Note.at(node, message))
                     break
+        notes += share(work)  # and once each has its one spelling
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
 
@@ -91,8 +92,13 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
     return "does nothing: removed"
 
 
-def compute_once(program: Program, node: fx.Node) -> str:
-    """Another call before ``node`` is the same."""
+def share(program: Program) -> list[Note]:
+    """What is computed twice is computed once; what was done."""
+    return [Note.at(node, message) for node in list(program.clean().calls()) if (message := _the_same_before(node))]
+
+
+def _the_same_before(node: fx.Node) -> str:
+    """Let the users of ``node`` read an equal call before it."""
     inputs = node.all_input_nodes
     if not inputs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return ""

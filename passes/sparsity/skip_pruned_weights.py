@@ -81,7 +81,7 @@ def best(site: Site, weight: Tensor, context: Context, cold: bool) -> tuple[Skip
         times = context.crossover(Layer(layout, site.rows, inputs, outputs, cold))
         tried.append((times.at(density), density, layout, times))
     seconds, density, layout, times = min(tried, key=lambda t: t[0])
-    nonzero, faster = float((weight != 0).double().mean()), seconds < times.dense
+    nonzero, faster = float((weight != 0).double().mean()), times.worth(density)
     line = Skipped(
         module_path(site.linear), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
         times.density, times.measured, faster,

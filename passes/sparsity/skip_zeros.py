@@ -64,7 +64,7 @@ class SkipZeros(Pass):
         judged = [Judged(s, d, context.crossover(_layer(s, cold))) for s, d in found.items()]
         notes, lines, done = [], [], set()
         for one in sorted(judged, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
-            chosen = one.gain > 0 and one.site.linear not in done
+            chosen = one.times.worth(one.density.listed) and one.site.linear not in done
             lines.append(one.line(chosen))
             if chosen:
                 done.add(one.site.linear)

@@ -1,0 +1,91 @@
+"""A part of the neurons, chosen by the input: what is built is what is measured, and within the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thresher
+from thresher import Budget
+from thresher.analysis.cost import machine_of
+from thresher.calibration import Calibration
+from thresher.capture import capture
+from thresher.pass_manager import Context, PassManager
+from thresher.passes.sparsity.select_neurons import SelectNeurons, chosen_neurons, edit, importance
+from thresher.passes.sparsity.targets import targets_of
+from thresher.validation import compare
+
+SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
+WIDTH, HIDDEN, BLOCK = 16, 64, 8
+
+
+class Gated(nn.Module):
+    """SwiGLU; which neurons are open is much the same for all rows of an input, and other ones for other inputs."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = nn.Linear(WIDTH, HIDDEN, bias), nn.Linear(WIDTH, HIDDEN, bias)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias)
+        with torch.no_grad():
+            self.gate.weight *= 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def texts(count: int, rows: int = 12) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    topics = torch.randn(count, 1, 1, WIDTH, generator=generator)
+    return list(topics + 0.1 * torch.randn(count, 1, rows, WIDTH, generator=generator))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_built_is_what_is_measured(bias: bool) -> None:
+    model, data = Gated(bias), texts(6)
+    program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (data[0],)))
+    (target,) = targets_of(program)[:1] if targets_of(program)[0].kind == "gate" else targets_of(program)[1:]
+    rule, samples = SelectNeurons(block=BLOCK), [[x] for x in data]
+    weights = importance(program, [target], samples)
+    errors = rule.errors(program, [target], weights, samples)[target]
+    work = program.clone()
+    edit(work, target.value.name, weights[target], 4, BLOCK)
+    work.clean().verify()
+    off = norm = 0.0
+    for x in data:
+        (found,), (wanted,) = work.run(x), program.run(x)
+        a = F.silu(model.gate(x)).detach()
+        kept = chosen_neurons(a, weights[target], 4, BLOCK)
+        by_hand = (a * model.up(x)).detach()[..., kept] @ model.down.weight.detach()[:, kept].T + (
+            model.down.bias.detach() if bias else 0
+        )
+        assert not compare([by_hand], [found]).exceeds(1e-5)
+        off, norm = (
+            off + (found - wanted).square().sum(),
+            norm + (wanted - (model.down.bias.detach() if bias else 0)).square().sum(),
+        )
+    assert errors[4] == pytest.approx(float(off / norm), rel=1e-3) and errors[2] > errors[4]
+    compiled = thresher.compile(work.to_module(), (data[0],), passes="none")
+    assert not compare(work.run(data[0]), [compiled(data[0])]).exceeds(1e-5)
+
+
+def test_within_the_budget() -> None:
+    data = texts(40)
+    program = PassManager(thresher.pipelines.exact).run(capture(Gated().eval(), (data[0],)))
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.75))
+    manager = PassManager([SelectNeurons(block=BLOCK)])
+    manager.run(program, Context(machine=SLOW, calibration=calibration))
+    (note,) = manager.records[0].rewrites
+    assert "of 64 neurons" in note.message and calibration.ledger[0].held_out.bound <= 0.75
+
+
+def test_odd_widths_are_refused() -> None:
+    data = texts(8)
+    program = PassManager(thresher.pipelines.exact).run(capture(Gated().eval(), (data[0],)))
+    manager = PassManager([SelectNeurons(block=24)])
+    manager.run(program, Context(machine=SLOW, calibration=Calibration.of(program, data, Budget(rel_l2=0.3))))
+    assert "no four blocks of 24" in manager.records[0].refusals[0].message
