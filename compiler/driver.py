@@ -275,6 +275,7 @@ class _Build:
             manager = PassManager(pipelines.specialize, "off")
             context = Context(self.target, self.step, self.machine, self.calibration, crossovers=self.crossover)
             program = manager.run(program, context).rounded()
+            program.notes["zeros"] = context.zeros
         self.specialized = program
         self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
         self._timed("lower", start)
@@ -463,7 +464,7 @@ class _Build:
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             library=list(self.lowered.library), approximation=self.approximation,
-            sparsity=self.specialized.notes.get("sparsity", []),
+            sparsity=self.specialized.notes.get("zeros", []),
             spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
             attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},

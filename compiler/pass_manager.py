@@ -58,7 +58,8 @@ class PassResult:
 class Context:
     """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one.
     ``calibration`` is there for approximate passes, and ``share``: the part of the budget that may be spent after this one.
-    ``crossovers``: what a layer takes dense and skipping zeros; default: estimated."""
+    ``crossovers``: what a layer takes dense and skipping zeros; default: estimated. ``zeros``: what passes found of them, for the report,
+    changed or not."""
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
@@ -66,6 +67,7 @@ class Context:
     calibration: Calibration | None = None
     share: float = 1.0
     crossovers: Callable[[Layer], Crossover] | None = None
+    zeros: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.machine = self.machine or machine_of(self.target)

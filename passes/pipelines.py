@@ -15,6 +15,7 @@ from thresher.passes.canonicalize.share_key_heads import ShareKeyHeads
 from thresher.passes.canonicalize.simplify import Simplify
 from thresher.passes.fold.fold_batch_norm import FoldBatchNorm
 from thresher.passes.fold.fold_channels import FoldChannels
+from thresher.passes.fold.fold_scale import FoldScale
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
 from thresher.passes.fold.permute_channels import PermuteChannels
@@ -41,6 +42,7 @@ canonicalize = (
 exact = (
     *canonicalize,
     FoldBatchNorm(),  # batch norm into its neighbours
+    FoldScale(),  # constant factors into the layer before
     MergeDuplicates(),  # equal channels are read once
     FoldVocabulary(),  # equal rows of embeddings are stored once
     PermuteChannels(),  # what is dead on one side to the end

@@ -205,6 +205,10 @@ OPERATORS: Mapping[Any, Callable[..., Piecewise]] = {
     aten._to_copy.default: lambda a: a, aten.softshrink.default: soft, aten.hardshrink.default: hard,
     aten.threshold.default: lambda a, t, v: choose(operator.gt, a, t, a, v),
 }  # fmt: skip
+#: Those that can make a breakpoint.
+KINKS = OPERATORS.keys() - {
+    aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.div.Tensor, aten._to_copy.default,
+}  # fmt: skip
 DEFAULTS = {aten.softshrink.default: (0.5,), aten.hardshrink.default: (0.5,), aten.hardtanh.default: (-1.0, 1.0)}
 FACTORS = (aten.mul.Tensor, aten.div.Tensor)  # whose numbers do not grow with the unit
 FREE = ("dtype",)  # keyword arguments that do not matter

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
-from thresher.analysis.piecewise import OPERATORS, Leaf, NotPiecewise, Piecewise, piecewise_of
+from thresher.analysis.piecewise import KINKS, OPERATORS, Leaf, NotPiecewise, Piecewise, piecewise_of
 from thresher.analysis.signs import nonnegative
 from thresher.ops.shrink import KEEPS
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
@@ -114,12 +114,15 @@ def sources(program: Program, root: fx.Node) -> list[fx.Node]:
         seen[node] = None
         if node.target in OPERATORS:
             queue += [n for n in node.all_input_nodes if is_tensor(n)]
+    if not any(n.target in KINKS for n in seen):
+        return []
     alike = [n for n in seen if n is not root and shape_of(n) == shape_of(root) and dtype_of(n) == dtype_of(root)]
     return sorted(alike)
 
 
 def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx.Node, Leaf], fx.Node | None]:
-    """What ``root`` depends on beside ``x``: numbers, and multiples of at most one tensor that is not a number: the unit."""
+    """What ``root`` depends on beside ``x`` and numbers: zeros, and multiples of at most one tensor, the unit. (A constant stays the one it
+    is, also if all of it is one number: it may be trained.)"""
     leaves: dict[fx.Node, Leaf] = {}
     behind = _depending_on(root, x)
     if x not in behind:
@@ -131,8 +134,8 @@ def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx
             continue
         seen.add(node)
         value = program.constant(node)
-        if value is not None and value.numel() and bool((value == value.flatten()[0]).all()):
-            leaves[node] = Leaf(float(value.flatten()[0]))
+        if value is not None and not bool(value.any()):
+            leaves[node] = Leaf(0.0)
         elif node in behind or (value is None and _multiple(node)):
             queue += node.all_input_nodes
         else:

@@ -46,13 +46,13 @@ class Density:
     listed: float
 
 
-def sites_of(program: Program) -> list[Site]:
-    """Of constant, finite weights, in float32, with static shapes."""
+def sites_of(program: Program, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[Site]:
+    """Of constant, finite weights, with static shapes."""
     found = []
     for node in program.calls(aten.linear.default):
         weight = program.constant(node.args[1])
         static = all(isinstance(d, int) for d in (*shape_of(node), *shape_of(node.args[0])))
-        if weight is None or not static or dtype_of(node) is not torch.float32 or len(shape_of(node)) < 2:
+        if weight is None or not static or dtype_of(node) not in dtypes or len(shape_of(node)) < 2:
             continue
         if not bool(torch.isfinite(weight).all()):
             continue  # 0 times infinity is no 0

@@ -62,9 +62,7 @@ class SkipPrunedWeights(Pass):
                         f"{line.sparse:.3f} ms instead of {line.dense:.3f} ms ({how})",
                     )
                 )
-        if not lines:
-            return PassResult(program)
-        work.notes["sparsity"] = [*work.notes.get("sparsity", []), *map(asdict, lines)]
+        context.zeros += map(asdict, lines)
         refusals = [Note("", line.module, _dense(line)) for line in lines if not line.chosen]
         return PassResult(work.clean(), notes, refusals) if notes else PassResult(program, [], refusals)
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from thresher.analysis.cost import constant_bytes
 from thresher.analysis.rows.base import argument
-from thresher.crossover import CACHED, Crossover, Layer
+from thresher.crossover import CACHED, FEW, Crossover, Layer
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
 from thresher.passes.sparsity.densities import Density, Site, densities, sites_of
 from thresher.program import Program, module_path, shape_of
@@ -26,6 +26,7 @@ from thresher.program import Program, module_path, shape_of
 aten, ops = torch.ops.aten, torch.ops.thresher
 MOST = 0.95  # of all elements: what has fewer zeros is not looked at
 SAMPLES = 8
+ON_A_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class SkipZeros(Pass):
     target_ops: ClassVar[tuple] = (aten.linear.default,)
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        if context.target.startswith("cuda"):
-            return PassResult(program, [], [Note("", "", "GPUs have no kernel that skips zeros of activations")])
         work = program.clone()
         sites = sites_of(work)
+        if context.target.startswith("cuda"):  # there are kernels for a few rows, whose input is 0
+            sites = [s for s in sites_of(work, ON_A_GPU) if s.kind == "input" and s.rows <= FEW]
         calibration = context.calibration
         samples = [list(work.probe)] if calibration is None else calibration.choosing[:SAMPLES]
         found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
@@ -70,10 +71,8 @@ class SkipZeros(Pass):
                 done.add(one.site.linear)
                 notes.append(Note.at(one.site.linear, one.words()))
                 _rewrite(work, one.site)
-        if not notes:
-            return PassResult(program)
-        work.notes["sparsity"] = [*work.notes.get("sparsity", []), *map(asdict, lines)]
-        return PassResult(work.clean(), notes)
+        context.zeros += map(asdict, lines)
+        return PassResult(work.clean(), notes) if notes else PassResult(program)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Linear layers that skip zeros: kernels of ours on the CPU in float32, with what follows them; dense elsewhere."""
+"""Linear layers that skip zeros: kernels of ours on the CPU in float32, with what follows them, and for a few rows on GPUs; else dense."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,38 @@ from tvm import relax, tirx
 
 from thresher.analysis.rows.base import argument
 from thresher.backends.tvm.converters.products import linear
-from thresher.backends.tvm.converters.registry import R, aten, cpu_kernel, ops, semantics, sizes
+from thresher.backends.tvm.converters.registry import (
+    R,
+    add_bias,
+    aten,
+    cast,
+    cpu_kernel,
+    ops,
+    result_dtype,
+    semantics,
+    sizes,
+)
 from thresher.backends.tvm.converters.thresholds import element
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import elementwise, gemm
+from thresher.backends.tvm.kernels import elementwise, gemm, sparse_rows
 from thresher.backends.tvm.kernels import pruned_linear as pruned
 from thresher.backends.tvm.kernels import sparse_linear as kernels
 from thresher.program import dtype_of, is_tensor, shape_of
 
-SEMANTIC = semantics(ops.sparse_linear.default)(linear)  # the same function
+
+@semantics(ops.sparse_linear.default)
+def sparse_linear(importer: Importer, node: fx.Node) -> Any:
+    """A kernel of ours for a few rows on a GPU; dense elsewhere."""
+    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    (n, k), m, dtype = sizes(weight), math.prod(sizes(x)[:-1]), result_dtype(node)
+    if importer.machine is not None or not importer.is_constant(weight) or not sparse_rows.fits(m, n, dtype):
+        return linear(importer, node)
+    problem = sparse_rows.Problem(m, k, n, dtype)
+    stored = importer.weight(np.ascontiguousarray(importer.array(weight).T), (weight, "transposed"))
+    given = [_flat(importer, x, [m, k]), stored]
+    parts = importer.emit_te("sparse_rows", partial(sparse_rows.sums, problem), *given, scheduled=True)
+    out = cast(importer, importer.emit(R.sum(parts, [0])), dtype)
+    return add_bias(importer, importer.emit(R.reshape(out, sizes(node))), bias)
 
 
 @dataclass

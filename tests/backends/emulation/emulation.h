@@ -140,6 +140,15 @@ inline int __syncthreads_and(int holds) {
 }
 inline void __syncwarp(unsigned = 0) { emulated::wait(emulated::warp().gate); }
 inline unsigned __activemask() { return 0xffffffffu; }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  emulated::warp().words[emulated::lane()][0] = vote;
+  emulated::wait(emulated::warp().gate);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= emulated::warp().words[i][0] << i;
+  emulated::wait(emulated::warp().gate);
+  return votes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int distance, int = 32) {
   return emulated::exchanged(value, emulated::lane() ^ distance);

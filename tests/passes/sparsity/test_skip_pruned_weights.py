@@ -44,11 +44,11 @@ def by_density(layer: Layer) -> Crossover:
     return Crossover(1.0, (0.0, cost), (0.0, 1.0))
 
 
-def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord]:
+def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord, list]:
     x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(1))
-    manager = PassManager([SkipPrunedWeights()])
-    program = manager.run(capture(layers(weight).eval(), (x,)), Context(crossovers=by_density))
-    return program, manager.records[0]
+    manager, context = PassManager([SkipPrunedWeights()]), Context(crossovers=by_density)
+    program = manager.run(capture(layers(weight).eval(), (x,)), context)
+    return program, manager.records[0], context.zeros
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,16 @@ def test_patterns_are_seen(weight: Tensor, words: str) -> None:
     ],
 )
 def test_the_fastest_layout_is_taken(weight: Tensor, rows: int, layout: str) -> None:
-    program, record = run(weight, rows)
+    program, record, zeros = run(weight, rows)
     (node,) = program.calls(ops.pruned_linear.default)
     assert node.args[3] == layout and f"kept by {layout}" in record.rewrites[0].message
-    assert program.notes["sparsity"][0]["chosen"]
+    assert zeros[0]["chosen"]
 
 
 def test_it_stays_dense_where_that_is_faster() -> None:
-    program, record = run(blocks(1, 1, 0.6))
+    program, record, zeros = run(blocks(1, 1, 0.6))
     assert not list(program.calls(ops.pruned_linear.default)) and "dense is faster" in record.refusals[0].message
+    assert [line["chosen"] for line in zeros] == [False]
     assert run(blocks(1, 1, 0.9))[1].refusals == []  # too few zeros to speak of
     assert stored(blocks(1, 16, 0.1), 1)["runs"] == pytest.approx(0.1, abs=0.03)
 

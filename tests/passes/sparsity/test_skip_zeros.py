@@ -47,10 +47,11 @@ def free(layer: Layer, overhead: float = 0.0) -> Crossover:
     return Crossover(1.0, (0.01 + overhead, 1.0 + overhead), (0.01, 1.0))
 
 
-def skipped(model: nn.Module, x: Tensor, crossover=free) -> tuple[Program, list]:
+def skipped(model: nn.Module, x: Tensor, crossover=free) -> tuple[Program, list, list]:
+    """The program, what was rewritten, and what was found."""
     program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
-    manager = PassManager([SkipZeros()])
-    return manager.run(program, Context(crossovers=crossover)), manager.records[0].rewrites
+    manager, context = PassManager([SkipZeros()]), Context(crossovers=crossover)
+    return manager.run(program, context), manager.records[0].rewrites, context.zeros
 
 
 def rand(*shape: int) -> Tensor:
@@ -60,9 +61,9 @@ def rand(*shape: int) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 6, 30])
 def test_relu_layers_skip_their_zeros(rows: int) -> None:
     model, x = FFN(False), rand(rows, 32)
-    program, notes = skipped(model, x)
+    program, notes, zeros = skipped(model, x)
     assert [n.target for n in program.calls()].count(ops.sparse_linear.default) == 1 and len(notes) == 1
-    (line,) = program.notes["sparsity"]
+    (line,) = zeros
     hidden = model.up(x).relu()
     assert line["nonzero"] == pytest.approx(float((hidden != 0).double().mean())) and line["module"] == "down"
     assert line["saved"] == pytest.approx(1 - listed(hidden)) and line["chosen"]
@@ -72,10 +73,10 @@ def test_relu_layers_skip_their_zeros(rows: int) -> None:
 
 def test_gates_close_layers() -> None:
     model, x = FFN(True), rand(3, 32)
-    program, _ = skipped(model, x)
+    program, _, zeros = skipped(model, x)
     targets = [n.target for n in program.calls()]
     assert targets.count(ops.gated_linear.default) == targets.count(ops.sparse_linear.default) == 1
-    assert {line["kind"] for line in program.notes["sparsity"]} == {"gate", "input"}
+    assert {line["kind"] for line in zeros} == {"gate", "input"}
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,15 @@ def test_gates_close_layers() -> None:
     ],
 )
 def test_whatever_makes_zeros(function) -> None:
-    _, notes = skipped(Function(function, nn.Linear(32, 8)), rand(4, 32))
+    _, notes, _ = skipped(Function(function, nn.Linear(32, 8)), rand(4, 32))
     assert len(notes) == 1 and "are not 0" in notes[0].message
 
 
 def test_when_it_stays_dense() -> None:
     x = rand(4, 32)
     assert not skipped(FFN(False, closed=4.0), x)[1]  # nearly nothing is 0
-    assert not skipped(FFN(False), x, partial(free, overhead=1.0))[1]  # skipping is slow
+    _, notes, zeros = skipped(FFN(False), x, partial(free, overhead=1.0))  # skipping is slow
+    assert not notes and [line["chosen"] for line in zeros] == [False]  # and the report says so
     model = FFN(False)
     with torch.no_grad():
         model.down.weight[0, 0] = math.inf  # 0 times infinity is no 0
