@@ -258,7 +258,8 @@ def _samples(program: Program, found: Threshold) -> tuple[Tensor, Tensor]:
     dtype = dtype_of(found.x)
     unit = torch.ones(())
     if found.unit is not None:
-        known, shape = program.constant(found.unit), shape_of(found.unit)
+        known = program.constant(found.unit)
+        shape = [d if isinstance(d, int) else 3 for d in shape_of(found.unit)]  # some number, where it is dynamic
         numbers = torch.tensor([0.0, 0.3, 1.0, 2.5, *([] if nonnegative(program, found.unit) else [-0.7])])
         drawn = numbers[torch.arange(math.prod(shape)) % len(numbers)].reshape(shape)
         unit = (drawn if known is None else known).reshape(*[1] * (len(shape_of(found.x)) - len(shape)), *shape)

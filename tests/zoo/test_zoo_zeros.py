@@ -53,5 +53,5 @@ def test_zeros_are_found_and_skipped(name: str) -> None:
     assert len([t for t in targets_of(program) if t.kind == "gate"]) == gates
     manager = PassManager([SkipZeros()])
     result = manager.run(program, Context(crossovers=free))
-    assert bool(manager.records[0].rewrites) == bool(often)
+    assert bool(manager.records[0].rewrites) == any(d.listed < 0.84 for d in often.values())  # what is worth it
     assert not compare(program.run(*program.probe), result.run(*program.probe)).exceeds(1e-5)

@@ -39,7 +39,7 @@ def rand(*shape: int) -> Tensor:
 @given(
     st.integers(1, 9), st.integers(1, 9), st.sampled_from(["backward", "ortho", "forward"]), st.sampled_from([0, 1, -1])
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_transforms(rows: int, columns: int, norm: str, dim: int) -> None:
     x = rand(rows, columns, 3)
     n = x.shape[dim]
