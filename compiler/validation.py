@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.program import Program, is_tensor
 
 EXACT_TOLERANCE = 1e-9
@@ -162,13 +163,14 @@ CHOICES = (
     aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
     ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default, ops.shrink.default,
 )  # fmt: skip
+JUMPS = ("hard", "above")  # of thresholds: the others are continuous, and rounding moves them by no more than itself
 NUDGE = 1e-5  # of every input, as a part of itself: more than rounding does
 
 
 def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
     """The first choice that comes out differently in float64, or for inputs that differ by rounding: there a compiled program may rightly
     differ from its reference."""
-    if not any(program.calls(*CHOICES)):
+    if not any(map(_jumps, program.calls(*CHOICES))):
         return None
     wanted = _choices(program, flat, torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -177,11 +179,15 @@ def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
     return next((n for n in wanted if any(not torch.equal(wanted[n], r[n]) for r in runs)), None)
 
 
+def _jumps(node: fx.Node) -> bool:
+    return node.target in CHOICES and (node.target is not ops.shrink.default or node.args[2] in JUMPS)
+
+
 def _choices(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> dict[fx.Node, Tensor]:
     found: dict[fx.Node, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.target in CHOICES:
+        if _jumps(node):
             results = value if isinstance(value, (tuple, list)) else [value]
             found[node] = torch.cat([(r != 0 if r.is_floating_point() else r).flatten() for r in results])
 

@@ -64,3 +64,19 @@ def test_what_rounding_decides_is_compared_on_another_input() -> None:
     assert undecided(program, [clear]) is None
     checks = thresher.compile(Tie(), (tie,)).report.checks
     assert all(c.passed for c in checks) and len({c.name.partition(",")[0] for c in checks}) == 3
+
+
+def test_what_is_continuous_is_not_decided_by_rounding() -> None:
+    """A soft threshold whose zeros come and go with rounding moves by no more than that: no excuse for another input."""
+    x = torch.full((1000,), 0.4) + 1e-7 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    soft, hard = (capture(Shrunk(kind), (x,)) for kind in ("soft", "hard"))
+    assert undecided(soft, [x]) is None and undecided(hard, [x]) is not None
+
+
+class Shrunk(torch.nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.thresher.shrink(x, torch.tensor(0.4), self.kind)

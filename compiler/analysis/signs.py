@@ -30,8 +30,9 @@ def nonnegative(program: Program, node: fx.Node) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
         return node.args[1] % 2 == 0
     if node.target in (aten.clamp.default, aten.clamp_min.default):
-        return isinstance(node.args[1], (int, float)) and node.args[1] >= 0
-    if node.target in IF_ALL_ARE:
+        bounds = [b for b in node.args[1:] if b is not None]
+        return node.args[1] is not None and all(isinstance(b, (int, float)) and b >= 0 for b in bounds)
+    if node.target in IF_ALL_ARE and node.kwargs.get("alpha", 1) >= 0:
         skipped = 1 if node.target is aten.where.self else 0
         numbers = node.args[1:] if node.target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor) else ()
         tensors = [n for n in node.all_input_nodes if n is not (node.args[0] if skipped else None)]

@@ -62,7 +62,10 @@ class CanonicalizeThreshold(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes, refusals = program.clone(), [], []
         for node in reversed(list(work.calls())):
-            if node.target not in OPERATORS or not _alive(node):
+            if not node.users:  # part of what has been replaced
+                work.graph.erase_node(node)
+                continue
+            if node.target not in OPERATORS or not is_tensor(node) or not dtype_of(node).is_floating_point:
                 continue
             found = threshold_at(work, node)
             if isinstance(found, str):
@@ -70,13 +73,9 @@ class CanonicalizeThreshold(Pass):
             elif found is not None:
                 notes.append(Note.at(node, f"written as thresher::shrink ({found.kind})"))
                 rewrite(work, node, found)
+                work.graph.erase_node(node)
         notes += rewrite_dividing(work)
         return PassResult(work.clean(), notes, refusals) if notes else PassResult(program, [], refusals)
-
-
-def _alive(node: fx.Node) -> bool:
-    """Whether something outside what has been replaced reads it."""
-    return bool(node.users) and is_tensor(node) and dtype_of(node).is_floating_point
 
 
 def threshold_at(program: Program, root: fx.Node) -> Threshold | str | None:
@@ -92,7 +91,7 @@ def threshold_at(program: Program, root: fx.Node) -> Threshold | str | None:
         if found is None:
             reason = reason or _near_miss(function)
             continue
-        if found.kind in ("soft", "firm") and not _not_negative(program, unit, found):
+        if found.kind in ("soft", "firm") and unit is not None and not nonnegative(program, unit):
             reason = "a soft threshold that may be negative has no single meaning"
             continue
         keep = what_is_kept(program, root, found, leaves)
@@ -233,10 +232,6 @@ def _near_miss(f: Piecewise) -> str | None:
     if len(f.breaks) >= 2 and any(p == (0, 0) for p in f.pieces[1:-1]) and f.pieces[0][0] and f.pieces[-1][0]:
         return f"0 between {f.breaks[0]:g} and {f.breaks[-1]:g}, and no threshold: not symmetric, or scaled"
     return None
-
-
-def _not_negative(program: Program, unit: fx.Node | None, found: Threshold) -> bool:
-    return unit is None or nonnegative(program, unit)
 
 
 # ---------------------------------------------------------------------- what happens at t, and for NaN and infinities

@@ -103,10 +103,15 @@ def _the_same_before(node: fx.Node) -> str:
     if not inputs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return ""
     for other in inputs[0].users:
-        if other < node and (other.target, other.args, other.kwargs) == (node.target, node.args, node.kwargs):
+        if other.target is node.target and other < node and _words(other) == _words(node):
             node.replace_all_uses_with(other)
             return f"the same as {other.name}: computed once"
     return ""
+
+
+def _words(node: fx.Node) -> str:
+    """The arguments; in words 1, 1.0 and True are not the same, nor 0.0 and -0.0."""
+    return repr((node.args, node.kwargs))
 
 
 def _keeps_order(node: fx.Node) -> bool:

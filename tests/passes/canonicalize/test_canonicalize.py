@@ -239,3 +239,14 @@ def test_what_is_computed_twice_is_computed_once() -> None:
     targets = [n.target for n in program.calls()]
     assert targets.count(torch.ops.aten.relu.default) == 1 and targets.count(torch.ops.aten.sum.dim_IntList) == 2
     assert torch.equal(program.run(x)[0], Twice()(x))
+
+
+def test_numbers_of_other_kinds_are_not_the_same() -> None:
+    class Kinds(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x + 1, x + 1.0, x.float() / 0.0, x.float() / -0.0]
+
+    x = torch.tensor([1, 2, 3])
+    program = PassManager(["simplify"]).run(capture(Kinds(), (x,)))
+    for wanted, found in zip(Kinds()(x), program.run(x)):
+        assert wanted.dtype is found.dtype and torch.equal(wanted, found)

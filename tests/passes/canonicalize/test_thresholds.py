@@ -273,3 +273,20 @@ def test_compiled_thresholds_are_equal_to_the_last_bit(kind: str, keep: str, dty
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7, equal_nan=True)
         else:
             assert same(wanted, found)
+
+
+def test_one_threshold_is_one_rewrite() -> None:
+    """What it was made of is not looked at again."""
+    _, record = canonical(lambda x: F.relu(x - T) - F.relu(-x - T), torch.randn(4, 9))
+    assert [n.message for n in record.rewrites] == ["written as thresher::shrink (soft)"]
+
+
+def test_what_may_be_negative_is_seen() -> None:
+    """A difference is not the sum of what it is made of."""
+
+    def function(x: Tensor) -> Tensor:
+        t = torch.add(x.abs().mean(-1, keepdim=True), x.abs().amax(-1, keepdim=True), alpha=-1)
+        return x - torch.clamp(x, -t, t)
+
+    program, record = canonical(function, torch.randn(4, 9))
+    assert not list(program.calls(SHRINK)) and any("may be negative" in n.message for n in record.refusals)
