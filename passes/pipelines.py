@@ -69,6 +69,6 @@ approximate = (
 none = ()
 
 #: The form that TVM's kernels run best; the driver appends it for that backend.
-specialize = (Simplify(), SkipPrunedWeights(), SkipZeros(), ChannelsLast())
+specialize = (Simplify(), ChannelsLast(), SkipPrunedWeights(), SkipZeros())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "approximate": approximate, "none": none}

@@ -119,6 +119,10 @@ def add(a: Piecewise, b: Piecewise, factor: float = 1.0) -> Piecewise:
     return combine(lambda p, q: (p[0] + factor * q[0], p[1] + factor * q[1]), [a, b], _same(a, b))
 
 
+def subtract(a: Piecewise, b: Piecewise, factor: float = 1.0) -> Piecewise:
+    return add(a, b, -factor)
+
+
 def multiply(a: Piecewise, b: Piecewise) -> Piecewise:
     if not a.steps:
         a, b = b, a
@@ -189,7 +193,7 @@ def hard(a: Piecewise, t: Piecewise) -> Piecewise:
 OPERATORS: Mapping[Any, Callable[..., Piecewise]] = {
     aten.relu.default: relu, aten.abs.default: absolute, aten.sign.default: sign, aten.sgn.default: sign,
     aten.neg.default: lambda a: add(ZERO, a, -1),
-    aten.add.Tensor: add, aten.sub.Tensor: lambda a, b: add(a, b, -1), aten.rsub.Scalar: lambda a, b: add(b, a, -1),
+    aten.add.Tensor: add, aten.sub.Tensor: subtract, aten.rsub.Scalar: lambda a, b: subtract(b, a),
     aten.mul.Tensor: multiply, aten.div.Tensor: divide,
     aten.clamp.default: clamp, aten.clamp.Tensor: clamp, aten.clamp_min.default: clamp, aten.hardtanh.default: clamp,
     aten.clamp_max.default: smallest, aten.maximum.default: largest, aten.minimum.default: smallest,
@@ -243,10 +247,11 @@ def piecewise_of(root: fx.Node, x: fx.Node, leaves: Mapping[fx.Node, Leaf], in_u
     def of(node: fx.Node) -> Piecewise:
         if node not in known:
             rule = OPERATORS.get(node.target)
-            if rule is None or any(k not in FREE for k in node.kwargs) or _truncates(node):
+            factor = {"factor": float(node.kwargs["alpha"])} if "alpha" in node.kwargs else {}
+            if rule is None or any(k not in (*FREE, "alpha") for k in node.kwargs) or _truncates(node):
                 raise NotPiecewise(f"{node.target}")
             args = (*node.args, *DEFAULTS.get(node.target, ())[len(node.args) - 1 :])
-            known[node] = rule(*(literal(a, node) for a in args))
+            known[node] = rule(*(literal(a, node) for a in args), **factor)
         return known[node]
 
     return of(root)

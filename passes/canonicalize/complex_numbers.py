@@ -91,7 +91,7 @@ class _Pairs:
             if isinstance(value, complex):
                 raise NoRule(f"the complex number {value}")
             return value
-        return self.of[value] if value in self.of else self.stack(value, self.call(aten.mul.Tensor, value, 0.0))
+        return self.of[value] if value in self.of else self.stack(value, self.call(aten.zeros_like.default, value))
 
     def stack(self, re: fx.Node, im: fx.Node) -> fx.Node:
         rank = len(shape_of(re))

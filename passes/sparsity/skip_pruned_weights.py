@@ -1,6 +1,7 @@
-"""Linear layers keep and multiply only what pruning left of their weights, where that is faster.
+"""Linear layers and 1 x 1 convolutions keep and multiply only what pruning left of their weights, where that is faster.
 
-    linear(x, W)  ->  thresher::pruned_linear(x, W, layout)
+    linear(x, W)                   ->  thresher::pruned_linear(x, W, layout)
+    conv2d_nhwc(x, W [N, K, 1, 1]) ->  the same, of every pixel (Elsen et al., Fast Sparse ConvNets, 2020); with a stride, of those it takes
 
 What pruned structure there is, is seen from the values: blocks, N:M, or scattered zeros. How the weight is kept
 (``thresher.ops.pruned_linear``) is decided by what was measured for its shape and the density that is left in each layout; else it stays
@@ -9,22 +10,23 @@ dense, and the report says so. Zero channels are not meant: ``fold-channels`` ha
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from thresher.analysis.cost import constant_bytes
 from thresher.analysis.rows.base import argument
-from thresher.crossover import CACHED, RUN, WIDE, Kind, Layer
+from thresher.crossover import CACHED, LEFT, RUN, WIDE, Kind, Layer
 from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.sparsity.densities import Site, sites_of
+from thresher.passes.sparsity.densities import sites_of
 from thresher.passes.sparsity.skip_zeros import Skipped
-from thresher.program import Program, module_path
+from thresher.program import Program, dtype_of, module_path, shape_of
 
 aten, ops = torch.ops.aten, torch.ops.thresher
-LEAST = 0.3  # of a weight that is 0
 BLOCKS = ((32, 32), (16, 16), (32, 1), (1, 32), (16, 1), (1, 16), (8, 8), (4, 4))
 GROUPS = (4, 8, 16)  # M of N:M
 NEARLY = 0.98  # of the zeros, that lie in whole blocks
@@ -36,29 +38,27 @@ class SkipPrunedWeights(Pass):
     """Keep only what is not 0 of pruned weights, where that is faster."""
 
     name: ClassVar[str] = "skip-pruned-weights"
-    target_ops: ClassVar[tuple] = (aten.linear.default,)
+    target_ops: ClassVar[tuple] = (aten.linear.default, ops.conv2d_nhwc.default)
 
     def apply(self, program: Program, context: Context) -> PassResult:
         if context.target.startswith("cuda"):
             return PassResult(program, [], [Note("", "", "GPUs have no kernel for pruned weights")])
         work, cold = program.clone(), constant_bytes(program) > CACHED
         notes, lines = [], []
-        for site in (s for s in sites_of(work) if s.kind == "input"):
-            weight = work.constants[site.linear.args[1].target]
-            zeros = float((weight == 0).double().mean())
-            if zeros < LEAST:
+        for node in pruned_layers(work):
+            weight = work.constants[node.args[1].target].flatten(1)
+            layouts = stored(weight, _rows(node))
+            if not layouts:
                 continue
-            line, layout = best(site, weight, context, cold)
+            line, layout = best(node, weight, layouts, context, cold)
             lines.append(line)
             if line.chosen:
-                node = site.linear
-                args = (node.args[0], node.args[1], argument(node, 2, "bias"), layout)
-                node.replace_all_uses_with(work.insert_call(node, ops.pruned_linear.default, args, like=node))
+                node.replace_all_uses_with(_rewritten(work, node, layout))
                 how = "measured" if line.measured else "estimated"
                 notes.append(
                     Note.at(
                         node,
-                        f"{100 * zeros:.0f} % of the weight are 0 ({pattern_of(weight)}), kept by {layout}: "
+                        f"{100 * (1 - line.nonzero):.0f} % of the weight are 0 ({pattern_of(weight)}), kept by {layout}: "
                         f"{line.sparse:.3f} ms instead of {line.dense:.3f} ms ({how})",
                     )
                 )
@@ -71,26 +71,59 @@ def _dense(line: Skipped) -> str:
     return f"{100 * (1 - line.nonzero):.0f} % of the weight are 0: dense is faster, {line.dense:.3f} ms instead of {line.sparse:.3f} ms"
 
 
-def best(site: Site, weight: Tensor, context: Context, cold: bool) -> tuple[Skipped, str]:
-    """The fastest layout for a weight, and whether it is faster than dense."""
+def pruned_layers(program: Program) -> list[fx.Node]:
+    """Linear layers and 1 x 1 convolutions of constant, finite weights, with static shapes."""
+    linears = [s.linear for s in sites_of(program) if s.kind == "input"]
+    return linears + [n for n in program.calls(ops.conv2d_nhwc.default) if _pointwise(program, n)]
+
+
+def _pointwise(program: Program, node: fx.Node) -> bool:
+    x, weight, _, _, padding, _, groups = node.args
+    constant = program.constants[weight.target]
+    static = all(isinstance(d, int) for d in (*shape_of(node), *shape_of(x)))
+    one = tuple(constant.shape[2:]) == (1, 1) and not any(padding) and groups == 1
+    return static and one and dtype_of(node) is torch.float32 and bool(torch.isfinite(constant).all())
+
+
+def _rewritten(program: Program, node: fx.Node, layout: str) -> fx.Node:
+    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    if node.target is ops.conv2d_nhwc.default:
+        for dim, step in enumerate(node.args[3], 1):
+            if step > 1:
+                size = shape_of(x)[dim]
+                x = program.insert_call(node, aten.slice.Tensor, (x, dim, 0, size, step), like=node)
+        matrix = program.constants[weight.target].flatten(1)
+        weight = program.add_constant(matrix, f"{weight.target}_matrix", dtype_of(weight), like=weight)
+    return program.insert_call(node, ops.pruned_linear.default, (x, weight, bias, layout), like=node)
+
+
+def _rows(node: fx.Node) -> int:
+    return math.prod(int(d) for d in shape_of(node)[:-1])
+
+
+def best(
+    node: fx.Node, weight: Tensor, layouts: Mapping[Kind, float], context: Context, cold: bool
+) -> tuple[Skipped, str]:
+    """The fastest layout for a weight [N, K], of those with the part that they keep, and whether it is faster than dense."""
     outputs, inputs = weight.shape
     tried = []
-    for layout, density in stored(weight, site.rows).items():
-        times = context.crossover(Layer(layout, site.rows, inputs, outputs, cold))
+    for layout, density in layouts.items():
+        times = context.crossover(Layer(layout, _rows(node), inputs, outputs, cold))
         tried.append((times.at(density), density, layout, times))
     seconds, density, layout, times = min(tried, key=lambda t: t[0])
     nonzero, faster = float((weight != 0).double().mean()), times.worth(density)
     line = Skipped(
-        module_path(site.linear), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
+        module_path(node), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
         times.density, times.measured, faster,
     )  # fmt: skip
     return line, layout
 
 
 def stored(weight: Tensor, rows: int) -> dict[Kind, float]:
-    """The part of a weight that each layout keeps."""
+    """The part of a weight that each layout keeps, where that is not nearly all."""
     found: dict[Kind, float] = {"rows": _blocks(weight, 1, 1), "panels": _blocks(weight, WIDE, 1)}
-    return found | ({"runs": _blocks(weight, 1, RUN)} if rows == 1 else {})
+    found |= {"runs": _blocks(weight, 1, RUN)} if rows == 1 else {}
+    return {layout: density for layout, density in found.items() if density <= LEFT[-1]}
 
 
 def _blocks(weight: Tensor, high: int, wide: int) -> float:

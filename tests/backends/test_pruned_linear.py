@@ -55,6 +55,26 @@ def test_kernels_are_the_dense_layer(rows, k, n, layout, density, bias, then, se
     assert not compare([model(x, other)], built.run((x, other))).exceeds(1e-5)
 
 
+ACTIVATIONS = {
+    "relu6": nn.ReLU6(), "hardtanh": nn.Hardtanh(-0.5, 0.75), "gelu": nn.GELU(), "tanh gelu": nn.GELU("tanh"), "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_part_of_the_kernel(name: str) -> None:
+    class Model(Pruned):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return ACTIVATIONS[name](super().forward(x, other))
+
+    model, x, other = Model(rand(24, 40), True, "rows"), 2 * rand(20, 40), rand(20, 24)
+    x[0, 0] = math.nan
+    backend = TVMBackend()
+    built = backend.lower(capture(model, (x, other)).rounded(), "cpu")
+    assert not compare([model(x, other)[1:]], [built.run((x, other))[0][1:]]).exceeds(1e-5)
+    assert built.run((x, other))[0][0].isnan().all()
+
+
 @pytest.mark.parametrize(("layout", "rows"), [("rows", 1), ("rows", 5), ("panels", 1), ("panels", 9), ("runs", 1)])
 def test_what_is_pruned_is_not_read(layout: str, rows: int) -> None:
     """Inputs whose weights are all 0 may be no numbers."""

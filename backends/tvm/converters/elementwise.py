@@ -47,10 +47,13 @@ for _name, _function in elementwise.VECTORISED.items():
     CPU_KERNELS[getattr(aten, _name).default] = _elementary(_function)
 
 
+def gelu_of(node: fx.Node) -> Callable[[Any], Any]:
+    return elementwise.gelu_tanh if argument(node, 1, "approximate", "none") == "tanh" else elementwise.gelu
+
+
 @cpu_kernel(aten.gelu.default)
 def gelu_kernel(importer: Importer, node: fx.Node) -> Any:
-    tanh = argument(node, 1, "approximate", "none") == "tanh"
-    return _elementary(elementwise.gelu_tanh if tanh else elementwise.gelu)(importer, node)
+    return _elementary(gelu_of(node))(importer, node)
 
 
 def _arithmetic(operation: Callable) -> Converter:
@@ -254,9 +257,7 @@ def mish(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.hardswish.default)
 def hardswish(importer: Importer, node: fx.Node) -> Any:
-    return _smooth(
-        importer, node, lambda x, exp: x * te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x)
-    )
+    return _smooth(importer, node, lambda x, exp: elementwise.hardswish(x))
 
 
 @semantics(aten.hardsigmoid.default)

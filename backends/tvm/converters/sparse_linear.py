@@ -13,6 +13,7 @@ from torch import fx
 from tvm import relax, tirx
 
 from thresher.analysis.rows.base import argument
+from thresher.backends.tvm.converters.elementwise import gelu_of
 from thresher.backends.tvm.converters.products import linear
 from thresher.backends.tvm.converters.registry import (
     R,
@@ -73,7 +74,7 @@ class Epilogue:
 
 
 def epilogue_of(importer: Importer, node: fx.Node, bias: fx.Node | None, m: int, n: int) -> Epilogue:
-    """The bias, sums with what is computed before, relu and thresholds."""
+    """The bias, sums with what is computed before, activations and thresholds."""
     made = Epilogue()
     if bias is not None:
         read = made.read(importer.value(bias))
@@ -91,8 +92,9 @@ def epilogue_of(importer: Importer, node: fx.Node, bias: fx.Node | None, m: int,
 
 
 def _step(importer: Importer, made: Epilogue, user: fx.Node, value: fx.Node, m: int, n: int) -> Any:
-    if user.target is aten.relu.default:
-        return lambda v, more, row, column: elementwise.named(v, lambda x: tirx.Select(x < _f(0), _f(0), x))
+    if user.target in UNARY:
+        function = UNARY[user.target](user)
+        return lambda v, more, row, column: elementwise.named(v, function)
     if user.target is aten.add.Tensor and not user.kwargs and user.args[0] is not user.args[1]:
         other = user.args[1] if user.args[0] is value else user.args[0]
         read = _operand(importer, made, other, m, n)
@@ -106,6 +108,25 @@ def _step(importer: Importer, made: Epilogue, user: fx.Node, value: fx.Node, m: 
             v, lambda x: element(kind, keep, "float32", x, read(more, row, column), None)
         )
     return None
+
+
+def _relu(x: Any) -> Any:
+    return tirx.Select(x < _f(0), _f(0), x)
+
+
+def _between(low: float, high: float) -> Callable[[Any], Any]:
+    return lambda x: elementwise.clamp(x, low, high)
+
+
+#: Functions of one element, by the call that names them.
+UNARY: dict[Any, Callable[[fx.Node], Callable[[Any], Any]]] = {
+    aten.relu.default: lambda node: _relu,
+    aten.relu6.default: lambda node: _between(0.0, 6.0),
+    aten.hardtanh.default: lambda node: _between(argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)),
+    aten.gelu.default: gelu_of,
+    aten.silu.default: lambda node: elementwise.silu,
+    aten.hardswish.default: lambda node: elementwise.hardswish,
+}
 
 
 def _operand(importer: Importer, made: Epilogue, node: Any, m: int, n: int) -> Any:
@@ -200,8 +221,10 @@ def pruned_linear_kernel(importer: Importer, node: fx.Node) -> Any:
     (n, k), m, machine = sizes(weight), math.prod(sizes(x)[:-1]), importer.cpu
     layout = "rows" if layout == "runs" and m > 1 else layout
     epilogue = epilogue_of(importer, node, bias, m, n)
-    packed = pruned.pack(importer.array(weight), layout, machine)
-    stored = [importer.weight(a, (weight, layout, i)) for i, a in enumerate(packed.arrays)]
+    packed = pruned.pack(
+        importer.array(weight), layout, machine, pruned.group_of(m, n, machine) if layout == "rows" else 1
+    )
+    stored = [importer.weight(a, (weight, layout, packed.group, i)) for i, a in enumerate(packed.arrays)]
     problem = kernels.Problem(m, k, n, epilogue.operands())
     function = pruned.kernel(problem, packed, layout, machine, epilogue.finish)
     out = _call(importer, function, [_flat(importer, x, [m, k]), *stored, *epilogue.more], [m, n], sizes(node))

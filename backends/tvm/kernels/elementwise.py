@@ -47,14 +47,14 @@ def _horner(x: Any, coefficients: Sequence[float]) -> Any:
     return result
 
 
-def _clamp(x: Any, low: float, high: float) -> Any:
+def clamp(x: Any, low: float, high: float) -> Any:
     """Selects, not min and max: a NaN must pass."""
     return tirx.Select(x < _f(low), _f(low), tirx.Select(x > _f(high), _f(high), x))
 
 
 def _exp(x: Any, low: float, high: float) -> tuple[Any, Any]:
     """(p, n) with e^x = p 2^n for x clamped to [low, high]; n is an int32."""
-    y = _clamp(x, low, high)
+    y = clamp(x, low, high)
     bits = tirx.reinterpret(
         "int32", y * _f(LOG2E) + _f(ROUNDER)
     )  # the last ones are n: no conversion, no call to round
@@ -84,14 +84,14 @@ def short_exp(x: Any) -> Any:
 
 
 def erf(x: Any) -> Any:
-    y = _clamp(x, -4.0, 4.0)
+    y = clamp(x, -4.0, 4.0)
     s = y * y
     inner = y * _horner(s, ERF_P) / _horner(s, ERF_Q)
     return tirx.Select(x <= _f(-4.0), _f(-1.0), tirx.Select(x >= _f(4.0), _f(1.0), inner))
 
 
 def tanh(x: Any) -> Any:
-    y = _clamp(x, -7.90531110763549805, 7.90531110763549805)
+    y = clamp(x, -7.90531110763549805, 7.90531110763549805)
     s = y * y
     return tirx.Select(te.abs(x) < _f(0.0004), x, y * _horner(s, TANH_P) / _horner(s, TANH_Q))
 
@@ -110,6 +110,12 @@ def gelu_tanh(x: Any) -> Any:
 
 def silu(x: Any) -> Any:
     return x / (_f(1.0) + short_exp(-x))
+
+
+def hardswish(x: Any) -> Any:
+    """Of any floating type."""
+    three, six, zero, sixth = (tirx.const(v, x.ty.dtype) for v in (3.0, 6.0, 0.0, 1 / 6))
+    return x * te.max(te.min(x + three, six), zero) * sixth
 
 
 #: What replaces a call into the C library, by the name of the torch operator.

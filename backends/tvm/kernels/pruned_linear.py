@@ -2,7 +2,7 @@
 
 rows     of each output its inputs and weights, one list behind the other. One row of x: a sum of products at the places of the list.
          Several rows: x is turned round first, so that an input of all rows is one register, and each entry of the list is one
-         multiplication of it.
+         multiplication of it; some registers of rows and a group of outputs at a time, which are turned back where they are stored.
 panels   of a panel of outputs (registers) the inputs that any of them has: the innermost loop is that of a dense product, over a list.
 runs     of each output runs of as many neighbouring inputs as a register holds, for one row of x: x is read in registers, too.
 
@@ -25,26 +25,28 @@ from thresher.backends.tvm.kernels.sparse_linear import Problem
 
 STEP = 4  # entries that are added to sums of their own
 MOST = 8  # registers of rows at a time
+SIDE = 16  # inputs that are turned round together
 VECTORS = 2  # registers of a panel's outputs
 
 
 @dataclass(frozen=True)
 class Packed:
     """``values`` [entries, width], their inputs ``index`` [entries] (of a run the first one), where each output or panel begins,
-    ``start`` [count + 1], and where each thread does, ``shares`` [threads + 1]."""
+    ``start`` [count + 1], and where each thread does, ``shares`` [threads + 1], in groups of outputs."""
 
     values: np.ndarray
     index: np.ndarray
     start: np.ndarray
     shares: np.ndarray
+    group: int
 
     @property
     def arrays(self) -> list[np.ndarray]:
         return [self.values, self.index, self.start, self.shares]
 
 
-def pack(weight: np.ndarray, layout: str, machine: Machine) -> Packed:
-    """[N, K], by layout."""
+def pack(weight: np.ndarray, layout: str, machine: Machine, group: int = 1) -> Packed:
+    """[N, K], by layout; a thread has whole groups of outputs."""
     n, k = weight.shape
     lanes = machine.lanes
     if layout == "panels":
@@ -68,12 +70,18 @@ def pack(weight: np.ndarray, layout: str, machine: Machine) -> Packed:
         places = np.flatnonzero(mine)
         values[start[i] : start[i] + len(places)] = blocks[i, places]
         index[start[i] : start[i] + len(places)] = places * (lanes if layout == "runs" else 1)
-    return Packed(values, index, start, _shares(start, machine.threads))
+    return Packed(values, index, start, _shares(start, group, machine.threads), group)
 
 
-def _shares(start: np.ndarray, threads: int) -> np.ndarray:
+def group_of(m: int, n: int, machine: Machine) -> int:
+    """Outputs that are stored together: a register of them, if every thread has some groups."""
+    return next((g for g in (16, 8, 4, 2) if m > 1 and g <= machine.lanes and n >= 4 * g * machine.threads), 1)
+
+
+def _shares(start: np.ndarray, group: int, threads: int) -> np.ndarray:
     """Where to cut so that the entries are about equal; an output costs as much as an entry."""
-    cost = start + np.arange(len(start))
+    start = np.append(start[:-1:group], start[-1])
+    cost = start + group * np.arange(len(start))
     wanted = cost[-1] * np.arange(1, threads) / threads
     return np.concatenate([[0], np.searchsorted(cost, wanted), [len(start) - 1]]).astype(np.int64)
 
@@ -93,7 +101,7 @@ def kernel(problem: Problem, packed: Packed, layout: str, machine: Machine, fini
         turned = body.turn() if layout == "rows" and problem.m > 1 else None
         with T.parallel(machine.threads) as task:
             first, last = shares[task], shares[task + 1]
-            with T.serial(last - first) as one:
+            with T.serial(1 if turned is None else body.rows.blocks) as block, T.serial(last - first) as one:
                 at = first + one
                 if layout == "panels":
                     body.panel(at)
@@ -102,8 +110,29 @@ def kernel(problem: Problem, packed: Packed, layout: str, machine: Machine, fini
                 elif turned is None:
                     body.row(at)
                 else:
-                    body.rows(at, turned)
+                    body.part(turned, block, at, packed.group)
     return builder.get()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How m rows are cut: into ``blocks`` of ``count`` registers of ``width`` rows."""
+
+    width: int
+    count: int
+    blocks: int
+
+    @staticmethod
+    def of(m: int, lanes: int) -> Rows:
+        width = width_of(m, lanes)
+        registers = -(-m // width)
+        blocks = -(-registers // MOST)
+        return Rows(width, -(-registers // blocks), blocks)
+
+    @property
+    def high(self) -> int:
+        """Rows of a block."""
+        return self.count * self.width
 
 
 def width_of(m: int, lanes: int) -> int:
@@ -148,27 +177,44 @@ class _Body:
             store(whole, whole[i64(0)] + total[e], i64(0))
         store(self.out, self.finish(whole[i64(0)], i64(0), n), i64(0), n)
 
+    @property
+    def rows(self) -> Rows:
+        return Rows.of(self.problem.m, self.machine.lanes)
+
     def turn(self) -> Any:
-        """x as [k, m], padded to whole registers."""
-        m, k = self.problem.m, self.problem.k
-        width = width_of(m, self.machine.lanes)
-        wide = -(-m // width) * width
-        turned = buffer(k * wide)
-        with T.parallel(k) as j, T.serial(wide) as row:
-            value = self.x[tirx.min(row, m - 1), j]
-            store(turned, tirx.Select(row < m, value, f32(0.0)) if wide != m else value, j * wide + row)
+        """x as [k, m], padded to whole blocks: squares of it at a time, so that every line of the cache is read once."""
+        m, k, high = self.problem.m, self.problem.k, self.rows.high
+        wide, side = self.rows.blocks * high, min(SIDE, k)
+        turned, across = buffer(k * wide), -(-k // side)
+        with T.parallel(self.rows.blocks * across) as square:
+            left, top = T.floormod(square, across) * side, T.floordiv(square, across) * high
+            with T.serial(high) as e, T.serial(side) as i:
+                row, j = top + e, tirx.min(left + i, k - 1) if k % side else left + i
+                value = self.x[tirx.min(row, m - 1), j] if wide != m else self.x[row, j]
+                store(turned, tirx.Select(row < m, value, f32(0.0)) if wide != m else value, j * wide + row)
         return turned
 
-    def rows(self, n: Any, turned: Any) -> None:
-        """One output of all rows, some registers of them at a time."""
-        m = self.problem.m
-        width = width_of(m, self.machine.lanes)
-        registers = -(-m // width)
-        wide = registers * width
-        for first in range(0, registers, MOST):
-            self._part(n, turned, first, min(MOST, registers - first), width, wide)
+    def part(self, turned: Any, block: Any, at: Any, group: int) -> None:
+        """A group of outputs of a block of rows."""
+        first, high, n = block * self.rows.high, self.rows.high, self.problem.n
+        tile = buffer(group * high)
+        with T.serial(group) as j:
+            self._sums(tile, j * high, turned, first, tirx.min(at * group + j, n - 1) if n % group else at * group + j)
+        with T.serial(tirx.min(high, self.problem.m - first)) as e:
+            if n % group:
+                with T.serial(group) as j, T.If(at * group + j < n), T.Then():
+                    self._stored(tile[j * high + e], first + e, at * group + j)
+            else:
+                with T.vectorized(group) as j:
+                    self._stored(tile[j * high + e], first + e, at * group + j)
 
-    def _part(self, n: Any, turned: Any, first: int, count: int, width: int, wide: int) -> None:
+    def _stored(self, value: Any, row: Any, n: Any) -> None:
+        store(self.out, self.finish(value, row, n), row, n)
+
+    def _sums(self, tile: Any, place: Any, turned: Any, first: Any, n: Any) -> None:
+        """One output of a block of rows, at a place of the tile."""
+        width, count = self.rows.width, self.rows.count
+        wide = self.rows.blocks * self.rows.high
         apart = max(1, STEP // count)  # sums of their own for neighbouring entries, where there are few registers
         total = buffer(apart * count * width)
         for v in range(apart * count):
@@ -180,16 +226,14 @@ class _Body:
                 for v in range(count):
                     at = (u % apart * count + v) * width
                     with T.vectorized(width) as e:
-                        value = turned[self.place(entry) * wide + (first + v) * width + e]
+                        value = turned[self.place(entry) * wide + first + v * width + e]
                         store(total, total[at + e] + self.values[entry, 0] * value, at + e)
         for v in range(count):
             for u in range(1, apart):
                 with T.vectorized(width) as e:
                     store(total, total[v * width + e] + total[(u * count + v) * width + e], v * width + e)
-            rows = min(width, self.problem.m - (first + v) * width)
-            with T.serial(rows) as e:
-                row = (first + v) * width + e
-                store(self.out, self.finish(total[v * width + e], row, n), row, n)
+            with T.vectorized(width) as e:
+                store(tile, total[v * width + e], place + v * width + e)
 
     # ------------------------------------------------------------------ runs
 

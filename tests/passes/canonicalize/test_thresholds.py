@@ -55,6 +55,7 @@ SPELLINGS: dict[str, tuple[str, Callable]] = {
     "two relu, negated": ("soft", lambda x: F.relu(x - T) - F.relu(-(x + T))),
     "two relu, reversed": ("soft", lambda x: F.relu(x - T) - F.relu(-T - x)),
     "two relu, added": ("soft", lambda x: (x - T).relu() + (-1) * (-x - T).relu()),
+    "two relu, one from a factor": ("soft", lambda x: F.relu(x - T) + torch.rsub(F.relu(-x / 2 - T / 2), 0.0, alpha=2)),
     "sign": ("soft", lambda x: torch.sign(x) * F.relu(x.abs() - T)),
     "sgn, clamp": ("soft", lambda x: torch.clamp(x.abs() - T, min=0) * torch.sgn(x)),
     "sign, maximum": ("soft", lambda x: torch.sign(x) * torch.maximum(x.abs() - T, torch.zeros_like(x))),

@@ -14,6 +14,7 @@ from thresher.capture import capture
 from thresher.crossover import Crossover, Layer, estimated, measure
 from thresher.pass_manager import Context, PassManager, PassRecord
 from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights, pattern_of, stored
+from thresher.passes.specialize.channels_last import ChannelsLast
 from thresher.program import Program
 from thresher.validation import compare
 
@@ -104,6 +105,37 @@ def test_pruned_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["kind"] for line in compiled.report.sparsity if line["chosen"]] == ["weight (scattered)"] * 2
     dense = 4 * 2 * 256 * 256
     assert compiled.report.memory["weights"] < 0.35 * dense
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_one_pixel(stride: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(96, 128, 1, stride=stride)
+    with torch.no_grad():
+        conv.weight.copy_(blocks(1, 1, 0.1)[..., None, None])
+    model, x = nn.Sequential(conv, nn.ReLU6(), nn.Conv2d(128, 8, 3)), torch.randn(2, 96, 9, 8)
+    manager, context = PassManager([ChannelsLast(), SkipPrunedWeights()]), Context(crossovers=by_density)
+    program = manager.run(capture(model.eval(), (x,)), context)
+    (node,) = program.calls(ops.pruned_linear.default)
+    assert program.constants[node.args[1].target].shape == (128, 96)
+    torch.testing.assert_close(program.run(x)[0], model(x))
+    assert [line["module"] for line in context.zeros] == ["0"]  # the other one is dense
+    built = find_backend("tvm").lower(program.rounded(), "cpu")
+    assert not compare([model(x)], built.run([x])).exceeds(1e-5)
+
+
+def test_convolutions_of_more_pixels_or_groups_stay() -> None:
+    weights = {
+        "padded": nn.Conv2d(8, 8, 1, padding=1),
+        "groups": nn.Conv2d(8, 8, 1, groups=2),
+        "3 x 3": nn.Conv2d(8, 8, 3),
+    }
+    for conv in weights.values():
+        with torch.no_grad():
+            conv.weight *= torch.rand(conv.weight.shape) < 0.1
+        program = capture(conv.eval(), (torch.randn(1, 8, 6, 6),))
+        manager = PassManager([ChannelsLast(), SkipPrunedWeights()])
+        assert not list(manager.run(program, Context(crossovers=by_density)).calls(ops.pruned_linear.default))
 
 
 def test_layouts_are_measured() -> None:
