@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import thresher
 from thresher.budget import METRICS, Budget
 from thresher.certificate import Certificate
 from thresher.errors import ThresherError
-from thresher.pass_manager import registered_passes
+from thresher.pass_manager import Pass, make_pass, registered_passes
 from thresher.passes import pipelines
 from thresher.records import Records, default_path, read_lines, write_lines
 from thresher.tuning import Remote, Tune
@@ -139,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--explain", metavar="VALUE:DIM:INDEX", help="print the chain of reasons for one removed index")
     verify.set_defaults(run=_verify)
 
-    passes = commands.add_parser("passes", help="list all passes with their options")
+    passes = commands.add_parser("passes", help="list all passes with their options, or explain one")
+    passes.add_argument("name", nargs="?", help="a pass: what it does, its options, where it comes from")
     passes.set_defaults(run=_passes)
 
     demo = commands.add_parser("demo", help="prune, fold, compile and check a real pretrained model")
@@ -334,12 +336,25 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _passes(options: argparse.Namespace) -> int:
-    for name, cls in registered_passes().items():
-        fields = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
-        print(
-            f"{name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]\n    {(cls.__doc__ or '').strip().splitlines()[0]}"
-        )
+    known = registered_passes()
+    if options.name:
+        cls = type(make_pass(options.name))
+        print(f"{_usage(cls)}\n\n{inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls)}\n")
+        for field in dataclasses.fields(cls):
+            print(f"option {field.name}: {field.type}, default {field.default}")
+        if cls.requires:
+            print(f"runs after {', '.join(cls.requires)}")
+        print(f"from {cls.__module__}")
+        return 0
+    for cls in known.values():
+        print(f"{_usage(cls)}\n    {(cls.__doc__ or '').strip().splitlines()[0]}")
     return 0
+
+
+def _usage(cls: type[Pass]) -> str:
+    """``name{option=default,...}  [exact]``"""
+    fields = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+    return f"{cls.name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]"
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ZOO, mask_channels, settle
 from torch import Tensor, nn
 
 import thresher
 from thresher.certificate import Certificate, Step
 from thresher.cli import main
+from thresher.testing import ZOO, mask_channels, settle
 from thresher.verify import verify
 
 

@@ -8,7 +8,6 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ZOO, settle
 from torch import Tensor, nn
 
 import thresher
@@ -16,6 +15,7 @@ from thresher.backends.tvm import TVMBackend
 from thresher.backends.tvm.converters.registry import CPU_KERNELS
 from thresher.errors import BackendError, PassError, ThresherError, ValidationError
 from thresher.report import Report
+from thresher.testing import ZOO, settle
 
 X = torch.randn(3, 4)
 

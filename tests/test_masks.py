@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import settle
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import thresher
 from thresher.masks import apply_masks
+from thresher.testing import settle
 
 
 class Net(nn.Module):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ZOO
 from torch import Tensor, nn
 
 from thresher.capture import capture
 from thresher.errors import CaptureError, InputError, ProgramError
 from thresher.program import Program, module_path, source_line
+from thresher.testing import ZOO
 from thresher.text import parse
 
 

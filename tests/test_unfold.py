@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import ZOO, mask_channels, settle
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
+from thresher.testing import ZOO, mask_channels, settle
 from thresher.validation import compare
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ZOO, mask_channels, settle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +12,7 @@ from thresher.analysis.cost import count_flops
 from thresher.capture import capture
 from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
+from thresher.testing import ZOO, mask_channels, settle
 from thresher.validation import compare
 
 

@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """``thresher::name``. ``reference`` computes it in plain torch on any device; ``fake`` gives empty tensors of the result's shapes."""
-    full = f"thresher::{name}"
+    """``thresher::name``, or ``name`` with a namespace of its own.
+
+    ``reference`` computes it in plain torch on any device; ``fake`` gives empty tensors of the result's shapes.
+    """
+    full = name if "::" in name else f"thresher::{name}"
     torch.library.define(full, schema)
     torch.library.impl(full, "CompositeExplicitAutograd")(reference)
     torch.library.register_fake(full)(fake)

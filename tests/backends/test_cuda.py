@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from conftest import ZOO, settle
 from hypothesis import given
 from hypothesis import strategies as st
 from nvrtc import kernels
@@ -24,6 +23,7 @@ from thresher.backends.tvm import tuner
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels.cuda import MULTIPROCESSORS, TILES, tiles
 from thresher.backends.tvm.runtime import weight_array
+from thresher.testing import ZOO, settle
 from thresher.validation import compare
 
 MMA = "mma_sync"

@@ -222,7 +222,7 @@ def test_multihead_attention_module() -> None:
 )
 def test_batch_norm_folds(model: nn.Module, shape: tuple[int, ...], left: int) -> None:
     """Into the layer before, else into the layer after where no padding shows, else into one mul and one add."""
-    from conftest import settle
+    from thresher.testing import settle
 
     program, _ = canonical(settle(model), torch.randn(shape), passes=[*pipelines.canonicalize, "fold-batch-norm"])
     assert len(list(program.calls())) == left

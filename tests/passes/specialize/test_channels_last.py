@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ZOO, settle
 
 from thresher.capture import capture
 from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
+from thresher.testing import ZOO, settle
 
 IMAGES = {
     "mobilenet": 1,

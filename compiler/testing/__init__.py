@@ -1,0 +1,21 @@
+"""The proof kit for passes: what a contributor's tests call, and what this library's own tests call.
+
+prove(MyPass(), Case("conv, relu", build, channels=(4, 6), size=(5, 8)))   raises AssertionError with everything that is wrong
+examine(...)                                                              the same as a list of findings
+before_after(MyPass(), model, args)                                       the two graphs as text, their difference, the notes
+refused(MyPass(), model, args, match="padding")                           the pass leaves the model alone, and says why
+same_map(...), SameMap                                                    index maps are equal for all indices (z3)
+replay(MyPass())                                                          which models of the zoo it changes
+"""
+
+from thresher.testing.before_after import Outcome, before_after, refused
+from thresher.testing.cases import Case
+from thresher.testing.examine import Finding, examine, prove
+from thresher.testing.index_maps import IndexMapError, prove_same_map
+from thresher.testing.near_misses import near_misses
+from thresher.testing.zoo import ZOO, Replayed, mask_channels, replay, settle
+
+__all__ = [
+    "ZOO", "Case", "Finding", "IndexMapError", "Outcome", "Replayed", "before_after", "examine", "mask_channels", "near_misses", "prove",
+    "prove_same_map", "refused", "replay", "settle",
+]  # fmt: skip

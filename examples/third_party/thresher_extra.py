@@ -1,0 +1,35 @@
+"""-(-x) is x.
+
+neg(neg(x))  ->  x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from thresher import Context, Note, Pass, PassResult, Program, register_pass
+from thresher.program import is_tensor
+
+aten = torch.ops.aten
+
+
+@register_pass
+@dataclass(frozen=True)
+class DropDoubleNegation(Pass):
+    """Remove two negations behind each other."""
+
+    name: ClassVar[str] = "drop-double-negation"
+    target_ops: ClassVar[tuple] = (aten.neg.default,)
+    most: int = 1000  # rewrites
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        work, notes = program.clone(), []
+        for node in list(work.calls(aten.neg.default)):
+            inner = node.args[0]
+            if is_tensor(inner) and inner.target is aten.neg.default and len(notes) < self.most:
+                notes.append(Note.at(node, f"the negative of {inner.name}, which is one"))
+                node.replace_all_uses_with(inner.args[0])
+        return PassResult(work.clean(), notes) if notes else PassResult(program)

@@ -1,0 +1,132 @@
+"""The proof kit sees what is wrong with a pass, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planted import CONV_BN, MLP, PLANTED
+from torch import nn
+
+import thresher
+from thresher.pass_manager import Pass
+from thresher.passes import pipelines
+from thresher.testing import (
+    Case,
+    IndexMapError,
+    before_after,
+    examine,
+    near_misses,
+    prove,
+    prove_same_map,
+    refused,
+    replay,
+)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defects_are_caught(name: str) -> None:
+    """Each by the check, and in the words, that say what is wrong: not by luck."""
+    item, case, check, words = PLANTED[name]
+    findings = examine(item, case, draws=2)
+    mine = [f for f in findings if f.check == check]
+    assert mine and words in mine[0].message, findings
+
+
+def test_enough_are_planted() -> None:
+    assert len(PLANTED) >= 30
+
+
+@pytest.mark.parametrize(
+    ("item", "case", "first"),
+    [
+        ("fold-batch-norm", CONV_BN, ()),
+        ("fold-channels{gain=0,round_to=1}", MLP, pipelines.canonicalize),
+        ("canonicalize-threshold", Case("shrink", lambda n: (nn.Softshrink(0.3), (torch.randn(n, 5),)), n=(2, 3)), ()),
+    ],
+)  # fmt: skip
+def test_passes_of_ours_hold(item: str, case: Case, first: tuple) -> None:
+    prove(item, case, first=first)
+
+
+def test_a_case_that_tests_nothing_is_named() -> None:
+    idle = Case("no norm", lambda n: (nn.Linear(3, 4), (torch.randn(n, 3),)), n=(1, 2))
+    (finding,) = examine("fold-batch-norm", idle)
+    assert finding.check == "idle" and "rewrote nothing" in finding.message
+    with pytest.raises(AssertionError, match="idle: no norm"):
+        prove("fold-batch-norm", idle)
+
+
+def test_before_after_and_refusals() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    found = before_after("fold-batch-norm", model, (torch.randn(1, 3, 5, 5),))
+    assert found.changed and "-  %getitem" in found.diff and "rewrote" in str(found)
+    kept = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    assert not refused("fold-batch-norm", kept, (torch.randn(1, 3, 5, 5),)).changed
+    with pytest.raises(AssertionError, match="should have refused"):
+        refused("fold-batch-norm", model, (torch.randn(1, 3, 5, 5),))
+    with pytest.raises(AssertionError, match="no refusal matches 'padding'"):
+        refused("fold-batch-norm", kept, (torch.randn(1, 3, 5, 5),), match="padding")
+
+
+def test_near_misses_are_one_step_away() -> None:
+    program = thresher.capture(nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval(), (torch.randn(2, 3),))
+    found = dict(near_misses(program))
+    assert len(found) == len(set(found)) > 5
+    for words, other in found.items():
+        assert not program.structurally_equal(other) or "number" in words or "used in the place" in words, words
+        other.verify()
+    assert list(dict(near_misses(program))) == list(found)  # the same each time
+    assert len(list(near_misses(program, limit=3))) == 3
+
+
+def test_index_maps() -> None:
+    """Channels of a grouped layer by (group, place): equal; by (place, group): the counterexample is named."""
+
+    def shape(groups: int, width: int) -> tuple[int]:
+        return (groups * width,)
+
+    sizes = {"groups": (1, 2, 4), "width": (1, 3, 8)}
+    by_group = lambda c, groups, width: (c // width) * width + c % width  # noqa: E731
+    by_place = lambda c, groups, width: (c % width) * groups + c // width  # noqa: E731
+    assert prove_same_map(lambda c, groups, width: c, by_group, sizes, shape) == 9
+    with pytest.raises(IndexMapError, match=r"with \{'groups': 2, 'width': 3\} the element at \[\d\] is read from"):
+        prove_same_map(lambda c, groups, width: c, by_place, sizes, shape)
+    with pytest.raises(IndexMapError, match="no combination"):
+        prove_same_map(by_group, by_group, sizes, shape, where=lambda groups, width: False)
+
+
+def test_index_maps_are_what_torch_does() -> None:
+    """Permuting the dimensions of a reshape: proven, and the same on a tensor."""
+    a, b, c = 2, 3, 4
+    prove_same_map(
+        lambda k, i, j, **_: (i, j, k),
+        lambda k, i, j, a, b, c: (
+            ((i * b + j) * c + k) // (b * c),
+            ((i * b + j) * c + k) // c % b,
+            ((i * b + j) * c + k) % c,
+        ),
+        {"a": (1, 2, 5), "b": (1, 3), "c": (2, 4)},
+        lambda a, b, c: (c, a, b),
+    )
+    x = torch.arange(a * b * c).reshape(a, b, c)
+    assert torch.equal(
+        x.permute(2, 0, 1).flatten(), torch.stack([x[i, j, k] for k in range(c) for i in range(a) for j in range(b)])
+    )
+
+
+def test_replay_names_the_models_that_changed() -> None:
+    zoo = {name: thresher.testing.ZOO[name] for name in ("lista", "vit", "mobilenet")}
+    old, new = replay("evaluate-constants", zoo=zoo), replay("evaluate-constants", "fold-batch-norm", zoo=zoo)
+    assert {name for name in zoo if old[name].digest != new[name].digest} == {"mobilenet"}
+    assert new["mobilenet"].rewrites > 0 and all(r.error < 1e-9 for r in new.values())
+
+
+def test_what_a_pass_raises_is_said() -> None:
+    class Raises(Pass):
+        name = "raises"
+
+        def apply(self, program, context):
+            raise KeyError("weight")
+
+    (raised, idle) = examine(Raises(), Case("identity", lambda: (nn.Tanh(), (torch.randn(2),))))
+    assert raised.message == "KeyError: 'weight'" and idle.check == "idle"
