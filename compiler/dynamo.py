@@ -5,9 +5,9 @@
         y = compiled(x)
 
 Dynamo hands over a graph whose inputs are the user's tensors and the parameters and buffers of the modules. The latter are taken as the
-constants that they are, so pruned channels fold. A graph is built at its first call with given shapes (a dynamic dimension is built for each of
-its sizes) and again when a parameter has changed since. Training stays Dynamo's: where a gradient is asked for, the graph runs as it is.
-What cannot be captured or lowered runs as it is, too, with a warning that says why; a *wrong* result raises, as everywhere.
+constants that they are, so pruned channels fold. A graph is built at its first call with given shapes (a dynamic dimension is built for
+each of its sizes) and again when a parameter has changed since. Training stays Dynamo's: where a gradient is asked for, the graph runs as
+it is. What cannot be captured or lowered runs as it is, too, with a warning that says why; a *wrong* result raises, as everywhere.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def thresher_backend(
     """The backend that Dynamo finds by the entry point ``torch_dynamo_backends``.
 
     ``options``: how to build, as in :func:`thresher.compile` (``passes``, ``target``, ``validate``, ``tune``, ...); ``fallback=False``
-    raises where a graph would run as it is. ``calibration`` and ``budget`` concern the graph's inputs, so they are for models without breaks.
+    raises where a graph would run as it is. ``calibration`` and ``budget`` concern the graph's inputs: they are for models without breaks.
 
     Raises :class:`InputError` naming an option that is none.
     """
