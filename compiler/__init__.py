@@ -24,6 +24,8 @@ from thresher.errors import (
     ValidationError,
 )
 from thresher.masks import apply_masks
+from thresher.onnx_reader import read_onnx
+from thresher.onnx_writer import write_onnx
 from thresher.pass_manager import Context, Note, Pass, PassManager, PassResult, register_pass
 from thresher.passes import pipelines
 from thresher.program import Program
@@ -63,6 +65,8 @@ __all__ = [
     "compile",
     "load",
     "pipelines",
+    "read_onnx",
     "register_pass",
     "rewrite",
+    "write_onnx",
 ]

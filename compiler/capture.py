@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from thresher.errors import CaptureError
+from thresher.onnx_reader import read_onnx
 from thresher.program import Program, copy_origin
 
 KEPT_WHOLE = frozenset(
@@ -94,8 +95,8 @@ def capture(
     """Capture ``model`` as a :class:`Program`.
 
     Args:
-        model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file. A module is captured in eval mode; its own mode
-            is restored afterwards.
+        model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` or ``.onnx`` file. A module is captured in eval mode; its own
+            mode is restored afterwards.
         args, kwargs: example inputs (any nesting). For an exported program they default to the ones stored in it.
         dynamic_shapes: as in ``torch.export.export``, e.g. ``({0: torch.export.Dim("batch")},)``.
 
@@ -103,7 +104,7 @@ def capture(
         CaptureError: with the place in the user's code and the usual cures.
     """
     if isinstance(model, (str, os.PathLike)):
-        model = _load_pt2(Path(model))
+        model = read_onnx(model) if str(model).endswith(".onnx") else _load_pt2(Path(model))
     if isinstance(model, nn.Module):
         name = type(model).__name__
         exported = _export(model, tuple(args), kwargs or {}, dynamic_shapes)
@@ -113,7 +114,7 @@ def capture(
             exported._example_inputs = (tuple(args), dict(kwargs or {}))
     else:
         raise CaptureError(
-            f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram or a .pt2 path"
+            f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram, or the path of a .pt2 or .onnx file"
         )
     with _quiet():
         exported = exported.run_decompositions(_decompositions())

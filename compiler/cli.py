@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import thresher
 from thresher.budget import METRICS, Budget
 from thresher.certificate import Certificate
 from thresher.errors import ThresherError
+from thresher.onnx_reader import read_onnx
+from thresher.onnx_writer import write_onnx
 from thresher.pass_manager import Pass, make_pass, registered_passes
 from thresher.passes import pipelines
 from thresher.records import Records, default_path, read_lines, write_lines
@@ -41,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="compile a model into an artifact that loads without its code")
     build.add_argument(
-        "model", help="package.module:function (returns a module, or a module and its example inputs), or a .pt2 file"
+        "model",
+        help="package.module:function (returns a module, or a module and its example inputs), or a .pt2 or .onnx file",
     )
     build.add_argument(
         "--input",
@@ -85,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         help="returns samples for approximate passes: tensors, tuples or dictionaries of inputs",
     )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    build.add_argument("--onnx", metavar="FILE", help="write the folded model for other runtimes, too")
+    build.add_argument(
+        "--fixed",
+        action="append",
+        default=[],
+        metavar="INPUT=NUMBER",
+        help="an input of an .onnx file that is always this number, for instance sr=16000",
+    )
     build.add_argument("--certificate", metavar="FILE", help="write the proof of what was folded, for thresher verify")
     build.add_argument("-o", "--output", default="model.thresher")
     build.set_defaults(run=_build)
@@ -151,13 +163,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(spec: str, shapes: list[str]) -> tuple[Any, tuple]:
-    """The model behind a command-line spec, and its example inputs."""
+def load_model(spec: str, shapes: list[str], fixed: Mapping[str, Any] | None = None) -> tuple[Any, tuple]:
+    """The model behind a command-line spec, and its example inputs. ``fixed``: inputs of an .onnx file that are always these numbers."""
     inputs = tuple(example(s) for s in shapes)
     if spec.endswith(".pt2"):
         return spec, inputs
+    if spec.endswith(".onnx"):
+        onnx_model = read_onnx(spec, fixed)
+        found = inputs or onnx_model.example()
+        if found is None:
+            sizes = ", ".join(onnx_model.described())
+            raise ThresherError(f"{spec} leaves sizes open ({sizes}); describe its inputs with --input")
+        return onnx_model, found
     if ":" not in spec:
-        raise ThresherError(f"cannot read {spec!r}: give package.module:function or a .pt2 file")
+        raise ThresherError(f"cannot read {spec!r}: give package.module:function, or a .pt2 or .onnx file")
     made = attribute(spec)
     made = made() if not isinstance(made, torch.nn.Module) else made
     if isinstance(made, tuple):
@@ -215,8 +234,21 @@ def split_passes(text: str) -> str | list[str]:
     return [p for p in text.split(";") if p] if ";" in text or text not in pipelines.NAMED else text
 
 
+def numbers(given: list[str]) -> dict[str, float]:
+    """``sr=16000``"""
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError as error:
+            raise ThresherError(f"cannot read {text!r}: write an input, = and a number") from error
+    return found
+
+
 def _build(options: argparse.Namespace) -> int:
-    model, inputs = load_model(options.model, options.input)
+    model, inputs = load_model(options.model, options.input, numbers(options.fixed))
+    calibration = attribute(options.calibration)() if options.calibration else None
     compiled = thresher.compile(
         model,
         inputs,
@@ -227,10 +259,14 @@ def _build(options: argparse.Namespace) -> int:
         widths=options.widths,
         strict_rounding=options.strict_rounding,
         library=options.library,
-        calibration=attribute(options.calibration)() if options.calibration else None,
+        calibration=calibration,
         budget=budget(options.budget),
     )
     compiled.save(options.output)
+    if options.onnx:
+        passes = split_passes(options.passes)
+        small = thresher.rewrite(model, inputs, passes=passes, calibration=calibration, budget=budget(options.budget))
+        print(f"wrote {write_onnx(small, inputs, options.onnx)}")
     if options.html:
         compiled.report.save_html(options.html)
     compiled.report.print()
@@ -289,7 +325,9 @@ def _records(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    if Path(options.what).suffix == ".thresher" or (Path(options.what).is_file() and not options.what.endswith(".pt2")):
+    if Path(options.what).suffix not in (".pt2", ".onnx") and (
+        Path(options.what).suffix == ".thresher" or Path(options.what).is_file()
+    ):
         compiled = thresher.load(options.what)
         print(
             compiled.report.to_json()

@@ -67,7 +67,7 @@ def compile(
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2`` file.
+        model: an ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2`` or ``.onnx`` file.
         args, kwargs: example inputs; their shapes are compiled for, except dimensions that ``dynamic_shapes`` frees.
         target: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``; default: the GPU if there is one, else this CPU.
         passes: a pipeline by name (``exact``, ``canonicalize``, ``none``) or a sequence of passes and ``name{option=value}`` strings;

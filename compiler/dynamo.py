@@ -120,7 +120,7 @@ class _Graph:
             calls = sum(n.op.startswith("call") for n in self.module.graph.nodes)
             warnings.warn(f"a graph of {calls} calls runs in eager mode: {error}", stacklevel=2)
             return self.module
-        rest = None if all(self.outputs) else self.module(*args)  # what depends on no input: computed once
+        rest = [] if all(self.outputs) else self.module(*args)  # what depends on no input: computed once
 
         def run(*args: Any) -> Any:
             found = iter(compiled(*(args[i] for i in self.own)))
@@ -149,7 +149,9 @@ def _remembered(model: fx.GraphModule, args: Sequence[Any], how: dict[str, Any])
     return _CACHE[key]
 
 
-def _bound(module: fx.GraphModule, args: Sequence[Any], state: Sequence[int], outputs: Sequence[bool]) -> fx.GraphModule:
+def _bound(
+    module: fx.GraphModule, args: Sequence[Any], state: Sequence[int], outputs: Sequence[bool]
+) -> fx.GraphModule:
     """The graph with parameters and buffers as its own, with numbers as they are now, and with the outputs that depend on an input."""
     graph, root = fx.Graph(), nn.Module()
     mapping: dict[fx.Node, Any] = {}

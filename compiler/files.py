@@ -13,8 +13,8 @@ from thresher.errors import ArtifactError
 
 
 @contextmanager
-def new_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip file to write into. It takes the name ``path`` at the end; after an error nothing is left of it.
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write. It takes that name at the end; after an error nothing is left of it.
 
     Raises :class:`ArtifactError` where the system refuses (no permission, full disk).
     """
@@ -23,8 +23,7 @@ def new_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as package:
-            yield package
+        yield Path(partial)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except OSError as error:
@@ -32,3 +31,10 @@ def new_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     finally:
         if partial:
             Path(partial).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip file to write into; see :func:`replacing`."""
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as package:
+        yield package

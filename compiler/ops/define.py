@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What each operator computes, in plain torch, by its full name.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """``thresher::name``, or ``name`` with a namespace of its own.
@@ -15,6 +18,7 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     ``reference`` computes it in plain torch on any device; ``fake`` gives empty tensors of the result's shapes.
     """
     full = name if "::" in name else f"thresher::{name}"
+    REFERENCES[full] = reference
     torch.library.define(full, schema)
     torch.library.impl(full, "CompositeExplicitAutograd")(reference)
     torch.library.register_fake(full)(fake)

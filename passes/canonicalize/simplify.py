@@ -84,6 +84,7 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
         or node.target in CONVERSIONS
         or (node.target in RESHAPES and _keeps_order(node))
         or node.target in (aten.cat.default, aten.copy.default)
+        or (node.target is aten.constant_pad_nd.default and not any(node.args[1]))
         or _neutral(program, node)
     )
     if not same:

@@ -222,7 +222,8 @@ def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, p
     if ends:
         cut(sch, column, *ends)
     sch.parallel(sch.fuse(outer, blocks))
-    sch.reverse_compute_at(epilogue, column)
+    single = all(_extent(sch, loop) == 1 for loop in sch.get_loops(epilogue))  # one number: its loops would be left out
+    sch.reverse_compute_at(epilogue, column, preserve_unit_loops=single)
     sums = _registers(sch, gemm, k, (rows, vectors, lanes))
     if summed < count:
         idle(sch, column, summed, sums)
