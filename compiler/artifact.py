@@ -12,12 +12,10 @@ Loading checks the format, every hash, the versions and the target before a byte
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
-import zipfile
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -26,14 +24,10 @@ from torch import Tensor
 
 from thresher.backends.base import find_backend
 from thresher.compiled import Compiled, Proof
-from thresher.errors import ArtifactError
 from thresher.files import new_zip
+from thresher.package import FORMAT, MAGIC, MEMBERS, check_fit, digest, read, versions
 from thresher.report import Report
 from thresher.signature import Signature
-
-MAGIC, FORMAT = "thresher-artifact", 1
-MEMBERS = {"model.so", "weights.safetensors", "proof.safetensors", "program.txt", "report.json"}
-MANIFEST_LIMIT = 64 << 20  # bytes; a manifest is small, whatever a damaged header claims
 
 
 def save(compiled: Compiled, path: Path) -> Path:
@@ -49,13 +43,13 @@ def save(compiled: Compiled, path: Path) -> Path:
         manifest = {
             "magic": MAGIC,
             "format": FORMAT,
-            "versions": _versions(),
+            "versions": {**versions(), "thresher": version("thresher"), "torch": torch.__version__},
             "backend": compiled.report.backend,
             "target": compiled.report.target,
             "signature": compiled.signature.to_json(),
             "lowered": lowered,
             "proof": proof,
-            "hashes": {name: _hash((directory / name).read_bytes()) for name in sorted(MEMBERS)},
+            "hashes": {name: digest((directory / name).read_bytes()) for name in sorted(MEMBERS)},
         }
         with new_zip(path) as package:
             package.writestr("manifest.json", json.dumps(manifest, indent=1))
@@ -70,8 +64,8 @@ def load(path: str | Path) -> Compiled:
     Raises :class:`ArtifactError` saying what does not fit: damaged, foreign, newer, or built for another machine.
     """
     path = Path(path)
-    manifest, members = _read(path)
-    _check_fit(path, manifest)
+    manifest, members = read(path)
+    check_fit(path, manifest)
     report = Report.from_json(members["report.json"].decode())
     signature = Signature.from_json(manifest["signature"])
     tensors = load_tensors(members["proof.safetensors"])
@@ -88,81 +82,6 @@ def load(path: str | Path) -> Compiled:
     return Compiled(signature, lowered, report, members["program.txt"].decode(), proof)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the members, their hashes checked."""
-    if not path.exists():
-        raise ArtifactError(f"{path} does not exist")
-    try:
-        with zipfile.ZipFile(path) as package:
-            names = [i.filename for i in package.infolist()]
-            if "manifest.json" not in names:
-                raise ArtifactError(f"{path} is a zip file, but not a Thresher artifact: it has no manifest.json")
-            if package.getinfo("manifest.json").file_size > MANIFEST_LIMIT:
-                raise ArtifactError(f"{path} is damaged: its manifest claims more than {MANIFEST_LIMIT} bytes")
-            manifest = json.loads(package.read("manifest.json"))
-            _check_manifest(path, manifest)
-            if len(names) != len(set(names)) or set(names) != MEMBERS | {"manifest.json"}:
-                raise ArtifactError(f"{path} is damaged: its members are {sorted(names)}")
-            members = {name: package.read(name) for name in MEMBERS}
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        OSError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise ArtifactError(f"{path} is damaged or not a Thresher artifact: {error}") from error
-    for name, data in members.items():
-        if _hash(data) != manifest["hashes"].get(name):
-            raise ArtifactError(f"{path} is damaged: {name} does not have the hash that the manifest states")
-    return manifest, members
-
-
-def _check_manifest(path: Path, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
-        raise ArtifactError(f"{path} is not a Thresher artifact")
-    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
-        raise ArtifactError(
-            f"{path} has format {manifest.get('format')}; this library reads up to {FORMAT}: update thresher, or build it again"
-        )
-    needed = {"versions", "backend", "target", "signature", "lowered", "proof", "hashes"}
-    if missing := needed - manifest.keys():
-        raise ArtifactError(f"{path} is damaged: its manifest lacks {sorted(missing)}")
-
-
-def _check_fit(path: Path, manifest: dict[str, Any]) -> None:
-    """The code must fit the runtime and the CPU that are here."""
-    built, here = manifest["versions"], _versions()
-    if built["tvm"] != here["tvm"]:
-        raise ArtifactError(
-            f"{path} was built with TVM {built['tvm']}, here is {here['tvm']}; install that version or build it again"
-        )
-    if built["machine"] != here["machine"]:
-        raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
-    from thresher.backends.tvm.kernels.machine import missing_features
-
-    cpu = manifest["lowered"].get("cpu", "")
-    if missing := missing_features(cpu):
-        raise ArtifactError(
-            f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
-            "build it for target 'cpu:x86-64-v3' or on this machine"
-        )
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "thresher": version("thresher"),
-        "tvm": version("apache-tvm"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
-
-
 def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:
     """Tensors for safetensors, and the lists that say which leaf is which tensor or which literal."""
     tensors: dict[str, Tensor] = {}
@@ -176,7 +95,3 @@ def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:
             else:
                 lists[side].append({"value": value})
     return tensors, lists
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

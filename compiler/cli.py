@@ -1,4 +1,4 @@
-"""``thresher build | tune | records | inspect | validate | verify | passes | demo``: the ahead-of-time face."""
+"""``thresher build | tune | records | inspect | validate | verify | bench | diff | passes | demo``: the ahead-of-time face."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import thresher
+from thresher.benchmark import interleaved
 from thresher.budget import METRICS, Budget
 from thresher.certificate import Certificate
+from thresher.difference import difference
 from thresher.errors import ThresherError
 from thresher.onnx_reader import read_onnx
 from thresher.onnx_writer import write_onnx
@@ -151,6 +154,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("certificate")
     verify.add_argument("--explain", metavar="VALUE:DIM:INDEX", help="print the chain of reasons for one removed index")
     verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="time artifacts on this machine, in turn")
+    bench.add_argument("artifacts", nargs="+", help="one, or several that take the same inputs")
+    bench.add_argument("--rounds", type=int, default=20)
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=_bench)
+
+    diff = commands.add_parser("diff", help="say what differs between two artifacts; exit code 1 if anything does")
+    diff.add_argument("a")
+    diff.add_argument("b")
+    diff.set_defaults(run=_diff)
 
     passes = commands.add_parser("passes", help="list all passes with their options, or explain one")
     passes.add_argument("name", nargs="?", help="a pass: what it does, its options, where it comes from")
@@ -371,6 +385,31 @@ def _verify(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise ThresherError(f"cannot read {options.explain!r}: write VALUE:DIM:INDEX") from error
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Every artifact on the inputs that it carries as its proof."""
+    if options.rounds < 1:
+        raise ThresherError(f"--rounds must be at least 1, not {options.rounds}")
+    calls = {}
+    for path in options.artifacts:
+        loaded = thresher.load(path)
+        calls[path] = partial(loaded.lowered.run, loaded.signature.check(loaded.proof.inputs))
+    found = interleaved(calls, rounds=options.rounds)
+    first = found[options.artifacts[0]]
+    if options.json:
+        print(json.dumps({path: {"median": t.median, "low": t.low, "high": t.high} for path, t in found.items()}))
+        return 0
+    for path, t in found.items():
+        ratio = f"  {first.over(t):.2f}x the first" if t is not first else ""
+        print(f"{t.median:.3f} ms ({t.low:.3f} to {t.high:.3f})  {path}{ratio}")
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    lines = list(difference(thresher.load(options.a), thresher.load(options.b)))
+    print("\n".join(lines) or "no difference")
+    return 1 if lines else 0
 
 
 def _passes(options: argparse.Namespace) -> int:

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from thresher import metadata
 from thresher.errors import ProgramError
-from thresher.signature import LiteralSpec, Signature, TensorSpec, dimension, flatten_call
+from thresher.signature import Signature, dimension, flatten_call
+from thresher.specs import LiteralSpec, TensorSpec
 from thresher.unfold import Restore, Values, unfold
 
 TORCH = os.path.dirname(torch.__file__)

@@ -14,26 +14,10 @@ from torch import Tensor
 from torch.export._tree_utils import reorder_kwargs
 
 from thresher.errors import InputError
+from thresher.specs import LiteralSpec, TensorSpec, check_shape, dtype_name
 
 LEAVES = (Tensor, np.ndarray)
 LITERALS = (type(None), bool, int, float, str)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor input. A dimension is a number, or the name of a symbol that may take any size (the same wherever it occurs)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class LiteralSpec:
-    """An input or output that is not a tensor: fixed when the model was captured."""
-
-    name: str
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ class Signature:
                     )
             else:
                 self._check_type(spec, value)
-                _check_shape(spec, value, symbols)
+                check_shape(spec, value, symbols)
                 tensors.append(value)
         if len({isinstance(t, np.ndarray) for t in tensors}) > 1:
             raise InputError("the arguments mix torch tensors and NumPy arrays; give one kind")
@@ -125,12 +109,6 @@ class Signature:
 
 
 @functools.cache
-def dtype_name(dtype: Any) -> str:
-    """``torch.float32`` or NumPy's -> ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
 def _flat(count: int) -> pytree.TreeSpec:
     """The structure of a call with so many tensors and nothing else: almost every call, and flattening it takes longer than looking."""
     return pytree.tree_flatten((tuple(range(count)), {}))[1]
@@ -155,25 +133,3 @@ def flatten_call(in_spec: pytree.TreeSpec, args: Sequence[Any], kwargs: dict[str
 def dimension(size: int | torch.SymInt) -> int | str:
     """A dimension of a fake tensor as a number or as the name of its symbol."""
     return str(size) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _check_shape(spec: TensorSpec, value: Any, symbols: dict[str, tuple[int, str]]) -> None:
-    if tuple(value.shape) == spec.shape:
-        return
-    shown = "(" + ", ".join(map(str, spec.shape)) + ")"
-    advice = "compile again with such an example, or free the dimension with dynamic_shapes"
-    if len(value.shape) != len(spec.shape):
-        raise InputError(
-            f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}"
-        )
-    for place, (have, want) in enumerate(zip(value.shape, spec.shape)):
-        if isinstance(want, str):
-            first, where = symbols.setdefault(want, (int(have), f"{spec.name}[{place}]"))
-            if have != first:
-                raise InputError(
-                    f"dimension {place} of argument {spec.name!r} is {have}, but {where}, which must be the same, is {first}"
-                )
-        elif have != want:
-            raise InputError(
-                f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}; {advice}"
-            )

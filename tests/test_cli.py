@@ -102,3 +102,38 @@ def test_example_inputs() -> None:
     assert example("2x3").shape == (2, 3) and example("4:int64").dtype is torch.int64
     with pytest.raises(ThresherError):
         example("x")
+
+
+def test_bench_and_diff(here: Path, capsys) -> None:
+    for name, passes in (("a", "exact"), ("b", "exact"), ("c", "none")):
+        main(
+            [
+                "build",
+                "cli_models:make",
+                "--input",
+                "2x8",
+                "--target",
+                "cpu",
+                "--passes",
+                passes,
+                "-o",
+                f"{name}.thresher",
+            ]
+        )
+    main(["build", "cli_models:make", "--input", "3x8", "--target", "cpu", "-o", "d.thresher"])
+    capsys.readouterr()
+    assert main(["bench", "a.thresher", "c.thresher", "--rounds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and " ms (" in lines[0] and lines[1].endswith("x the first")
+    assert main(["bench", "a.thresher", "--rounds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["a.thresher"]["median"] > 0
+    assert main(["bench", "a.thresher", "--rounds", "0"]) == 1
+    capsys.readouterr()
+    assert main(["diff", "a.thresher", "b.thresher"]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    assert main(["diff", "a.thresher", "c.thresher"]) == 1
+    assert "pass simplify: " in capsys.readouterr().out
+    assert main(["diff", "a.thresher", "d.thresher"]) == 1
+    found = capsys.readouterr().out
+    assert "takes ['input_1: float32 [2, 8]'] | ['input_1: float32 [3, 8]']" in found and "graph -  %relu" in found
+    assert "flops" in found and "+50.0 %" in found

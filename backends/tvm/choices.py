@@ -17,7 +17,7 @@ from tvm import s_tir, tirx
 
 from thresher.backends.tvm import search
 from thresher.backends.tvm.search import KERNEL, TRACE
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 from thresher.tuning import Library
 
 MOST = 32  # plans that a family proposes at most

@@ -24,7 +24,7 @@ from thresher.backends.tvm.choices import Choices, workload_of
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.errors import BackendError
 from thresher.program import Program, is_tensor, module_path, source_line
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 
 BUILDING = threading.Lock()  # TVM's builders share one stack in a process
 WEIGHT = "vm.builtin.tuple_getitem"

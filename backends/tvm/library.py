@@ -20,7 +20,7 @@ from tvm import relax
 import thresher.ops  # noqa: F401  (registers the operators that a call may name)
 from thresher.analysis.cost import COUNTERS
 from thresher.program import dtype_of, is_tensor, shape_of
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 
 CALL = "thresher.library"
 

@@ -28,7 +28,7 @@ from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import elementwise
 from thresher.backends.tvm.kernels.generic import BIAS_MAP
 from thresher.program import dtype_of, is_tensor, shape_of
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 
 
 def _elementary(function: Callable[[Any], Any]) -> Converter:

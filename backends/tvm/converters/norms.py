@@ -25,7 +25,7 @@ from thresher.backends.tvm.converters.registry import (
 from thresher.backends.tvm.importer import Importer
 from thresher.backends.tvm.kernels import rows
 from thresher.program import dtype_of, shape_of
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 
 
 @cpu_kernel(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)

@@ -16,7 +16,7 @@ from tvm import relax, te, tirx
 
 from thresher.backends.tvm.importer import Importer
 from thresher.program import dtype_of, is_tensor, shape_of
-from thresher.signature import dtype_name
+from thresher.specs import dtype_name
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 

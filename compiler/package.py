@@ -1,0 +1,92 @@
+"""Reading an artifact: the file, its hashes, and whether it fits this machine. Nothing is loaded or run before all of it is checked.
+
+Needs neither torch nor the compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from thresher.errors import ArtifactError
+
+MAGIC, FORMAT = "thresher-artifact", 1
+MEMBERS = {"model.so", "weights.safetensors", "proof.safetensors", "program.txt", "report.json"}
+MANIFEST_LIMIT = 64 << 20  # bytes; a manifest is small, whatever a damaged header claims
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the members, their hashes checked."""
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as package:
+            names = [i.filename for i in package.infolist()]
+            if "manifest.json" not in names:
+                raise ArtifactError(f"{path} is a zip file, but not a Thresher artifact: it has no manifest.json")
+            if package.getinfo("manifest.json").file_size > MANIFEST_LIMIT:
+                raise ArtifactError(f"{path} is damaged: its manifest claims more than {MANIFEST_LIMIT} bytes")
+            manifest = json.loads(package.read("manifest.json"))
+            _check_manifest(path, manifest)
+            if len(names) != len(set(names)) or set(names) != MEMBERS | {"manifest.json"}:
+                raise ArtifactError(f"{path} is damaged: its members are {sorted(names)}")
+            members = {name: package.read(name) for name in MEMBERS}
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise ArtifactError(f"{path} is damaged or not a Thresher artifact: {error}") from error
+    for name, data in members.items():
+        if digest(data) != manifest["hashes"].get(name):
+            raise ArtifactError(f"{path} is damaged: {name} does not have the hash that the manifest states")
+    return manifest, members
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
+        raise ArtifactError(f"{path} is not a Thresher artifact")
+    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {manifest.get('format')}; this library reads up to {FORMAT}: update thresher, or build it again"
+        )
+    needed = {"versions", "backend", "target", "signature", "lowered", "proof", "hashes"}
+    if missing := needed - manifest.keys():
+        raise ArtifactError(f"{path} is damaged: its manifest lacks {sorted(missing)}")
+
+
+def check_fit(path: Path, manifest: dict[str, Any]) -> None:
+    """The code must fit the runtime and the CPU that are here."""
+    built, here = manifest["versions"], versions()
+    if built["tvm"] != here["tvm"]:
+        raise ArtifactError(
+            f"{path} was built with TVM {built['tvm']}, here is {here['tvm']}; install that version or build it again"
+        )
+    if built["machine"] != here["machine"]:
+        raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
+    from thresher.backends.tvm.kernels.machine import missing_features
+
+    cpu = manifest["lowered"].get("cpu", "")
+    if missing := missing_features(cpu):
+        raise ArtifactError(
+            f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
+            "build it for target 'cpu:x86-64-v3' or on this machine"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What compiled code depends on."""
+    return {"tvm": version("apache-tvm"), "machine": platform.machine()}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
