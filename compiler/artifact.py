@@ -16,6 +16,7 @@ import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -25,7 +26,7 @@ from torch import Tensor
 from thresher.backends.base import find_backend
 from thresher.compiled import Compiled, Proof
 from thresher.files import new_zip
-from thresher.package import FORMAT, MAGIC, MEMBERS, check_fit, digest, read, versions
+from thresher.package import FORMAT, MAGIC, MEMBERS, check_fit, digest, read, reading, versions
 from thresher.report import Report
 from thresher.signature import Signature
 
@@ -65,21 +66,24 @@ def load(path: str | Path) -> Compiled:
     """
     path = Path(path)
     manifest, members = read(path)
-    check_fit(path, manifest)
+    with reading(path):
+        check_fit(path, manifest)
+        return _loaded(manifest, members)
+
+
+def _loaded(manifest: dict[str, Any], members: dict[str, bytes]) -> Compiled:
     report = Report.from_json(members["report.json"].decode())
     signature = Signature.from_json(manifest["signature"])
     tensors = load_tensors(members["proof.safetensors"])
-    proof = Proof(
-        *(
-            [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in manifest["proof"][side]]
-            for side in ("inputs", "outputs")
-        )
+    inputs, outputs = (
+        [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in manifest["proof"][side]]
+        for side in ("inputs", "outputs")
     )
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
         for name in ("model.so", "weights.safetensors"):
             (Path(folder) / name).write_bytes(members[name])
         lowered = find_backend(manifest["backend"]).load(Path(folder), manifest["lowered"])
-    return Compiled(signature, lowered, report, members["program.txt"].decode(), proof)
+    return Compiled(signature, lowered, report, members["program.txt"].decode(), Proof(inputs, outputs))
 
 
 def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:

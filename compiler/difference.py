@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thresher.compiled import Compiled
 from thresher.errors import ThresherError
+from thresher.specs import TensorSpec
 from thresher.validation import compare
 
 
@@ -40,7 +41,8 @@ def difference(a: Compiled, b: Compiled) -> Iterator[str]:
 def _taken(compiled: Compiled) -> list[str]:
     inputs = compiled.signature.inputs
     return [
-        f"{s.name}: {s.dtype} {list(s.shape)}" if hasattr(s, "shape") else f"{s.name} = {s.value!r}" for s in inputs
+        f"{s.name}: {s.dtype} {list(s.shape)}" if isinstance(s, TensorSpec) else f"{s.name} = {s.value!r}"
+        for s in inputs
     ]
 
 
@@ -50,8 +52,8 @@ def _said(record: Any) -> str:
 
 def _graphs(a: str, b: str) -> Iterator[str]:
     """The lines of the graphs that differ, where they come from left out."""
-    texts = [[re.sub(r"  # .*$", "", line) for line in text.splitlines()] for text in (a, b)]
-    for line in difflib.unified_diff(*texts, lineterm="", n=0):
+    one, other = ([re.sub(r"  # .*$", "", line) for line in text.splitlines()] for text in (a, b))
+    for line in difflib.unified_diff(one, other, lineterm="", n=0):
         if not line.startswith(("---", "+++", "@@")):
             yield f"graph {line}"
 

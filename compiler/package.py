@@ -9,11 +9,13 @@ import hashlib
 import json
 import platform
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from thresher.errors import ArtifactError
+from thresher.errors import ArtifactError, ThresherError
 
 MAGIC, FORMAT = "thresher-artifact", 1
 MEMBERS = {"model.so", "weights.safetensors", "proof.safetensors", "program.txt", "report.json"}
@@ -29,6 +31,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             names = [i.filename for i in package.infolist()]
             if "manifest.json" not in names:
                 raise ArtifactError(f"{path} is a zip file, but not a Thresher artifact: it has no manifest.json")
+            if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in package.infolist()):
+                raise ArtifactError(f"{path} is damaged: its members are compressed, which none of an artifact is")
             if package.getinfo("manifest.json").file_size > MANIFEST_LIMIT:
                 raise ArtifactError(f"{path} is damaged: its manifest claims more than {MANIFEST_LIMIT} bytes")
             manifest = json.loads(package.read("manifest.json"))
@@ -52,6 +56,19 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return manifest, members
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while the members are interpreted, is damage: they are data, whatever they say."""
+    try:
+        yield
+    except ThresherError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} is damaged: its contents do not fit together ({type(error).__name__}: {error})"
+        ) from error
+
+
 def _check_manifest(path: Path, manifest: Any) -> None:
     if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
         raise ArtifactError(f"{path} is not a Thresher artifact")
@@ -62,6 +79,8 @@ def _check_manifest(path: Path, manifest: Any) -> None:
     needed = {"versions", "backend", "target", "signature", "lowered", "proof", "hashes"}
     if missing := needed - manifest.keys():
         raise ArtifactError(f"{path} is damaged: its manifest lacks {sorted(missing)}")
+    if not isinstance(manifest["hashes"], dict):
+        raise ArtifactError(f"{path} is damaged: its manifest has no hashes")
 
 
 def check_fit(path: Path, manifest: dict[str, Any]) -> None:

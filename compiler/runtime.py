@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_arrays
 
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights
 from thresher.errors import ArtifactError, InputError, ValidationError
-from thresher.package import check_fit, read
+from thresher.package import check_fit, read, reading
 from thresher.specs import LiteralSpec, TensorSpec, check_shape
 from thresher.structure import Structure
 
@@ -97,7 +97,12 @@ def load(path: str | Path) -> Model:
     """Read an artifact, check it, and make it callable. Raises :class:`ArtifactError` saying what does not fit."""
     path = Path(path)
     manifest, members = read(path)
-    check_fit(path, manifest)
+    with reading(path):
+        check_fit(path, manifest)
+        return _loaded(path, manifest, members)
+
+
+def _loaded(path: Path, manifest: dict[str, Any], members: dict[str, bytes]) -> Model:
     lowered = manifest["lowered"]
     if manifest["backend"] != "tvm" or lowered.get("library"):
         needs = "is a torch program" if manifest["backend"] != "tvm" else "calls torch's own kernels"

@@ -37,7 +37,11 @@ class Structure:
             yield value
         elif self.kind in SEQUENCES:
             container = SEQUENCES[self.kind]
-            if not isinstance(value, container) or len(value) != len(self.parts):  # type: ignore[arg-type]
+            if (
+                not isinstance(value, (tuple, list))
+                or not isinstance(value, container)
+                or len(value) != len(self.parts)
+            ):
                 raise InputError(f"{place} must be a {container.__name__} of {len(self.parts)}")
             for i, (part, v) in enumerate(zip(self.parts, value)):
                 yield from part.flatten(v, f"{place}[{i}]")

@@ -130,15 +130,20 @@ def parse(text: str) -> Program:
                 graph.output(tuple(outputs))
             elif match := LINE.match(line):
                 nodes[match["name"]] = _parse_node(graph, match, nodes, constants, mode)
-        except (SyntaxError, KeyError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever Python's parser, torch or fx say of it
             raise ProgramError(f"line {number} cannot be read: {line.strip()!r} ({error})") from error
+    if not any(n.op == "output" for n in graph.nodes):
+        raise ProgramError("there is no line that returns something")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     probe = tuple(_random(n.meta["val"]) for n in inputs)
     in_spec = pytree.tree_flatten((probe, {}))[1]
     out_spec = pytree.tree_flatten(tuple(outputs))[1]
     program = Program(graph, constants, in_spec, out_spec, probe, name)
     for node in program.calls():
-        program.refresh(node)
+        try:
+            program.refresh(node)
+        except Exception as error:
+            raise ProgramError(f"node {node.name} does not fit its arguments: {error}") from error
     return program
 
 
