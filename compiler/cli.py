@@ -1,4 +1,4 @@
-"""``thresher build | tune | records | inspect | validate | verify | bench | diff | passes | demo``: the ahead-of-time face."""
+"""``thresher build | tune | records | inspect | validate | verify | bench | diff | blame | passes | demo``: the ahead-of-time face."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 import thresher
 from thresher.benchmark import interleaved
+from thresher.blame import blame
 from thresher.budget import METRICS, Budget
 from thresher.certificate import Certificate
 from thresher.difference import difference
@@ -165,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a")
     diff.add_argument("b")
     diff.set_defaults(run=_diff)
+
+    guilty = commands.add_parser(
+        "blame", help="find the pass or the operator that makes a result wrong, and a small program that shows it"
+    )
+    guilty.add_argument("model", help="as for build")
+    guilty.add_argument("--input", action="append", default=[], metavar="SHAPE")
+    guilty.add_argument("--target", default="cpu")
+    guilty.add_argument("--passes", default="exact")
+    guilty.add_argument("-o", "--output", default="blame.py", help="the script that shows it")
+    guilty.set_defaults(run=_blame)
 
     passes = commands.add_parser("passes", help="list all passes with their options, or explain one")
     passes.add_argument("name", nargs="?", help="a pass: what it does, its options, where it comes from")
@@ -410,6 +421,16 @@ def _diff(options: argparse.Namespace) -> int:
     lines = list(difference(thresher.load(options.a), thresher.load(options.b)))
     print("\n".join(lines) or "no difference")
     return 1 if lines else 0
+
+
+def _blame(options: argparse.Namespace) -> int:
+    model, inputs = load_model(options.model, options.input)
+    found = blame(model, inputs, passes=split_passes(options.passes), target=options.target)
+    if found is None:
+        print("nothing is wrong: every pass is exact, and the lowered program agrees with torch")
+        return 0
+    print(f"{found}\nwrote {found.save(options.output)}")
+    return 1
 
 
 def _passes(options: argparse.Namespace) -> int:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from thresher import pass_manager
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("name", ["pass_by_pattern", "pass_by_analysis", "approximate_pass", "new_operator"])
-def test_example(name: str) -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip().endswith("proven"), done.stderr
+def test_example(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_manager, "_REGISTRY", dict(pass_manager._REGISTRY))
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip().endswith("proven")
 
 
 MODEL = """

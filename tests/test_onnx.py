@@ -203,7 +203,7 @@ def test_real_files_are_read(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["text angle", "file types", "voice"])
+@pytest.mark.parametrize("name", ["file types", "voice"])
 def test_real_files_are_compiled(name: str) -> None:
     path, args, fixed = FILES[name]
     compiled = thresher.compile(read_onnx(path, fixed), args, target="cpu")

@@ -37,9 +37,9 @@ class MarkKernels:
     """Correct what TVM's analysis says of a kernel before operators are fused.
 
     Ours take elementwise epilogues, but have several stages and would pass for opaque. Winograd's input transform must not take in what
-    comes before it, because it reads every pixel several times. A compacted bias map is read at other indices than the result has, but
-    stays an elementwise sum. A padding or a slice at the end reads and writes
-    the same indices and would pass for elementwise, but changes the shape.
+    comes before it, because it reads every pixel several times; functions that stand apart take in nothing. A compacted bias map is read at
+    other indices than the result has, but stays an elementwise sum. A padding or a slice at the end reads and writes the same indices and
+    would pass for elementwise, but changes the shape.
     """
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
@@ -47,7 +47,7 @@ class MarkKernels:
             if not isinstance(function, tirx.PrimFunc):
                 continue
             blocks = block_names(function)
-            if winograd.INPUT in blocks:
+            if winograd.INPUT in blocks or generic.APART in blocks:
                 mod.update_func(name, function.with_attr("op_pattern", OPAQUE))
             elif generic.BIAS_MAP in blocks:
                 mod.update_func(name, function.with_attr("op_pattern", ELEMENTWISE))

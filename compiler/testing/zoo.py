@@ -22,10 +22,10 @@ def token_ids(batch: int, length: int) -> torch.Tensor:
 
 ZOO: dict[str, Callable[[], tuple[nn.Module, tuple]]] = {
     "resnet18": lambda: (models.resnet18(classes=10, width=16), (torch.randn(2, 3, 64, 64),)),
-    "resnet50": lambda: (models.resnet50(classes=10, width=16), (torch.randn(1, 3, 64, 64),)),
+    "resnet50": lambda: (models.resnet50(classes=10, width=16), (torch.randn(1, 3, 48, 48),)),
     "mobilenet": lambda: (
         models.MobileNetV2(10, [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 1)], 128),
-        (torch.randn(2, 3, 64, 64),),
+        (torch.randn(2, 3, 32, 32),),
     ),
     "vit": lambda: (models.ViT(32, 8, 48, 3, 3, 4, 10), (torch.randn(2, 3, 32, 32),)),
     "bert": lambda: (models.BertEncoder(100, 48, 2, 4, 96, 32), (token_ids(2, 16),)),

@@ -96,3 +96,14 @@ def test_a_bias_map_is_part_of_the_convolution_and_stored_once() -> None:
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     sizes = {w.shape for w in compiled.lowered.weights}
     assert (1, 3, 3, 16) in sizes and (1, 30, 30, 16) not in sizes
+
+
+@pytest.mark.timeout(60)
+def test_smooth_functions_behind_each_other_are_not_put_into_one_expression() -> None:
+    """Four of them took minutes to compile; it is 2 seconds."""
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.ELU(), nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Softplus(), nn.Linear(8, 4)
+    ).eval()
+    x = torch.randn(3, 8)
+    compiled = thresher.compile(model, (x,), target="cpu")
+    torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-6)

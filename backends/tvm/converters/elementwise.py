@@ -25,10 +25,16 @@ from thresher.backends.tvm.converters.registry import (
     semantics,
 )
 from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.kernels import elementwise, generic
 from thresher.backends.tvm.kernels.generic import BIAS_MAP
 from thresher.program import dtype_of, is_tensor, shape_of
 from thresher.specs import dtype_name
+
+#: Functions whose expressions read their argument many times.
+SMOOTH = frozenset(
+    getattr(aten, name).default
+    for name in "exp erf tanh sigmoid silu gelu elu selu celu softplus mish hardswish hardsigmoid".split()
+)
 
 
 def _elementary(function: Callable[[Any], Any]) -> Converter:
@@ -36,7 +42,7 @@ def _elementary(function: Callable[[Any], Any]) -> Converter:
         value = cast(importer, importer.value(node.args[0]), "float32")
         return importer.emit_te(
             str(node.target).split(".")[1],
-            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name="T_elementary"),
+            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name=_block(node)),
             value,
         )
 
@@ -45,6 +51,15 @@ def _elementary(function: Callable[[Any], Any]) -> Converter:
 
 for _name, _function in elementwise.VECTORISED.items():
     CPU_KERNELS[getattr(aten, _name).default] = _elementary(_function)
+
+
+def _block(node: fx.Node) -> str:
+    """The name of a kernel's block. Of smooth functions that follow each other every second one is a kernel of its own: TVM puts their
+    expressions into each other wherever the value is read, and four of them take minutes to simplify."""
+    length = 0
+    while is_tensor(node.args[0]) and node.args[0].target in SMOOTH:
+        node, length = node.args[0], length + 1
+    return generic.APART if length % 2 else "T_elementwise"
 
 
 def gelu_of(node: fx.Node) -> Callable[[Any], Any]:
@@ -289,7 +304,7 @@ def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable]
     return importer.emit_te(
         "elementwise",
         lambda t: te.compute(
-            t.shape, lambda *i: elementwise.named(t(*i), lambda x: element(x, exp)), name="T_elementwise"
+            t.shape, lambda *i: elementwise.named(t(*i), lambda x: element(x, exp)), name=_block(node)
         ),
         value,
     )

@@ -14,6 +14,7 @@ from tvm.s_tir.schedule import ScheduleError
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.kernels.registers import register_part, vectorise
 
+APART = "apart"  # the block of an elementwise function that is fused with nothing
 BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
 TRANSPOSED = 32  # neighbouring results that are computed together where what they need lies in lines across
 MOST = 8  # registers of sums

@@ -419,7 +419,7 @@ class RandomNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@settings(max_examples=35, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(random_nets())
 def test_random_networks_fold_exactly(made: tuple[nn.Module, int]) -> None:
     """Equal in float64, and folding again cuts nothing."""
