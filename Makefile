@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench gpu-bench coverage clean
+.PHONY: demo test lint docs bench gpu-bench coverage clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ lint: $(READY)
 	mkdir -p build/types/thresher
 	ln -sfn $(CURDIR)/compiler/* $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/models build/types/thresher/
 	MYPYPATH=build/types $(BIN)/mypy -p thresher
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # build/site/index.html
 
 coverage: $(READY)
 	$(BIN)/python benchmarks/coverage.py

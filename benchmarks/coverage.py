@@ -54,7 +54,8 @@ def measure(library: str, name: str, amount: float) -> dict[str, Any]:
     folded = manager.run(program)
     reverted = [r for r in manager.records if r.status == "reverted"]
     fold = next(r for r in manager.records if r.name == "fold-channels")
-    held = Counter(m[1] for n in fold.refusals if (m := re.search(r"held by .*?\((.*)\)", n.message)))
+    named = (re.sub(r"<function (\w+) at \w+>", r"\1", n.message) for n in fold.refusals)
+    held = Counter(m[1] for words in named if (m := re.search(r"held by .*?\((.*)\)", words)))
     before, after = program.notes["parameters"], folded.parameter_count()
     return row | {
         "status": "reverted" if reverted else "folded" if fold.status == "changed" else "unchanged",

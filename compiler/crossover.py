@@ -35,6 +35,7 @@ LEFT = (
 )  # the same for what is left of a weight: each needs a kernel of its own, and no more than the last is asked for
 ROUNDS = 7
 WORTH = 0.85  # of the dense layer's time, that a layer may take to be chosen: a measurement of a few calls is no better than that
+KERNELS = 2  # the version of those that are timed: records of another are for other code
 FLUSH = 64 << 20  # bytes that are written to empty the caches
 CACHED = 8 << 20  # bytes of weights that stay in the caches between two runs
 FEW = 8  # rows for which skipping saves memory in order
@@ -53,7 +54,7 @@ class Layer:
 
     @property
     def workload(self) -> str:
-        return f"skip zeros/{self.kind}/{self.rows}x{self.inputs}x{self.outputs}/{'cold' if self.cold else 'hot'}"
+        return f"skip zeros {KERNELS}/{self.kind}/{self.rows}x{self.inputs}x{self.outputs}/{'cold' if self.cold else 'hot'}"
 
 
 @dataclass(frozen=True)

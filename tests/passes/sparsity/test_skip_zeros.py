@@ -138,6 +138,6 @@ def test_builds_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = FFN(False), rand(2, 32)
     compiled = thresher.compile(model, (x,))
     again = thresher.compile(model, (x,))
-    assert [layer.workload for layer in calls] == ["skip zeros/input/2x256x32/hot"]
+    assert [layer.workload for layer in calls] == ["skip zeros 2/input/2x256x32/hot"]
     assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0]["chosen"]
     assert "not 0" in str(compiled.report) and "down" in compiled.report.to_html()
