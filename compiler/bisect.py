@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -20,9 +21,9 @@ def first_wrong_operator(program: Program, backend: Backend, target: str) -> str
     for node in program.calls():
         if not is_tensor(node):
             continue
-        alone, inputs = isolate(program, node, values)
+        alone = part(program, [node], values, {node})
         try:
-            outputs = backend.lower(alone, target).run([v for v in inputs if isinstance(v, Tensor)])
+            outputs = backend.lower(alone, target).run([v for v in alone.probe if isinstance(v, Tensor)])
         except BackendError as error:
             return f"{node.name} cannot be lowered alone: {error}"
         check = check_outputs(node.name, [values[node]], outputs)
@@ -31,19 +32,28 @@ def first_wrong_operator(program: Program, backend: Backend, target: str) -> str
     return ""
 
 
-def isolate(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Program, list[Any]]:
-    """A program that computes ``node`` only, with what it reads as inputs, and those inputs."""
-    graph, mapping, inputs = fx.Graph(), {}, []
-    constants: dict[str, Tensor] = {}
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            mapping[source] = graph.node_copy(source)
-            constants[source.target] = program.constants[source.target]
-        else:
-            mapping[source] = graph.placeholder(source.name)
-            mapping[source].meta.update(source.meta)
-            inputs.append(values[source])
-    result = graph.node_copy(node, lambda n: mapping[n])
-    graph.output((result,))
-    in_spec = pytree.tree_flatten((tuple(inputs), {}))[1]
-    return Program(graph, constants, in_spec, pytree.tree_flatten((0,))[1], tuple(inputs), node.name), inputs
+def part(
+    program: Program, outputs: Sequence[fx.Node], values: dict[fx.Node, Any], inside: set[fx.Node] | None = None
+) -> Program:
+    """A program that computes some nodes by the calls ``inside`` (default: all that it needs). What they read else are its inputs."""
+    needed, todo = set(), list(outputs)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            calls = node.op == "call_function" and (inside is None or node in inside or not is_tensor(node))
+            todo += node.all_input_nodes if calls else []
+    graph, mapping, probe, constants = fx.Graph(), {}, [], {}
+    order = [n for n in program.graph.nodes if n in needed]
+    computed = {n for n in order if n.op == "call_function" and (inside is None or n in inside or not is_tensor(n))}
+    for node in [n for n in order if n.op != "get_attr" and n not in computed]:  # inputs first
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta.update(node.meta)
+        probe.append(values[node])
+    for node in [n for n in order if n.op == "get_attr" or n in computed]:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if node.op == "get_attr":
+            constants[node.target] = program.constants[node.target]
+    graph.output(tuple(mapping[n] for n in outputs))
+    in_spec, out_spec = pytree.tree_flatten((tuple(probe), {}))[1], pytree.tree_flatten(tuple(outputs))[1]
+    return Program(graph, constants, in_spec, out_spec, tuple(probe), program.name)

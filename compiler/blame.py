@@ -5,9 +5,8 @@
     found.save("blame.py")                # about twenty lines that show it, and the numbers they need
 
 The passes are applied one by one, each compared in float64 with what it was given; then the program is lowered and compared in its own
-types.
-What fails is shrunk: to the first output that is wrong (by bisection), to as few calls before it as it takes, and those one by one to
-inputs that have their values; then to one sample.
+types. What fails is shrunk: to the first output that is wrong (by bisection), to as few calls before it as it takes, and those one by one
+to inputs that have their values; then to one sample.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from thresher import text
 from thresher.backends.base import Backend, find_backend
+from thresher.bisect import part
 from thresher.capture import capture
 from thresher.compiled import check_outputs
 from thresher.driver import Model, Passes, resolve_passes
@@ -196,33 +195,6 @@ def _behind(node: fx.Node, depth: int) -> set[fx.Node]:
         edge = {n for e in edge for n in e.all_input_nodes if n.op == "call_function"} - found
         found |= edge
     return found | {n for m in found for n in m.all_input_nodes if n.op == "call_function" and not is_tensor(n)}
-
-
-def part(
-    program: Program, outputs: Sequence[fx.Node], values: dict[fx.Node, Any], inside: set[fx.Node] | None = None
-) -> Program:
-    """A program that computes some nodes by the calls ``inside`` (default: all that it needs). What they read else are its inputs."""
-    needed, todo = set(), list(outputs)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            calls = node.op == "call_function" and (inside is None or node in inside or not is_tensor(node))
-            todo += node.all_input_nodes if calls else []
-    graph, mapping, probe, constants = fx.Graph(), {}, [], {}
-    order = [n for n in program.graph.nodes if n in needed]
-    computed = {n for n in order if n.op == "call_function" and (inside is None or n in inside or not is_tensor(n))}
-    for node in [n for n in order if n.op != "get_attr" and n not in computed]:  # inputs first
-        mapping[node] = graph.placeholder(node.name)
-        mapping[node].meta.update(node.meta)
-        probe.append(values[node])
-    for node in [n for n in order if n.op == "get_attr" or n in computed]:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        if node.op == "get_attr":
-            constants[node.target] = program.constants[node.target]
-    graph.output(tuple(mapping[n] for n in outputs))
-    in_spec, out_spec = pytree.tree_flatten((tuple(probe), {}))[1], pytree.tree_flatten(tuple(outputs))[1]
-    return Program(graph, constants, in_spec, out_spec, tuple(probe), program.name)
 
 
 def _one_sample(program: Program, fails: Fails) -> Program:

@@ -58,7 +58,8 @@ def operators() -> str:
     """What folds through an operator, and how it is lowered."""
     known = {*TABLE, *registry.SEMANTICS, *registry.CPU_KERNELS}
     lines = [
-        "# Operators", "", "Made from the code by `python docs/generate.py`. *Folds*: the rule by which dead channels pass through the operator.",
+        "# Operators", "",
+        "Made from the code by `python docs/generate.py`. *Folds*: the rule by which dead channels pass through the operator.",
         "*Lowered*: by a kernel of ours (CPU, float32, fixed shapes), by a converter of ours (all targets), or by TVM's own.", "",
         "| operator | folds | lowered |", "|---|---|---|",
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import Function
 from torch import Tensor, nn
 
 from thresher.capture import capture
@@ -222,3 +223,12 @@ def test_dynamic_batch() -> None:
     torch.testing.assert_close(program(x), model(x), atol=1e-5, rtol=1e-4)
     assert program.verify().signature("cpu").inputs[0].shape[1:] == (3, 32, 32)
     assert isinstance(program.signature("cpu").inputs[0].shape[0], str)
+
+
+def test_padding_leaves_a_free_dimension_free() -> None:
+    """The operator's own kernel would fix the number of samples, silently, for all of the program."""
+    model = Function(lambda x: torch.nn.functional.pad(x, (1, 2)).relu())
+    program = capture(model, (torch.randn(3, 4),), dynamic_shapes=(({0: torch.export.Dim("batch", min=2)},),))
+    program.propagate().verify()
+    assert all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in program.graph.nodes if n.op != "output")
+    assert program.run(torch.randn(7, 4))[0].shape == (7, 7)

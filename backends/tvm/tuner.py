@@ -36,7 +36,7 @@ from thresher.backends.tvm.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.lowering import pipeline_of
 from thresher.backends.tvm.pipeline import build, context_of, schedule
-from thresher.bisect import isolate
+from thresher.bisect import part
 from thresher.errors import BackendError
 from thresher.program import Program, dtype_of, shape_of
 from thresher.records import Record
@@ -114,7 +114,7 @@ class Bench:
         return self._of_kernel(workload, site.subject, plans)
 
     def _of_operator(self, program: Program, workload: str, site: Site, plans: list[str]) -> Candidates:
-        alone, inputs = isolate(program, site.subject, values_of(site))
+        alone = part(program, [site.subject], values_of(site), {site.subject})
         if self.library and library.possible(site.subject):
             plans.append(repr(Library()))
             _follow(alone)
@@ -124,7 +124,7 @@ class Bench:
             module, weights = self.importer(alone, choices, apart=True).run()
             return build(module, self.target, self.machine, choices)[0], weights
 
-        return Candidates(plans, built, [x.numpy() for x in inputs if isinstance(x, Tensor)])
+        return Candidates(plans, built, [x.numpy() for x in alone.probe if isinstance(x, Tensor)])
 
     def _of_kernel(self, workload: str, kernel: tirx.PrimFunc, plans: list[str]) -> Candidates:
         """A fused kernel, with all that was fused into it."""

@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 
 from thresher.calibration import Calibration
 from thresher.capture import capture
+from thresher.errors import CaptureError
 from thresher.pass_manager import Context, Pass, PassManager, PassResult, make_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 from thresher.testing.cases import Case, described
@@ -195,7 +196,10 @@ class _Trial:
     def _dtypes(self, sizes: dict[str, Any], where: str) -> Iterator[Finding]:
         for dtype in DTYPES:
             place = f"{where} in {str(dtype).removeprefix('torch.')}"
-            program = self._prepared(self.case.program(sizes, dtype))
+            try:
+                program = self._prepared(self.case.program(sizes, dtype))
+            except CaptureError:  # the model has no such type
+                continue
             result, wrong = self._apply(program, place)
             yield from (replace(w, check="dtypes", message=f"{w.check}: {w.message}") for w in wrong)
             if result is None or not result.rewrites:

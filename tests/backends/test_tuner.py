@@ -17,7 +17,7 @@ from thresher.analysis.cost import machine_of
 from thresher.backends.tvm import tuner
 from thresher.backends.tvm.search import TRACE
 from thresher.benchmark import Timing
-from thresher.bisect import isolate
+from thresher.bisect import part
 from thresher.cli import main, remote
 from thresher.errors import ThresherError
 from thresher.machine_speed import WORKLOAD
@@ -88,8 +88,8 @@ def test_every_plan_of_every_kernel_is_right(model: nn.Module, x: Tensor, monkey
     seen: list[str] = []
 
     def compare(self, program, workload, site, fingerprint):
-        alone, inputs = isolate(program, site.subject, tuner.values_of(site))
-        (wanted,) = alone.run(*inputs)
+        alone = part(program, [site.subject], tuner.values_of(site), {site.subject})
+        (wanted,) = alone.run(*alone.probe)
         given = self.candidates(program, workload, site)
         for plan in given.plans[:8]:
             executable, weights = given.built(plan)
