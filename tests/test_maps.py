@@ -56,7 +56,7 @@ def narrow(shape: torch.Size, seed: int) -> Tensor:
     return torch.rand(kept, generator=generator) < 0.5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(CALLS) - 1), st.integers(0, 10_000))
 def test_facts_pass_as_the_operator_moves(index: int, seed: int) -> None:
     node, operands = call(index)

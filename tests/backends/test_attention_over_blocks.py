@@ -77,7 +77,7 @@ def test_reference_is_differentiable() -> None:
 
 
 @given(st.floats(1.0, 12.0), st.integers(0, 100))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_what_skipping_loses_is_bounded(skip: float, seed: int) -> None:
     q, k, v = (3 * rand(1, 2, 64, 8, seed=seed + i).double() for i in range(3))
     dense = F.scaled_dot_product_attention(q, k, v, scale=0.35)
@@ -98,7 +98,7 @@ def test_what_skipping_loses_is_bounded(skip: float, seed: int) -> None:
     st.sampled_from([None, 4.0]),
     st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_kernel_is_the_reference(batch_heads, lengths, width, out, kind, masked, softcap, seed) -> None:
     (batch, (heads, groups)), (rows, keys) = batch_heads, lengths
     q = rand(batch, heads, rows, width, seed=seed)
@@ -190,7 +190,7 @@ class Selected(nn.Module):
 
 
 @given(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(33, 150), st.integers(0, 100))
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_selected_blocks_compile(causal: bool, masked: bool, wide: bool, grouped: bool, keys: int, seed: int) -> None:
     """``wide``: in float64, which no kernel of ours is for: what other targets get, too."""
     rows, (heads, groups) = 70, (4, 2)
@@ -262,7 +262,7 @@ class Pyramid(nn.Module):
 
 
 @given(st.integers(2, 4), st.integers(1, 6), st.floats(0.0, 1.0), st.integers(0, 100))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_pyramid_sees_every_key_once(factor: int, groups: int, density: float, seed: int) -> None:
     columns = factor * groups
     lists = random_lists((2, 3, 4, groups), seed, density)

@@ -21,7 +21,7 @@ def check(layer: nn.Module, x: torch.Tensor) -> None:
         assert compare([model.double()(x.double()).float()], [compiled(x)]).relative < 1e-6
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     kernel, stride, dilation = (data.draw(st.tuples(st.integers(1, n), st.integers(1, n))) for n in (5, 3, 2))

@@ -22,7 +22,7 @@ def check(model: nn.Module, x: torch.Tensor, target: str, **options) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 150), st.integers(5, 13), st.booleans())
 def test_products_of_any_width(target: str, inputs: int, outputs: int, size: int, residual: bool) -> None:
     class Block(nn.Module):

@@ -47,7 +47,7 @@ class Pruned(nn.Module):
     st.booleans(),
     st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 def test_kernels_are_the_dense_layer(rows, k, n, layout, density, bias, then, seed) -> None:
     weight = rand(n, k, seed=seed) * (torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) < density)
     model, x, other = Pruned(weight, bias, layout, "then" if then else ""), rand(rows, k, seed=seed + 1), rand(rows, n)

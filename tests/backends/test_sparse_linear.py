@@ -53,7 +53,7 @@ def lowered(model: nn.Module, *inputs: Tensor):
     st.sampled_from(["", "added", "added, shrunk", "shrunk", "relu", "added, shrunk, relu"]),
     st.integers(0, 1000),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_kernels_are_the_dense_layer(rows, k, n, density, bias, then, seed) -> None:
     x = rand(rows, k, seed=seed) * (torch.rand(rows, k, generator=torch.Generator().manual_seed(seed)) < density)
     model, other = Sparse(n, k, bias, then, seed), rand(rows, n, seed=seed + 5)
@@ -92,7 +92,7 @@ def test_what_meets_zeros_is_not_read(rows: int) -> None:
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_gated_layers(rows: int, k: int, n: int, bias: bool, seed: int) -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -48,7 +48,7 @@ MODELS = st.builds(
 
 
 @given(MODELS, st.integers(20, 40), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=18, deadline=None)
 def test_what_a_reduction_is(model: Reduce, tokens: int, seed: int) -> None:
     x, size = rand(2, tokens, 6, seed=seed).double(), torch.ones(2, tokens)
     size[1, tokens - 3 :] = 0
@@ -87,7 +87,7 @@ def test_nearest_partner_takes() -> None:
 
 
 @given(MODELS, st.integers(20, 70), st.sampled_from([6, 16, 40]), st.booleans(), st.integers(0, 1000))
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_kernels_are_the_reference(model: Reduce, tokens: int, channels: int, wide: bool, seed: int) -> None:
     """``wide``: in float64, which no kernel of ours is for: what other targets get, too."""
     size = (torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) * 3).round()

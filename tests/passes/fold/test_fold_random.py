@@ -43,14 +43,14 @@ def examples(count: int) -> settings:
     )
 
 
-@examples(300)
+@examples(200)
 @given(programs)
 def test_random_programs(program: Program) -> None:
     torch.set_num_threads(1)
     check(program, FoldChannels())
 
 
-@examples(300)
+@examples(200)
 @given(programs)
 @example(build(1437, 0.8, [("concat", 1, 5), ("pixels", 0, 34), ("flip", 2, 47), ("conv", 1, 39)]))  # holes in blocks
 @example(build(6663, 0.5, [("conv", 0, 12), ("residual", 1, 54), ("linear", 3, 5), ("concat", 2, 44)]))  # a dead part
