@@ -191,6 +191,8 @@ def max_pool(node: Node, x: Tensor) -> Tensor:
 def average_pool(node: Node, x: Tensor) -> Tensor:
     window, counts = node.get("kernel_shape"), bool(node.get("count_include_pad", 0))
     stride = node.get("strides") or [1] * len(window)
+    if any(d != 1 for d in node.get("dilations") or ()):
+        raise Unsupported("dilations")
     before = x.shape
     x, padding = _padded(node, x, window, stride, [1] * len(window), 0.0)
     if x.shape != before and not counts:
@@ -443,7 +445,9 @@ def argmax(node: Node, x: Tensor) -> Tensor:
 
 @rule("ArgMin")
 def argmin(node: Node, x: Tensor) -> Tensor:
-    return argmax(node, -x)
+    if node.get("select_last_index", 0):
+        raise Unsupported("the last of equal ones")
+    return x.argmin(node.get("axis", 0), bool(node.get("keepdims", 1)))
 
 
 @rule("TopK")

@@ -150,7 +150,10 @@ class OnnxModel(nn.Module):
         if given and all(v is None or isinstance(v, np.ndarray) for v in given):
             return self._evaluated(proto, given)
         found = RULES[proto.op_type](node, *given)
-        return found if isinstance(found, (tuple, list)) else [found]
+        found = found if isinstance(found, (tuple, list)) else [found]
+        if len(found) < len(proto.output):
+            raise Unsupported(f"its output {proto.output[len(found)]!r} is asked for")
+        return found
 
     def _branch(self, node: Node, given: Sequence[Any], values: dict[str, Any]) -> Sequence[Any]:
         if not isinstance(given[0], np.ndarray):

@@ -263,6 +263,25 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read_onnx(bad)(torch.from_numpy(A), torch.tensor([2]))
 
 
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (("LayerNormalization", [A, rand(4)], {1: rand(4)}, 3, 17), "its output 'y1' is asked for"),
+        (("AveragePool", [IMAGE], {}, 1, 19, {"kernel_shape": [2, 2], "dilations": [2, 2]}), "dilations"),
+        (("ArgMin", [A], {}, 1, 13, {"select_last_index": 1}), "the last of equal ones"),
+        (("ScatterElements", [A, np.array([[0]]), rand(1, 1)], {}, 1, 16, {"reduction": "add"}), "the reduction add"),
+        (("MaxPool", [IMAGE], {}, 2, 13, {"kernel_shape": [2, 2]}), "the places of the largest"),
+    ],
+)
+def test_uses_that_are_not_known_are_refused(node: tuple, words: str, tmp_path: Path) -> None:
+    *arguments, attributes = node if isinstance(node[-1], dict) else (*node, {})
+    onnx.save(one_node(*arguments, **attributes), tmp_path / "one.onnx")
+    with pytest.raises(CaptureError, match=words):
+        read_onnx(tmp_path / "one.onnx")(
+            *(torch.from_numpy(v) for i, v in enumerate(arguments[1]) if i not in arguments[2])
+        )
+
+
 def test_what_is_written_wrongly_is_not_kept(tmp_path: Path, monkeypatch) -> None:
     model, args = nn.Linear(3, 4), (torch.randn(2, 3),)
     monkeypatch.setattr("thresher.onnx_writer.LOWERING_TOLERANCE", {torch.float32: -1.0})
