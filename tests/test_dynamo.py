@@ -82,7 +82,7 @@ def test_graph_breaks() -> None:
     assert len(dynamo.built()) == 3
 
 
-@pytest.mark.parametrize("name", ["bert_masked", "mobilenet"])
+@pytest.mark.parametrize("name", ["bert_masked", "vit"])
 def test_models(name: str) -> None:
     torch.manual_seed(0)
     model, args = ZOO[name]()

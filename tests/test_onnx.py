@@ -231,12 +231,12 @@ def test_folded_models_are_written_and_read_back(name: str, tmp_path: Path) -> N
 
 
 def test_command_line(tmp_path: Path, capsys) -> None:
-    path, _, _ = FILES["text angle"]
-    out = tmp_path / "angle.thresher"
+    path, _, _ = FILES["file types"]
+    out = tmp_path / "types.thresher"
     assert cli.main(["build", str(path), "-o", str(out), "--target", "cpu"]) == 1
-    assert "leaves sizes open (x[?, 3, ?, ?]); describe its inputs with --input" in capsys.readouterr().err
-    small = tmp_path / "angle.onnx"
-    words = ["build", str(path), "-o", str(out), "--input", "1x3x48x192", "--target", "cpu", "--onnx", str(small)]
+    assert "leaves sizes open (bytes[unk__214, 2048]); describe its inputs with --input" in capsys.readouterr().err
+    small = tmp_path / "types.onnx"
+    words = ["build", str(path), "-o", str(out), "--input", "1x2048:int32", "--target", "cpu", "--onnx", str(small)]
     assert cli.main(words) == 0 and out.exists() and small.exists()
     assert thresher.load(out).validate()[0].passed
     assert cli.main(["build", str(FILES["voice"][0]), "--fixed", "rate=16000"]) == 1
