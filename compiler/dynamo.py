@@ -135,10 +135,13 @@ def _remembered(model: fx.GraphModule, args: Sequence[Any], how: dict[str, Any])
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "cpu":
         how.setdefault("target", "cpu")
+    if "calibration" in how:  # what samples make of a model is not known by a key
+        return compile_model(model, tuple(args), **how)
     passes = [identity(p) for p in resolve_passes(how.get("passes", "exact"))]
     digest = hashlib.sha256(repr((model.code, [_kind(a) for a in args], passes)).encode())
     digest.update(repr(sorted((k, v) for k, v in how.items() if k != "passes")).encode())
     for value in [*model.parameters(), *model.buffers()]:
+        digest.update(repr(_kind(value)).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     key = digest.hexdigest()
     if key not in _CACHE:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from thresher.errors import CaptureError
 from thresher.onnx_operators import RULES, Node, Unsupported
 
+STANDARD = ("", "ai.onnx")  # domains whose operators are those of the specification
+
 
 def read_onnx(path: str | os.PathLike, fixed: Mapping[str, Any] | None = None) -> OnnxModel:
     """The model in a file. ``fixed``: inputs that are always these numbers, and no inputs any more (a sampling rate that branches ask for).
@@ -39,7 +41,8 @@ def read_onnx(path: str | os.PathLike, fixed: Mapping[str, Any] | None = None) -
         onnx.checker.check_model(proto)
     except Exception as error:  # of protobuf's, of the checker's
         raise CaptureError(f"{path} is no ONNX model: {str(error)[:500]}") from error
-    missing = sorted({n.op_type for n in _nodes(proto.graph)} - RULES.keys() - {"Constant", "If", "Identity"})
+    used = {n.op_type if n.domain in STANDARD else f"{n.domain}.{n.op_type}" for n in _nodes(proto.graph)}
+    missing = sorted(used - RULES.keys() - {"Constant", "If", "Identity"})
     if missing:
         raise CaptureError(f"{path} has operators that are not known here: {', '.join(missing)}")
     if unknown := sorted((fixed or {}).keys() - {i.name for i in proto.graph.input}):
@@ -66,7 +69,7 @@ class OnnxModel(nn.Module):
         from onnx import helper, numpy_helper
 
         self.graph = proto.graph
-        self.opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+        self.opset = max((o.version for o in proto.opset_import if o.domain in STANDARD), default=1)
         self.arrays = {t.name: numpy_helper.to_array(t) for t in _tensors(proto.graph)}
         for value in proto.graph.input:
             if value.name in fixed:

@@ -254,6 +254,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     onnx.save(unknown, bad)
     with pytest.raises(CaptureError, match="operators that are not known here: NonMaxSuppression"):
         read_onnx(bad)
+    graph = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 13, "elsewhere" : 1]>
+        g (float[2] x) => (float[2] y) { y = elsewhere.Relu(x) }""")
+    onnx.save(graph, bad)
+    with pytest.raises(
+        CaptureError, match=r"not known here: elsewhere\.Relu"
+    ):  # it is not what the specification calls Relu
+        read_onnx(bad)
     with pytest.raises(CaptureError, match=r"'If_0' \(If\): its condition depends on values"):
         read_onnx(FILES["voice"][0])(torch.randn(1, 576), STATE, torch.tensor(16000))
     with pytest.raises(CaptureError, match=r"takes 2 inputs \(input, state\), and got 1"):

@@ -45,23 +45,22 @@ def near_misses(
     region = _region(program, around)
     steps = [step for node in program.graph.nodes if node in region for step in _steps(node, program)]
     random.Random(seed).shuffle(steps)
-    made = 0
-    logging.getLogger(
-        "torch._subclasses.fake_tensor"
-    ).disabled = True  # it reports every call whose arguments do not fit
-    for words, change in steps:
-        if made >= limit:
-            return
-        changed = program.clone()
-        try:
-            change(changed)
-            changed.clean().propagate()
-            changed.verify()
-            changed.run(*changed.probe, dtype=torch.float64)
-        except Exception:  # whatever an operator says of arguments that do not fit
-            continue
-        made += 1
-        yield words, changed
+    made = ((words, _changed(program, change)) for words, change in steps)
+    return itertools.islice(((words, other) for words, other in made if other is not None), limit)
+
+
+def _changed(program: Program, change: Change) -> Program | None:
+    """The program after a step; None where it cannot run."""
+    changed, reports = program.clone(), logging.getLogger("torch._subclasses.fake_tensor")
+    before, reports.disabled = reports.disabled, True  # it reports every call whose arguments do not fit
+    try:
+        change(changed)
+        changed.clean().propagate().verify().run(*changed.probe, dtype=torch.float64)
+    except Exception:  # whatever an operator says of them
+        return None
+    finally:
+        reports.disabled = before
+    return changed
 
 
 def _region(program: Program, around: Collection[str]) -> set[fx.Node]:
