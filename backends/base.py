@@ -34,6 +34,15 @@ class Lowering:
 DEFAULT = Lowering()
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel takes in a run: ``nodes`` of the lowered program that it computes, as far as that is known."""
+
+    name: str
+    nodes: tuple[str, ...]
+    milliseconds: float
+
+
 class Lowered(ABC):
     """A program in the form a backend runs.
 
@@ -48,6 +57,10 @@ class Lowered(ABC):
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat tensor inputs (torch or NumPy) -> flat tensor outputs of the same kind. Safe to call from several threads."""
+
+    def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
+        """The kernels in the order in which they run, each with its median time; empty where a backend has nothing to say."""
+        return []
 
     @abstractmethod
     def save(self, directory: Path) -> dict[str, Any]:

@@ -25,15 +25,16 @@ from thresher.capture import capture, eval_mode
 from thresher.compiled import Compiled, Proof, check_outputs
 from thresher.crossover import Crossover, Layer, estimated, measure, record, recorded
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
+from thresher.lines import compare, lines
 from thresher.machine_speed import WORKLOAD
 from thresher.masks import Masks, apply_masks
 from thresher.memory import peak_bytes
 from thresher.pass_manager import Context, Pass, PassManager
 from thresher.passes import pipelines
-from thresher.program import Program, SmallModule
+from thresher.program import Program, SmallModule, module_path
 from thresher.progress import Progress, show_progress
 from thresher.records import Record, Records
-from thresher.report import Check, Figures, Report
+from thresher.report import Check, Figures, Kernel, Report
 from thresher.tuning import Library, Tune
 from thresher.validation import probes, undecided
 from thresher.widths import variants
@@ -458,8 +459,21 @@ class _Build:
         found = first_wrong_operator(self.rewritten, self.backend, self.target)
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
+    def kernels(self) -> list[Kernel]:
+        """What each kernel takes on the example inputs, in the words of the model."""
+        if not self.runnable:
+            return []
+        modules = {n.name: module_path(n) for n in self.specialized.calls()}
+        flat = self.rewritten.signature(self.target.partition(":")[0]).check(list(self.rewritten.probe))
+        return [
+            Kernel(k.name, list(k.nodes), list(dict.fromkeys(modules[n] for n in k.nodes)), k.milliseconds)
+            for k in self.lowered.profile(flat)
+        ]
+
     def finish(self, certified: bool) -> Compiled:
         before = replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
+        graph = {"before": lines(self.captured), "after": lines(self.rewritten)}
+        compare(graph["before"], graph["after"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
@@ -468,6 +482,7 @@ class _Build:
             spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
             attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
+            graph=graph, kernels=self.kernels(),
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe

@@ -1,18 +1,22 @@
-"""What was done and what it gained: one record, shown on a terminal, as JSON, or as a self-contained HTML page."""
+"""What was done and what it gained: one record, shown as tables, as JSON, or as a page (:mod:`thresher.page`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from thresher.budget import Change, Measured, Spent
+from thresher.lines import Line
 from thresher.pass_manager import Note, PassRecord
-from thresher.pictures import attention_picture
+
+Table = tuple[Sequence[str], list[tuple[str, ...]]]  # columns and rows
 
 
 @dataclass
@@ -33,6 +37,31 @@ class Check:
     tolerance: float
     passed: bool
     detail: str = ""
+
+
+@dataclass
+class Kernel:
+    """One call of a kernel: the nodes of the lowered program that it computes, their modules, and the median of its milliseconds."""
+
+    name: str
+    nodes: list[str]
+    modules: list[str]
+    milliseconds: float
+
+
+@dataclass
+class Layer:
+    """Shapes of one weight: ``after`` is empty where it is gone; ``left``: the part of its numbers that is left."""
+
+    module: str
+    operator: str
+    before: list[int]
+    after: list[int]
+
+    @property
+    def left(self) -> float:
+        before, after = (float(torch.Size(shape).numel()) for shape in (self.before, self.after))
+        return after / before if self.after and before else 0.0
 
 
 @dataclass
@@ -63,6 +92,59 @@ class Report:
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
     #: these take ``one operator at a time``, each freed after its last use.
     memory: dict[str, int] = field(default_factory=dict)
+    graph: dict[str, list[Line]] = field(
+        default_factory=dict
+    )  # the captured program (``before``) and the rewritten one (``after``)
+    kernels: list[Kernel] = field(default_factory=list)  # in the order in which they run, where the target is here
+
+    # ------------------------------------------------------------------ reading
+
+    def layers(self) -> list[Layer]:
+        """The weights of the captured program, and what they became."""
+        return [
+            Layer(line.module, line.operator, weight, _became(line, i))
+            for line in self.graph.get("before", ())
+            for i, weight in enumerate(line.weights)
+        ]
+
+    def sizes_table(self) -> Table:
+        rows: list[tuple[str, ...]] = []
+        for label, name, unit in (
+            ("parameters, M", "parameters", 1e6),
+            ("GFLOP", "flops", 1e9),
+            ("constants, MB", "bytes", 1e6),
+        ):
+            a, b = getattr(self.before, name), getattr(self.after, name)
+            rows.append((label, f"{a / unit:.3f}", f"{b / unit:.3f}", f"{100 * (1 - b / a):.1f} %" if a else ""))
+        return ("", "before", "after", "saved"), rows
+
+    def passes_table(self, said_nothing: bool = True) -> Table:
+        """``said_nothing``: also those that changed and refused nothing."""
+        columns = ("pass", "result", "kind", "rewrites", "refused", "float64 error", "seconds")
+        return columns, [_pass_row(p) for p in self.passes if _spoke(p) or (said_nothing and p.status != "skipped")]
+
+    def checks_table(self) -> Table:
+        return ("check", "error", "allowed", "result"), [
+            (c.name, f"{c.error:.1e}", f"{c.tolerance:.0e}", "ok" if c.passed else f"FAILED {c.detail}")
+            for c in self.checks
+        ]
+
+    def ledger_table(self) -> Table:
+        columns = ("approximate pass", "changes", "error before", "error after", "at most", "worst sample")
+        return columns, [_ledger_row(s) for s in self.spent]
+
+    def zeros_table(self) -> Table:
+        columns = (
+            "layer",
+            "zeros of",
+            "not 0",
+            "arithmetic saved",
+            "dense, ms",
+            "skipping, ms",
+            "dense is faster from",
+            "",
+        )
+        return columns, [_zeros_row(line) for line in self.sparsity]
 
     # ------------------------------------------------------------------ JSON
 
@@ -82,180 +164,111 @@ class Report:
         checks = [Check(**c) for c in raw.pop("checks")]
         tuned = tuple(raw.pop("tuned"))
         raw["attention"] = [tuple(line) for line in raw["attention"]]
+        raw["graph"] = {side: [Line(**line) for line in lines] for side, lines in raw["graph"].items()}
+        raw["kernels"] = [Kernel(**k) for k in raw["kernels"]]
         spent = [
             Spent(**{**s, "held_out": Measured(**s["held_out"]), "changes": [Change(**c) for c in s["changes"]]})
             for s in raw.pop("spent")
         ]
         return Report(before=before, after=after, passes=passes, checks=checks, tuned=tuned, spent=spent, **raw)
 
-    # ------------------------------------------------------------------ terminal
+    # ------------------------------------------------------------------ tables
 
     def __str__(self) -> str:
+        """Markdown: tables that are read on a terminal, and can be pasted where people talk about models."""
         from rich.console import Console
 
-        console = Console(width=110, record=True, file=open_null(), color_system=None)
+        console = Console(width=140, record=True, file=io.StringIO(), color_system=None)
         self.print(console)
-        return console.export_text(clear=True).rstrip()
+        lines = console.export_text(clear=True).splitlines()
+        return "\n".join(line.rstrip() for line in lines).strip()
 
     def print(self, console: Any = None) -> None:
-        """Tables on a rich console."""
+        """The tables on a rich console."""
         from rich.console import Console
-        from rich.table import Table
 
         console = console or Console()
-        size = Table(title=f"{self.model} for {self.target} ({self.backend})", title_justify="left")
-        for column in ("", "before", "after", "saved"):
-            size.add_column(column, justify="left" if not column else "right")
-        for label, name, unit in (
-            ("parameters", "parameters", 1e6),
-            ("GFLOP", "flops", 1e9),
-            ("constants, MB", "bytes", 1e6),
+        console.print(f"**{self.model}** for {self.target} ({self.backend})", markup=False, highlight=False)
+        for title, (columns, rows) in (
+            ("", self.sizes_table()),
+            ("passes that did something", self.passes_table(said_nothing=False)),
+            ("validation", self.checks_table()),
+            ("error ledger (held-out samples)", self.ledger_table()),
+            ("zeros", self.zeros_table()),
         ):
-            a, b = getattr(self.before, name), getattr(self.after, name)
-            size.add_row(
-                label + (", M" if unit == 1e6 and name == "parameters" else ""),
-                f"{a / unit:.3f}",
-                f"{b / unit:.3f}",
-                _saved(a, b),
-            )
-        console.print(size)
-        ledger = Table(title="passes", title_justify="left")
-        for column in ("pass", "result", "rewrites", "refused", "float64 error", "s"):
-            ledger.add_column(column, justify="left" if column in ("pass", "result") else "right")
-        for record in self.passes:
-            if record.status == "skipped":
-                continue
-            error = "" if record.error is None else f"{record.error:.1e}"
-            ledger.add_row(
-                record.name,
-                record.status,
-                str(len(record.rewrites)),
-                str(len(record.refusals)),
-                error,
-                f"{record.seconds:.2f}",
-            )
-        console.print(ledger)
-        checks = Table(title="validation", title_justify="left")
-        for column in ("check", "error", "allowed", ""):
-            checks.add_column(column)
-        for check in self.checks:
-            checks.add_row(
-                check.name,
-                f"{check.error:.1e}",
-                f"{check.tolerance:.0e}",
-                "ok" if check.passed else f"FAILED {check.detail}",
-            )
-        console.print(checks)
-        if self.spent:
-            rows = list(map(_ledger_row, self.spent))
-            console.print(_table("error ledger (held-out samples)", LEDGER_COLUMNS, rows))
-            for one, words in ((s, w) for s in self.spent for w in s.checks):
-                console.print(f"{one.name}: {words}")
-        if self.sparsity:
-            console.print(_table("zeros", SPARSITY_COLUMNS, list(map(_sparsity_row, self.sparsity))))
+            if rows:
+                _print_table(console, title, columns, rows)
+        for line in self._facts():
+            console.print(f"* {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def _facts(self) -> list[str]:
+        facts = [f"{spent.name}: {words}" for spent in self.spent for words in spent.checks]
+        idle = list(dict.fromkeys(p.name for p in self.passes if p.status != "skipped" and not _spoke(p)))
+        if idle:
+            facts.append(f"found nothing to do: {', '.join(idle)}")
         if self.memory:
-            parts = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items())
-            console.print(f"memory: {parts}")
-        console.print(f"estimated by the cost model: {self.estimate:.2f} ms")
+            facts.append("memory: " + ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in self.memory.items()))
+        facts.append(f"estimated by the cost model: {self.estimate:.2f} ms")
+        if self.kernels:
+            total = sum(k.milliseconds for k in self.kernels)
+            slowest = sorted(self.kernels, key=lambda k: -k.milliseconds)[:3]
+            named = ", ".join(f"{_label(k)} {k.milliseconds:.3f} ms" for k in slowest)
+            facts.append(f"{len(self.kernels)} kernels take {total:.2f} ms; the slowest: {named}")
         if self.tuned[0]:
-            console.print(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
+            facts.append(f"plans on record: {self.tuned[0]} of {self.tuned[1]} workloads")
         if self.library:
-            console.print(f"computed by torch: {', '.join(self.library)}")
+            facts.append(f"computed by torch: {', '.join(self.library)}")
         for title, times in (
-            ("", self.latency),
-            ("approximation: ", self.approximation),
-            ("widths measured: ", self.widths),
-            ("tuning: ", self.tuning),
+            ("measured", self.latency),
+            ("approximation", self.approximation),
+            ("widths measured", self.widths),
+            ("tuning", self.tuning),
         ):
             if times:
-                console.print(title + "  ".join(f"{name}: {ms:.2f} ms" for name, ms in times.items()))
+                facts.append(f"{title}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
+        return facts
 
     # ------------------------------------------------------------------ HTML
 
     def to_html(self) -> str:
         """A page that needs nothing from the network."""
-        sections = [
-            f"<h1>Thresher: {html.escape(self.model)}</h1>",
-            f"<p>target {html.escape(self.target)}, backend {html.escape(self.backend)}</p>",
-            _html_sizes(self),
-            _html_table("Memory", ("what", "MB"), [(name, f"{v / 1e6:.2f}") for name, v in self.memory.items()]),
-            _html_times("Latency (medians, interleaved)", self.latency),
-            _html_times("Widths measured (medians, interleaved)", self.widths),
-            _html_times("Exact and approximate (medians, interleaved)", self.approximation),
-            _html_table("Error ledger (held-out samples)", LEDGER_COLUMNS, list(map(_ledger_row, self.spent)))
-            if self.spent
-            else "",
-            *map(_html_changes, self.spent),
-            _html_table("Zeros", SPARSITY_COLUMNS, list(map(_sparsity_row, self.sparsity))) if self.sparsity else "",
-            _html_table("Attention", ("module", "what it is"), self.attention) if self.attention else "",
-            _html_table("Validation", ("check", "error", "allowed", "result"), [_check_row(c) for c in self.checks]),
-            _html_table("Passes", PASS_COLUMNS, [_pass_row(p) for p in self.passes]),
-        ]
-        for record in self.passes:
-            for title, notes in (("what it changed", record.rewrites), ("what it refused, and why", record.refusals)):
-                if notes:
-                    rows = [(n.module, n.message, n.source) for n in notes]
-                    table = _html_table("", ("module", "note", "source"), rows)
-                    sections.append(
-                        f"<details><summary>{record.name}: {title} ({len(notes)})</summary>{table}</details>"
-                    )
-        title = f"<title>Thresher: {html.escape(self.model)}</title>"
-        return f"<!doctype html><html lang=en><meta charset=utf-8>{title}{STYLE}{''.join(sections)}</html>"
+        from thresher.page import page
+
+        return page(self)
 
     def save_html(self, path: str | Path) -> None:
         Path(path).write_text(self.to_html())
 
 
-STYLE = """<style>
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;color:#1b1f24;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{border-bottom:1px solid #d8dee4;padding:.25rem .8rem;text-align:left}
-th{background:#f6f8fa}.bar{display:grid;grid-template-columns:9rem 1fr 7rem;gap:.6rem;align-items:center;margin:.2rem 0}
-figure{margin:0;font-size:11px;width:9rem}.heads{display:flex;flex-wrap:wrap;gap:.8rem}
-.bar i{display:block;height:1.1rem;background:#b6c2cf}.bar i.after{background:#1f7a4d}details{margin:.4rem 0}summary{cursor:pointer}
-</style>"""
+def _spoke(record: PassRecord) -> bool:
+    return record.status in ("changed", "reverted") or bool(record.refusals)
 
 
-PASS_COLUMNS = ("pass", "result", "kind", "rewrites", "refused", "float64 error", "seconds")
+def _became(line: Line, index: int) -> list[int]:
+    if line.mark == "gone":
+        return []
+    after = line.other["weights"] if line.other else line.weights
+    return after[index] if index < len(after) else []
 
 
-def _check_row(check: Check) -> tuple:
-    return (
-        check.name,
-        f"{check.error:.2e}",
-        f"{check.tolerance:.0e}",
-        "ok" if check.passed else f"failed: {check.detail}",
-    )
+def _label(kernel: Kernel) -> str:
+    return kernel.modules[0] if kernel.modules else kernel.name
 
 
-def _pass_row(record: PassRecord) -> tuple:
+def _pass_row(record: PassRecord) -> tuple[str, ...]:
     result = record.status + (f": {record.failure}" if record.failure else "")
     error = "" if record.error is None else f"{record.error:.1e}"
-    counts = len(record.rewrites), len(record.refusals)
+    counts = str(len(record.rewrites)), str(len(record.refusals))
     return record.name, result, record.preserves, *counts, error, f"{record.seconds:.2f}"
 
 
-LEDGER_COLUMNS = ("approximate pass", "changes", "error before", "error after", "at most", "worst sample")
-
-
-def _ledger_row(spent: Spent) -> tuple:
+def _ledger_row(spent: Spent) -> tuple[str, ...]:
     held_out = spent.held_out
     errors = (f"{e:.2e}" for e in (spent.before, spent.after, held_out.bound, held_out.worst))
     return spent.name, str(len(spent.changes)), *errors
 
 
-SPARSITY_COLUMNS = (
-    "layer",
-    "zeros of",
-    "not 0",
-    "arithmetic saved",
-    "dense, ms",
-    "skipping, ms",
-    "dense is faster from",
-    "",
-)
-
-
-def _sparsity_row(line: dict[str, Any]) -> tuple:
+def _zeros_row(line: dict[str, Any]) -> tuple[str, ...]:
     times = (f"{line[k]:.3f}" + ("" if line["measured"] else " (estimated)") for k in ("dense", "sparse"))
     parts = (f"{100 * line[k]:.1f} %" for k in ("nonzero", "saved"))
     return (
@@ -268,76 +281,21 @@ def _sparsity_row(line: dict[str, Any]) -> tuple:
     )
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[tuple]) -> Any:
+def _print_table(console: Any, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(box=box.MARKDOWN)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        numbers = i > 0 and all(_is_number(row[i]) for row in rows if row[i])
+        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    return table
+        table.add_row(*map(escape, row))
+    if title:
+        console.print(f"**{title}**", markup=False, highlight=False)
+    console.print(table)
 
 
-def _html_changes(spent: Spent) -> str:
-    """What one approximate pass replaced, and pictures of what heads attended to and look at now."""
-    rows = [(c.module, c.choice, f"{c.error**0.5:.1e}", f"{c.saved:.3f}") for c in spent.changes]
-    table = _html_table("", ("module", "replaced by", "relative error there", "saved, ms (estimated)"), rows)
-    drawn = [c for c in spent.changes if c.mass]
-    pictures = "".join(
-        f"<figure>{attention_picture(c.mass, c.mask, html.escape(c.choice))}"
-        f"<figcaption>{html.escape(c.module)}<br>{html.escape(c.choice)}</figcaption></figure>"
-        for c in sorted(drawn, key=lambda c: (c.module, c.choice))
-    )
-    explained = (
-        "<p>Attention mass in blue, queries downward, keys to the right; pale: not looked at any more.</p>"
-        if drawn
-        else ""
-    )
-    checks = "".join(f"<p>{html.escape(words)}</p>" for words in spent.checks)
-    heads = f"{explained}<div class=heads>{pictures}</div>"
-    return f"<details><summary>{spent.name}: {len(rows)} changes</summary>{checks}{table}{heads}</details>"
-
-
-def _saved(before: float, after: float) -> str:
-    return f"{100 * (1 - after / before):.1f} %" if before else ""
-
-
-def _bar(label: str, value: float, largest: float, text: str, after: bool) -> str:
-    width = 100 * value / largest if largest else 0
-    kind = "after" if after else "before"
-    return f'<div class=bar><span>{html.escape(label)}</span><i class="{kind}" style="width:{width:.1f}%"></i><span>{text}</span></div>'
-
-
-def _html_sizes(report: Report) -> str:
-    parts = ["<h2>Size and work</h2>"]
-    for label, name, unit, suffix in (
-        ("parameters", "parameters", 1e6, "M"),
-        ("operations", "flops", 1e9, "GFLOP"),
-        ("constants", "bytes", 1e6, "MB"),
-    ):
-        a, b = getattr(report.before, name), getattr(report.after, name)
-        parts.append(_bar(f"{label} before", a, a, f"{a / unit:.2f} {suffix}", False))
-        parts.append(_bar("after", b, a, f"{b / unit:.2f} {suffix}", True))
-    return "".join(parts)
-
-
-def _html_times(title: str, times: dict[str, float]) -> str:
-    if not times:
-        return ""
-    largest = max(times.values())
-    bars = (_bar(name, ms, largest, f"{ms:.2f} ms", "thresher" in name.lower()) for name, ms in times.items())
-    return f"<h2>{title}</h2>" + "".join(bars)
-
-
-def _html_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return (f"<h2>{html.escape(title)}</h2>" if title else "") + f"<table><tr>{head}</tr>{body}</table>"
-
-
-def open_null() -> Any:
-    """A file that swallows what a recording console prints."""
-    import io
-
-    return io.StringIO()
+def _is_number(text: str) -> bool:
+    return text.split(" ")[0].lstrip("-").replace(".", "").replace("e-", "").replace("e+", "").isdigit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tvm
 
-from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
+from thresher.backends.base import DEFAULT, Backend, KernelTime, Lowered, Lowering
 from thresher.backends.tvm.choices import Choices
 from thresher.backends.tvm.importer import Importer, architecture
 from thresher.backends.tvm.kernels.machine import (
@@ -23,6 +24,7 @@ from thresher.backends.tvm.kernels.machine import (
     missing_features,
     triple_of,
 )
+from thresher.backends.tvm.origins import Kernels
 from thresher.backends.tvm.pipeline import build
 from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
 from thresher.backends.tvm.tuner import tune
@@ -53,6 +55,7 @@ class TVMLowered(Lowered):
         if activations is not None:
             self.memory["activations"] = activations
         self._module: TVMModule | None = None
+        self.kernels: Kernels = []
 
     @property
     def module(self) -> TVMModule:
@@ -72,6 +75,18 @@ class TVMLowered(Lowered):
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.module(inputs)
+
+    def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
+        """Kernels whose nodes TVM's passes leave unknown have none; on a GPU, where the host does not wait for kernels, none is timed."""
+        if self.device != "cpu":
+            return []
+        waiting = deque(self.kernels)
+        found = []
+        for name, milliseconds in self.module.profile(inputs, {name for name, _ in self.kernels}):
+            while waiting and waiting[0][0] != name:  # what became a view is no call any more
+                waiting.popleft()
+            found.append(KernelTime(name, waiting.popleft()[1] if waiting else (), milliseconds))
+        return found
 
     def device_code(self) -> str:
         """The generated device source (CUDA C++) of a module compiled for a GPU."""
@@ -110,11 +125,15 @@ class TVMBackend(Backend):
         where, machine, cpu = resolve_target(target)
         how.progress("importing into TVM")
         choices = Choices(how.records, how.library)
-        module, weights = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where)).run()
+        importer = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where))
+        module, weights = importer.run()
         how.progress("generating code")
-        executable, activations = build(module, where, machine, choices)
-        lowered = TVMLowered(executable, weights, "cpu" if machine is not None else "cuda", cpu, activations)
+        built = build(module, where, machine, choices, importer.builder.origin)
+        lowered = TVMLowered(
+            built.executable, weights, "cpu" if machine is not None else "cuda", cpu, built.activations
+        )
         lowered.tuned, lowered.library = (len(choices.taken), len(choices.sites)), choices.called
+        lowered.kernels = built.kernels
         return lowered
 
     def runs_here(self, target: str) -> bool:

@@ -22,6 +22,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from thresher.backends.tvm import library
 from thresher.backends.tvm.choices import Choices, workload_of
 from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.origins import NamingBuilder
 from thresher.errors import BackendError
 from thresher.program import Program, is_tensor, module_path, source_line
 from thresher.specs import dtype_name
@@ -54,7 +55,7 @@ class Importer:
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
         self.choices = Choices() if choices is None else choices
         self.stock = ExportedProgramImporter()
-        self.builder = relax.BlockBuilder()
+        self.builder = NamingBuilder()
         self.stock.block_builder = self.builder
         self.env: dict[fx.Node, Any] = self.stock.env
         self.weights: list[np.ndarray] = []
@@ -90,6 +91,7 @@ class Importer:
     def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
         if node in self.env:  # the operator before it gave this value, too
             return
+        self.builder.node = node.name
         try:
             if self._by_library(node):
                 self.env[node] = library.emit(self, node)

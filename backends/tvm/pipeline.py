@@ -6,6 +6,7 @@ CUDA: the same with the rules of ``kernels/cuda``; the launches of static shapes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -19,6 +20,7 @@ from thresher.backends.tvm.kernels import attention, batched, cuda, depthwise, g
 from thresher.backends.tvm.kernels.blocks import block_names
 from thresher.backends.tvm.kernels.machine import Machine
 from thresher.backends.tvm.lowering import pipeline_of
+from thresher.backends.tvm.origins import Kernels, kernels
 from thresher.errors import BackendError
 
 FUSABLE = {
@@ -127,17 +129,32 @@ class CountStorage:
         return mod
 
 
+@dataclass(frozen=True)
+class Built:
+    """Compiled code; ``activations``: the bytes that the plan gives to intermediate values; ``kernels``: the nodes that each computes."""
+
+    executable: relax.VMExecutable
+    activations: int
+    kernels: Kernels
+
+
 def build(
-    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices
-) -> tuple[relax.VMExecutable, int]:
-    """Compile for the CPU (``machine`` given) or for CUDA; also the bytes that the plan gives to intermediate values."""
+    mod: tvm.IRModule,
+    target: tvm.target.Target,
+    machine: Machine | None,
+    choices: Choices,
+    origin: dict[str, str] | None = None,
+) -> Built:
+    """Compile for the CPU (``machine`` given) or for CUDA. ``origin``: the node that each variable of ``mod`` was emitted for."""
     plan, *rest = _stock(machine).finalize_passes(target)
     counted = CountStorage()
     finish = tvm.transform.Sequential([*_stock(machine).dataflow_lower_passes(target), plan, counted, *rest])
     lower = pipeline_of(machine)
+    separate, fused = _fuse_operators(mod, target, machine)
+    scheduled = _scheduled(_fuse_kernels(fused, target), target, machine, choices)
     with target, context_of(machine):
-        built = tvm.compile(schedule(mod, target, machine, choices), target, relax_pipeline=finish, tir_pipeline=lower)
-    return built, counted.bytes
+        built = tvm.compile(scheduled, target, relax_pipeline=finish, tir_pipeline=lower)
+    return Built(built, counted.bytes, kernels(separate, fused, origin or {}))
 
 
 def context_of(machine: Machine | None) -> tvm.transform.PassContext:
@@ -156,7 +173,10 @@ def _stock(machine: Machine | None) -> Any:
 
 def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
     """Fused, and every kernel with its schedule."""
-    mod = fuse(mod, target, machine)
+    return _scheduled(fuse(mod, target, machine), target, machine, choices)
+
+
+def _scheduled(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
     with target, tvm.transform.PassContext(opt_level=3):
         if machine is not None:
             return schedule_kernels(mod, machine, choices)
@@ -166,13 +186,28 @@ def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | No
 
 def fuse(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None) -> tvm.IRModule:
     """Operators as kernels, and what follows a kernel as part of it."""
+    return _fuse_kernels(_fuse_operators(mod, target, machine)[1], target)
+
+
+def _fuse_operators(
+    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None
+) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """Every operator as a kernel of its own, and then in groups, each to become one kernel."""
     passes = [
         *_stock(machine).library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         MarkKernels(),
         *([relax.transform.FoldConstant()] if machine is None else []),
-        relax.transform.FuseOps(),
+    ]
+    with target, tvm.transform.PassContext(opt_level=3):
+        separate = tvm.transform.Sequential(passes)(mod)
+        return separate, relax.transform.FuseOps()(separate)
+
+
+def _fuse_kernels(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Each group as one kernel."""
+    passes = [
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),  # before it is scheduled: then it cannot be told from other copies
         relax.transform.DeadCodeElimination(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,31 @@ class TVMModule:
         values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
         with self.lock:
             return [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
+
+    def profile(self, inputs: Sequence[Any], kernels: Container[str], rounds: int = 7) -> list[tuple[str, float]]:
+        """The calls of ``kernels`` in the order in which they run, each with the median of its milliseconds."""
+        started, calls = 0.0, []
+
+        def watch(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
+            nonlocal started
+            if name in kernels:
+                if not before:
+                    calls.append((name, 1e3 * (time.perf_counter() - started)))
+                started = time.perf_counter()
+            return 0
+
+        values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
+        runs = []
+        with self.lock:
+            self.machine.set_instrument(tvm_ffi.convert(watch))
+            try:
+                for _ in range(rounds):
+                    self.main(*values, self.weights)
+                    runs.append(list(calls))
+                    calls.clear()
+            finally:
+                self.machine.set_instrument(None)
+        return [(same[0][0], statistics.median(t for _, t in same)) for same in zip(*runs)]
 
 
 def weight_array(weights: Sequence[np.ndarray], device: Any) -> Any:

@@ -122,7 +122,7 @@ class Bench:
         def built(plan: str) -> Any:
             choices = Choices({workload: plan}, self.library)
             module, weights = self.importer(alone, choices, apart=True).run()
-            return build(module, self.target, self.machine, choices)[0], weights
+            return build(module, self.target, self.machine, choices).executable, weights
 
         return Candidates(plans, built, [x.numpy() for x in alone.probe if isinstance(x, Tensor)])
 
@@ -149,7 +149,7 @@ class Bench:
         modules = {plan: _module_of(tvm.ir.load_json(text), kinds) for plan in plans}
 
         def built(plan: str) -> Any:
-            return build(modules[plan], self.target, self.machine, Choices({workload: plan}))[0], []
+            return build(modules[plan], self.target, self.machine, Choices({workload: plan})).executable, []
 
         return Candidates(plans, built, inputs)
 
