@@ -14,6 +14,7 @@ from thresher.program import Program
 from thresher.progress import Progress
 from thresher.records import Record
 from thresher.tuning import Tune
+from thresher.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class Lowering:
 
     ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's). ``records``: what
     tuning found fastest, workload -> plan (:meth:`Backend.tune`). ``library``: a plan may be to call torch's own kernel. ``progress`` is
-    told what is being done.
+    told what is being done. ``held``: weights of another model, packed; where kernels can read a weight as it is there, they do.
     """
 
     strict_rounding: bool = False
     records: Mapping[str, str] = field(default_factory=dict)
     library: bool = False
     progress: Progress = lambda message: None
+    held: Weights | None = None
 
 
 DEFAULT = Lowering()
@@ -62,9 +64,13 @@ class Lowered(ABC):
         """The kernels in the order in which they run, each with its median time; empty where a backend has nothing to say."""
         return []
 
+    def constants(self) -> Weights | None:
+        """The constants as they are packed, by their content; None where a backend has no such form."""
+        return None
+
     @abstractmethod
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Write what is needed to load again into ``directory``; returns what the manifest must say about it."""
+    def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
+        """Write the code as ``model.so`` into ``directory`` and add the constants to ``weights``; returns what the manifest must say."""
 
 
 class Backend(ABC):
@@ -97,7 +103,7 @@ class Backend(ABC):
         raise BackendError(f"the backend {self.name!r} has nothing to tune")
 
     @abstractmethod
-    def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
         """What :meth:`Lowered.save` wrote."""
 
 

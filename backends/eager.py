@@ -10,6 +10,7 @@ from thresher.analysis.cost import constant_bytes
 from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.errors import BackendError
 from thresher.program import Program
+from thresher.weights import Weights
 
 
 class EagerLowered(Lowered):
@@ -19,7 +20,7 @@ class EagerLowered(Lowered):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.program.run(*inputs)
 
-    def save(self, directory: Path) -> dict[str, Any]:
+    def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
         raise BackendError(
             "the eager backend has nothing to save: it runs the captured program in torch; use backend='tvm'"
         )
@@ -31,5 +32,5 @@ class EagerBackend(Backend):
     def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
         return EagerLowered(program)
 
-    def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
         raise BackendError("artifacts of the eager backend do not exist")

@@ -14,6 +14,7 @@ else:
     import thresher.ops  # noqa: F401  (registers the operators)
     from thresher.artifact import load
     from thresher.budget import Budget
+    from thresher.bundle import Bundle
     from thresher.capture import capture
     from thresher.certificate import Certificate
     from thresher.compiled import Compiled
@@ -45,6 +46,7 @@ __all__ = [
     "BackendError",
     "BoundedPass",
     "Budget",
+    "Bundle",
     "Candidate",
     "CaptureError",
     "Certificate",

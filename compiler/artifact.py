@@ -1,19 +1,21 @@
-"""The ahead-of-time package: one zip file with the compiled code, its weights, its proof and its report. No pickle anywhere.
+"""The ahead-of-time package: one zip file with compiled code, its weights, its proof and its report. No pickle anywhere.
 
-    manifest.json         format, versions, target, signature, and the SHA-256 of every other member
-    model.so              the compiled code
-    weights.safetensors   the constants, packed for their kernels
-    proof.safetensors     probe inputs and the eager model's outputs on them
-    program.txt           the rewritten graph, to read
-    report.json           what was done and what it gained
+    manifest.json           format, versions, for every entry its target and signature, and the SHA-256 of every other member
+    weights.safetensors     the constants, packed for their kernels, each once
+    ENTRY/model.so          the compiled code
+    ENTRY/proof.safetensors probe inputs and the eager model's outputs on them
+    ENTRY/program.txt       the rewritten graph, to read
+    ENTRY/report.json       what was done and what it gained
 
-Loading checks the format, every hash, the versions and the target before a byte of code is loaded.
+An artifact of one model has the one entry ``main``. Loading checks the format, every hash, the versions and the target before a byte of
+code is loaded.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,43 +26,56 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from thresher.backends.base import find_backend
+from thresher.bundle import MAIN, Bundle
 from thresher.compiled import Compiled, Proof
 from thresher.files import new_zip
-from thresher.package import FORMAT, MAGIC, MEMBERS, check_fit, digest, read, reading, versions
+from thresher.package import CODE, FORMAT, MAGIC, MEMBERS, WEIGHTS, check_fit, digest, read, reading, versions
 from thresher.report import Report
 from thresher.signature import Signature
+from thresher.weights import Weights
 
 
-def save(compiled: Compiled, path: Path) -> Path:
+def save(models: Mapping[str, Compiled], path: Path) -> Path:
     """Write the artifact. It appears under its name only when it is complete."""
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
-        directory = Path(folder)
-        lowered = compiled.lowered.save(directory)
-        tensors, proof = _proof_members(compiled.proof)
-        (directory / "proof.safetensors").write_bytes(save_tensors(tensors))
-        (directory / "program.txt").write_text(compiled.text)
-        (directory / "report.json").write_text(compiled.report.to_json())
+        directory, weights = Path(folder), Weights()
+        entries = {name: _write_entry(model, directory / name, weights) for name, model in models.items()}
+        weights.save(directory / WEIGHTS)
+        members = [WEIGHTS, *(f"{name}/{member}" for name in sorted(entries) for member in sorted(MEMBERS))]
         manifest = {
             "magic": MAGIC,
             "format": FORMAT,
             "versions": {**versions(), "thresher": version("thresher"), "torch": torch.__version__},
-            "backend": compiled.report.backend,
-            "target": compiled.report.target,
-            "signature": compiled.signature.to_json(),
-            "lowered": lowered,
-            "proof": proof,
-            "hashes": {name: digest((directory / name).read_bytes()) for name in sorted(MEMBERS)},
+            "entries": entries,
+            "hashes": {name: digest((directory / name).read_bytes()) for name in members},
         }
         with new_zip(path) as package:
             package.writestr("manifest.json", json.dumps(manifest, indent=1))
-            for name in sorted(MEMBERS):
+            for name in members:
                 package.write(directory / name, name)
     return path
 
 
-def load(path: str | Path) -> Compiled:
-    """Read an artifact, check it, and make it callable.
+def _write_entry(compiled: Compiled, directory: Path, weights: Weights) -> dict[str, Any]:
+    """Its members, and what the manifest says of it."""
+    directory.mkdir()
+    lowered = compiled.lowered.save(directory, weights)
+    tensors, proof = _proof_members(compiled.proof)
+    (directory / "proof.safetensors").write_bytes(save_tensors(tensors))
+    (directory / "program.txt").write_text(compiled.text)
+    (directory / "report.json").write_text(compiled.report.to_json())
+    return {
+        "backend": compiled.report.backend,
+        "target": compiled.report.target,
+        "signature": compiled.signature.to_json(),
+        "lowered": lowered,
+        "proof": proof,
+    }
+
+
+def load(path: str | Path) -> Compiled | Bundle[Compiled]:
+    """Read an artifact, check it, and make it callable: a model, or a :class:`Bundle` of those that are in it.
 
     Raises :class:`ArtifactError` saying what does not fit: damaged, foreign, newer, or built for another machine.
     """
@@ -68,22 +83,27 @@ def load(path: str | Path) -> Compiled:
     manifest, members = read(path)
     with reading(path):
         check_fit(path, manifest)
-        return _loaded(manifest, members)
+        weights = Weights.read(members[WEIGHTS])
+        models = {name: _loaded(name, entry, members, weights) for name, entry in manifest["entries"].items()}
+    return models[MAIN] if set(models) == {MAIN} else Bundle(models)
 
 
-def _loaded(manifest: dict[str, Any], members: dict[str, bytes]) -> Compiled:
-    report = Report.from_json(members["report.json"].decode())
-    signature = Signature.from_json(manifest["signature"])
-    tensors = load_tensors(members["proof.safetensors"])
+def load_all(path: str | Path) -> dict[str, Compiled]:
+    """Every model of an artifact, by the artifact's name and, where there are several, its own: ``model.thresher[decode]``."""
+    found = load(path)
+    return {str(path): found} if isinstance(found, Compiled) else {f"{path}[{n}]": m for n, m in found.items()}
+
+
+def _loaded(name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Compiled:
+    report = Report.from_json(members[f"{name}/report.json"].decode())
+    signature = Signature.from_json(entry["signature"])
+    tensors = load_tensors(members[f"{name}/proof.safetensors"])
     inputs, outputs = (
-        [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in manifest["proof"][side]]
+        [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in entry["proof"][side]]
         for side in ("inputs", "outputs")
     )
-    with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
-        for name in ("model.so", "weights.safetensors"):
-            (Path(folder) / name).write_bytes(members[name])
-        lowered = find_backend(manifest["backend"]).load(Path(folder), manifest["lowered"])
-    return Compiled(signature, lowered, report, members["program.txt"].decode(), Proof(inputs, outputs))
+    lowered = find_backend(entry["backend"]).load(members[f"{name}/{CODE}"], entry["lowered"], weights)
+    return Compiled(signature, lowered, report, members[f"{name}/program.txt"].decode(), Proof(inputs, outputs))
 
 
 def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:

@@ -1,4 +1,4 @@
-"""``thresher build | tune | records | inspect | validate | verify | bench | diff | blame | passes | demo``: the ahead-of-time face."""
+"""``thresher``: the ahead-of-time face. ``thresher --help`` names the commands."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import thresher
+from thresher.artifact import load_all
 from thresher.benchmark import interleaved
 from thresher.blame import blame
 from thresher.budget import METRICS, Budget
@@ -161,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=20)
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
+
+    bundle = commands.add_parser(
+        "bundle", help="put several artifacts into one: prefill and decode of a language model"
+    )
+    bundle.add_argument("models", nargs="+", metavar="NAME=ARTIFACT", help="the name of an entry, and its artifact")
+    bundle.add_argument("-o", "--output", default="bundle.thresher")
+    bundle.set_defaults(run=_bundle)
 
     diff = commands.add_parser("diff", help="say what differs between two artifacts; exit code 1 if anything does")
     diff.add_argument("a")
@@ -353,16 +361,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if Path(options.what).suffix not in (".pt2", ".onnx") and (
         Path(options.what).suffix == ".thresher" or Path(options.what).is_file()
     ):
-        compiled = thresher.load(options.what)
-        print(
-            compiled.report.to_json()
-            if options.json
-            else compiled.text
-            if options.graph
-            else json.dumps(compiled.signature.to_json(), indent=1)
-        )
-        if not options.json and not options.graph:
-            compiled.report.print()
+        for name, compiled in load_all(options.what).items():
+            if options.json or options.graph:
+                print(compiled.report.to_json() if options.json else compiled.text)
+            else:
+                print(f"{name}\n{json.dumps(compiled.signature.to_json(), indent=1)}")
+                compiled.report.print()
         return 0
     model, inputs = load_model(options.what, options.input)
     compiled = thresher.compile(model, inputs, target="cpu", backend="eager", passes=split_passes(options.passes))
@@ -380,8 +384,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    for check in thresher.load(options.artifact).validate():
-        print(f"{check.name}: relative error {check.error:.2e}, allowed {check.tolerance:.0e}: ok")
+    for name, compiled in load_all(options.artifact).items():
+        for check in compiled.validate():
+            print(f"{name}: {check.name}: relative error {check.error:.2e}, allowed {check.tolerance:.0e}: ok")
     return 0
 
 
@@ -404,10 +409,10 @@ def _bench(options: argparse.Namespace) -> int:
         raise ThresherError(f"--rounds must be at least 1, not {options.rounds}")
     calls = {}
     for path in options.artifacts:
-        loaded = thresher.load(path)
-        calls[path] = partial(loaded.lowered.run, loaded.signature.check(loaded.proof.inputs))
+        for name, loaded in load_all(path).items():
+            calls[name] = partial(loaded.lowered.run, loaded.signature.check(loaded.proof.inputs))
     found = interleaved(calls, rounds=options.rounds)
-    first = found[options.artifacts[0]]
+    first = next(iter(found.values()))
     if options.json:
         print(json.dumps({path: {"median": t.median, "low": t.low, "high": t.high} for path, t in found.items()}))
         return 0
@@ -418,9 +423,30 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    lines = list(difference(thresher.load(options.a), thresher.load(options.b)))
+    one, other = ({label[len(path) :]: m for label, m in load_all(path).items()} for path in (options.a, options.b))
+    lines = [f"only in {options.a if name in one else options.b}: {name}" for name in sorted(one.keys() ^ other.keys())]
+    for name in [n for n in one if n in other]:
+        lines += [f"{name} {line}".lstrip() for line in difference(one[name], other[name])]
     print("\n".join(lines) or "no difference")
     return 1 if lines else 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    """Artifacts of one model each as the entries of one."""
+    models = {}
+    for text in options.models:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise ThresherError(f"cannot read {text!r}: write NAME=ARTIFACT, for instance prefill=a.thresher")
+        if name in models:
+            raise ThresherError(f"two models are named {name!r}")
+        found = thresher.load(path)
+        if not isinstance(found, thresher.Compiled):
+            raise ThresherError(f"{path} holds {len(found)} models; a bundle is made of artifacts of one model each")
+        models[name] = found
+    path = thresher.Bundle(models).save(options.output)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
 
 
 def _blame(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from thresher.backends.base import Lowered
+from thresher.bundle import MAIN, Bundle
 from thresher.certificate import Certificate
 from thresher.errors import ValidationError
 from thresher.report import Check, Report
@@ -63,9 +64,7 @@ class Compiled:
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact: one file that loads without the model's code."""
-        from thresher.artifact import save
-
-        return save(self, Path(path))
+        return Bundle({MAIN: self}).save(path)
 
 
 def check_outputs(name: str, reference: Sequence[Any], candidate: Sequence[Any]) -> Check:

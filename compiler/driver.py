@@ -63,6 +63,7 @@ def compile(
     library: Literal["auto", "never"] = "auto",
     calibration: Iterable[Any] | None = None,
     budget: Budget | None = None,
+    share: Compiled | None = None,
     progress: bool | None = None,
 ) -> Compiled:
     """Capture, fold, lower and validate ``model``; what comes back is called like it.
@@ -91,6 +92,8 @@ def compile(
         budget: how far the approximate model may be from the original one (:class:`Budget`). What it saves is measured: an approximate
             model that is not faster than the exact one is not kept.
         certificate: keep the proof of the fold as ``compiled.certificate``; it holds the weights from before, too.
+        share: another compiled model with the same parameters (for other shapes: prefill and decode). Linear layers read their weights in
+            the order in which that one has packed them, where they can; a :class:`Bundle` of both then holds them once.
         progress: a progress bar; default: on a terminal.
 
     Raises:
@@ -107,6 +110,8 @@ def compile(
         build = _Build(
             model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, library == "auto", step
         )
+        if share is not None:
+            build.how = replace(build.how, held=share.lowered.constants())
         build.capture(dynamic_shapes)
         build.calibrate(calibration, budget)
         if widths == "rule":

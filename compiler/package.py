@@ -15,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from thresher.bundle import NAME
 from thresher.errors import ArtifactError, ThresherError
 
-MAGIC, FORMAT = "thresher-artifact", 1
-MEMBERS = {"model.so", "weights.safetensors", "proof.safetensors", "program.txt", "report.json"}
+MAGIC, FORMAT = "thresher-artifact", 2
+CODE, WEIGHTS = "model.so", "weights.safetensors"
+MEMBERS = {CODE, "proof.safetensors", "program.txt", "report.json"}  # of every entry
+ENTRY = {"backend", "target", "signature", "lowered", "proof"}
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest is small, whatever a damaged header claims
 
 
@@ -37,9 +40,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise ArtifactError(f"{path} is damaged: its manifest claims more than {MANIFEST_LIMIT} bytes")
             manifest = json.loads(package.read("manifest.json"))
             _check_manifest(path, manifest)
-            if len(names) != len(set(names)) or set(names) != MEMBERS | {"manifest.json"}:
+            entries = manifest["entries"]
+            wanted = {WEIGHTS, *(f"{entry}/{member}" for entry in entries for member in MEMBERS)}
+            if len(names) != len(set(names)) or set(names) != wanted | {"manifest.json"}:
                 raise ArtifactError(f"{path} is damaged: its members are {sorted(names)}")
-            members = {name: package.read(name) for name in MEMBERS}
+            members = {name: package.read(name) for name in wanted}
     except (
         zipfile.BadZipFile,
         EOFError,
@@ -72,15 +77,17 @@ def reading(path: Path) -> Iterator[None]:
 def _check_manifest(path: Path, manifest: Any) -> None:
     if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
         raise ArtifactError(f"{path} is not a Thresher artifact")
-    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
+    if manifest.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has format {manifest.get('format')}; this library reads up to {FORMAT}: update thresher, or build it again"
+            f"{path} has format {manifest.get('format')}; this library reads {FORMAT}: build it again, or use the version that built it"
         )
-    needed = {"versions", "backend", "target", "signature", "lowered", "proof", "hashes"}
-    if missing := needed - manifest.keys():
+    if missing := {"versions", "entries", "hashes"} - manifest.keys():
         raise ArtifactError(f"{path} is damaged: its manifest lacks {sorted(missing)}")
-    if not isinstance(manifest["hashes"], dict):
-        raise ArtifactError(f"{path} is damaged: its manifest has no hashes")
+    if not all(isinstance(manifest[key], dict) for key in ("entries", "hashes")) or not manifest["entries"]:
+        raise ArtifactError(f"{path} is damaged: its manifest has no entries or no hashes")
+    for name, entry in manifest["entries"].items():
+        if not NAME.fullmatch(name) or not isinstance(entry, dict) or ENTRY - entry.keys():
+            raise ArtifactError(f"{path} is damaged: its manifest's entry {name!r} is not complete")
 
 
 def check_fit(path: Path, manifest: dict[str, Any]) -> None:
@@ -94,12 +101,13 @@ def check_fit(path: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
     from thresher.backends.tvm.kernels.machine import missing_features
 
-    cpu = manifest["lowered"].get("cpu", "")
-    if missing := missing_features(cpu):
-        raise ArtifactError(
-            f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
-            "build it for target 'cpu:x86-64-v3' or on this machine"
-        )
+    for entry in manifest["entries"].values():
+        cpu = entry["lowered"].get("cpu", "")
+        if missing := missing_features(cpu):
+            raise ArtifactError(
+                f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
+                "build it for target 'cpu:x86-64-v3' or on this machine"
+            )
 
 
 def versions() -> dict[str, str]:

@@ -9,19 +9,20 @@ Where torch is installed ``thresher.load`` gives a :class:`thresher.Compiled`, w
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
 
-from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights
+from thresher.backends.tvm.runtime import TVMModule, load_code
+from thresher.bundle import MAIN, Bundle
 from thresher.errors import ArtifactError, InputError, ValidationError
-from thresher.package import check_fit, read, reading
+from thresher.package import CODE, MEMBERS, WEIGHTS, check_fit, read, reading
 from thresher.specs import LiteralSpec, TensorSpec, check_shape
 from thresher.structure import Structure
+from thresher.weights import Weights
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 2e-2}  # relative to the output's scale, as when it was built
 
@@ -32,8 +33,8 @@ class Model:
     ``inputs`` says what it takes, ``text`` is its graph, ``report`` what was done, as JSON.
     """
 
-    def __init__(self, manifest: dict[str, Any], members: dict[str, bytes], module: TVMModule):
-        signature = manifest["signature"]
+    def __init__(self, entry: dict[str, Any], members: Mapping[str, bytes], module: TVMModule):
+        signature = entry["signature"]
         self.inputs = tuple(
             TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
             for s in signature["inputs"]
@@ -41,7 +42,7 @@ class Model:
         self.outputs = signature["outputs"]
         self.takes, self.gives = Structure.read(signature["in_spec"]), Structure.read(signature["out_spec"])
         self.module, self.text, self.report = module, members["program.txt"].decode(), members["report.json"].decode()
-        self._proof = manifest["proof"], members["proof.safetensors"]
+        self._proof = entry["proof"], members["proof.safetensors"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {key: kwargs[key] for key in (self.takes.parts[1].keys or ()) if key in kwargs}
@@ -93,30 +94,30 @@ class Model:
         return arrays
 
 
-def load(path: str | Path) -> Model:
-    """Read an artifact, check it, and make it callable. Raises :class:`ArtifactError` saying what does not fit."""
+def load(path: str | Path) -> Model | Bundle[Model]:
+    """Read an artifact, check it, and make it callable: a model, or a :class:`Bundle` of those that are in it.
+
+    Raises :class:`ArtifactError` saying what does not fit.
+    """
     path = Path(path)
     manifest, members = read(path)
     with reading(path):
         check_fit(path, manifest)
-        return _loaded(path, manifest, members)
+        weights = Weights.read(members[WEIGHTS])
+        models = {name: _loaded(path, name, e, members, weights) for name, e in manifest["entries"].items()}
+    return models[MAIN] if set(models) == {MAIN} else Bundle(models)
 
 
-def _loaded(path: Path, manifest: dict[str, Any], members: dict[str, bytes]) -> Model:
-    lowered = manifest["lowered"]
-    if manifest["backend"] != "tvm" or lowered.get("library"):
-        needs = "is a torch program" if manifest["backend"] != "tvm" else "calls torch's own kernels"
+def _loaded(path: Path, name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Model:
+    lowered = entry["lowered"]
+    if entry["backend"] != "tvm" or lowered.get("library"):
+        needs = "is a torch program" if entry["backend"] != "tvm" else "calls torch's own kernels"
         raise ArtifactError(
             f"{path} {needs}: it needs torch. Build it with backend='tvm' and library='never' to run without"
         )
-    import tvm
-
-    with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
-        for name in (LIBRARY, WEIGHTS):
-            (Path(folder) / name).write_bytes(members[name])
-        library = tvm.runtime.load_module(str(Path(folder) / LIBRARY))
-        weights = read_weights(Path(folder) / WEIGHTS, lowered["weight_dtypes"])
-    return Model(manifest, members, TVMModule(library, weights, lowered["device"]))
+    own = {member: members[f"{name}/{member}"] for member in MEMBERS}
+    arrays = weights.find(lowered["weights"])
+    return Model(entry, own, TVMModule(load_code(own[CODE]), arrays, lowered["device"], weights.placed))
 
 
 def _error(reference: np.ndarray, found: np.ndarray) -> float:

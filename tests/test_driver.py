@@ -220,7 +220,7 @@ def test_cuda_is_cross_compiled(arch: str, tmp_path) -> None:
     assert source.count("__global__") >= 10
     path = compiled.save(tmp_path / "m.thresher")
     with zipfile.ZipFile(path) as package:
-        assert b"__global__" in package.read("model.so")
+        assert b"__global__" in package.read("main/model.so")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA device"):
             compiled.lowered.run(list(args))

@@ -22,6 +22,14 @@ def test_example(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.M
     assert capsys.readouterr().out.strip().endswith("proven")
 
 
+def test_prefill_and_decode_share_their_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It checks every token against the model without a cache."""
+    found = runpy.run_path(str(EXAMPLES / "prefill_decode.py"))
+    found["main"](str(tmp_path))
+    together, alone = (float(word) for word in capsys.readouterr().out.replace(",", "").split() if "." in word)
+    assert together < 0.6 * alone
+
+
 MODEL = """
 import torch
 from torch import nn

@@ -85,7 +85,7 @@ def changed(tree: Any, place: tuple, value: Any) -> Any:
 VALUES = [None, True, -1, 2**40, 1.5, "", "x", "../../etc/passwd", [], [1], {}, {"tensor": "nothing"}, "[1, {}]", "{"]
 
 
-@pytest.mark.parametrize("member", ["manifest.json", "report.json"])
+@pytest.mark.parametrize("member", ["manifest.json", "main/report.json"])
 def test_every_field_of_a_header(artifact: Path, tmp_path: Path, member: str) -> None:
     """Anything in the place of anything, with hashes that fit: our error, or it did not matter."""
     with zipfile.ZipFile(artifact) as package:
@@ -95,7 +95,7 @@ def test_every_field_of_a_header(artifact: Path, tmp_path: Path, member: str) ->
     for place, value in choices:
         data = json.dumps(changed(tree, place, value)).encode()
         manifest = json.loads(members["manifest.json"])
-        manifest["hashes"]["report.json"] = thresher.package.digest(data)
+        manifest["hashes"]["main/report.json"] = thresher.package.digest(data)
         path = tmp_path / "m.thresher"
         with zipfile.ZipFile(path, "w") as package:
             for name, content in (members | {"manifest.json": json.dumps(manifest).encode()} | {member: data}).items():
@@ -116,20 +116,20 @@ def tricks() -> dict[str, Callable[[Path, Path], None]]:
 
     def twice(source: Path, target: Path) -> None:
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-            for name in [*old.namelist(), "model.so"]:
+            for name in [*old.namelist(), "main/model.so"]:
                 new.writestr(name, old.read(name))
 
     def outside(source: Path, target: Path) -> None:
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
             for name in old.namelist():
-                new.writestr("../../model.so" if name == "model.so" else name, old.read(name))
+                new.writestr("../../model.so" if name == "main/model.so" else name, old.read(name))
 
     def link(source: Path, target: Path) -> None:
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
             for name in old.namelist():
                 info = zipfile.ZipInfo(name)
-                info.external_attr = 0o120777 << 16 if name == "model.so" else 0
-                new.writestr(info, "/etc/passwd" if name == "model.so" else old.read(name))
+                info.external_attr = 0o120777 << 16 if name == "main/model.so" else 0
+                new.writestr(info, "/etc/passwd" if name == "main/model.so" else old.read(name))
 
     def encrypted(source: Path, target: Path) -> None:
         data = bytearray(source.read_bytes())

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher import package
 from thresher.errors import InputError
 from thresher.runtime import load
 from thresher.structure import Structure
@@ -147,4 +146,3 @@ def test_containers_of_others_become_dictionaries() -> None:
         )
     )
     assert other.assemble(iter([5])) == {"h": 5}
-    assert package.FORMAT == 1

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,15 +27,25 @@ from thresher.backends.tvm.kernels.machine import (
 )
 from thresher.backends.tvm.origins import Kernels
 from thresher.backends.tvm.pipeline import build
-from thresher.backends.tvm.runtime import LIBRARY, WEIGHTS, TVMModule, read_weights, write_weights
+from thresher.backends.tvm.runtime import TVMModule, load_code
 from thresher.backends.tvm.tuner import tune
 from thresher.errors import BackendError
+from thresher.package import CODE
 from thresher.program import Program
 from thresher.records import Record, read_lines
 from thresher.tuning import Tune
+from thresher.weights import Weights
 
 PLANS_VERSION = 3  # of the kernel templates: records of another are for other code
 SHIPPED = Path(__file__).parent / "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Compiled code from an artifact, and its bytes, to save it again."""
+
+    library: Any
+    code: bytes
 
 
 class TVMLowered(Lowered):
@@ -47,10 +58,10 @@ class TVMLowered(Lowered):
         device: str,
         cpu: str,
         activations: int | None,
-        loaded: Any = None,
     ):
+        """``executable``: fresh from the compiler, or :class:`Loaded`."""
         self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
-        self._loaded = loaded
+        self.placed: dict[tuple[int, str], Any] = {}
         self.memory = {"weights": sum(w.nbytes for w in weights)}
         if activations is not None:
             self.memory["activations"] = activations
@@ -70,7 +81,7 @@ class TVMLowered(Lowered):
                     f"this module was compiled for the CPU {self.cpu!r}; this one lacks {', '.join(missing)}: save it and run it where "
                     "they are"
                 )
-            self._module = TVMModule(self._loaded or self.executable, self.weights, self.device)
+            self._module = TVMModule(self._library, self.weights, self.device, self.placed)
         return self._module
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -90,17 +101,29 @@ class TVMLowered(Lowered):
 
     def device_code(self) -> str:
         """The generated device source (CUDA C++) of a module compiled for a GPU."""
-        host = self.executable.mod.imports[0] if self.executable is not None else self._loaded.imports[0]
+        host = (self._library if isinstance(self.executable, Loaded) else self.executable.mod).imports[0]
         return "\n".join(m.inspect_source() for m in host.imports)
 
-    def save(self, directory: Path) -> dict[str, Any]:
-        self.executable.export_library(str(directory / LIBRARY), fcompile=_linker(self.cpu))
+    def constants(self) -> Weights:
+        held = Weights()
+        held.add(self.weights)
+        return held
+
+    @property
+    def _library(self) -> Any:
+        return self.executable.library if isinstance(self.executable, Loaded) else self.executable
+
+    def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
+        if isinstance(self.executable, Loaded):
+            (directory / CODE).write_bytes(self.executable.code)
+        else:
+            self.executable.export_library(str(directory / CODE), fcompile=_linker(self.cpu))
         return {
             "device": self.device,
             "cpu": self.cpu,
             "activations": self.memory.get("activations"),
             "library": self.library,
-            "weight_dtypes": write_weights(directory / WEIGHTS, self.weights),
+            "weights": weights.add(self.weights),
         }
 
 
@@ -125,7 +148,7 @@ class TVMBackend(Backend):
         where, machine, cpu = resolve_target(target)
         how.progress("importing into TVM")
         choices = Choices(how.records, how.library)
-        importer = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where))
+        importer = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where), held=how.held)
         module, weights = importer.run()
         how.progress("generating code")
         built = build(module, where, machine, choices, importer.builder.origin)
@@ -152,15 +175,15 @@ class TVMBackend(Backend):
         where, machine, _ = resolve_target(target)
         return tune(program, where, machine, self.fingerprint(target), options, how, save)
 
-    def load(self, directory: Path, manifest: dict[str, Any]) -> Lowered:
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
         if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
             raise BackendError(
                 "this artifact was compiled for CUDA, and TVM finds no CUDA driver here; load it where a GPU is"
             )
-        library = tvm.runtime.load_module(str(directory / LIBRARY))
-        weights = read_weights(directory / WEIGHTS, manifest["weight_dtypes"])
-        lowered = TVMLowered(None, weights, manifest["device"], manifest["cpu"], manifest.get("activations"), library)
-        lowered.library = manifest.get("library", [])
+        arrays = weights.find(manifest["weights"])
+        loaded = Loaded(load_code(code), code)
+        lowered = TVMLowered(loaded, arrays, manifest["device"], manifest["cpu"], manifest.get("activations"))
+        lowered.library, lowered.placed = manifest.get("library", []), weights.placed
         return lowered
 
 

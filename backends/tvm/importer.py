@@ -26,6 +26,7 @@ from thresher.backends.tvm.origins import NamingBuilder
 from thresher.errors import BackendError
 from thresher.program import Program, is_tensor, module_path, source_line
 from thresher.specs import dtype_name
+from thresher.weights import Weights
 
 BUILDING = threading.Lock()  # TVM's builders share one stack in a process
 WEIGHT = "vm.builtin.tuple_getitem"
@@ -41,7 +42,8 @@ def architecture(target: tvm.target.Target) -> int:
 class Importer:
     """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
     as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured; ``apart``: every weight is an argument of its
-    own, because a remote device takes no arrays of tensors; ``arch``: the number of a GPU's architecture (80 for sm_80), 0 for others."""
+    own, because a remote device takes no arrays of tensors; ``arch``: the number of a GPU's architecture (80 for sm_80), 0 for others;
+    ``held``: as in :class:`Lowering`."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class Importer:
         choices: Choices | None = None,
         apart: bool = False,
         arch: int = 0,
+        held: Weights | None = None,
     ):
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
         self.choices = Choices() if choices is None else choices
@@ -60,7 +63,7 @@ class Importer:
         self.env: dict[fx.Node, Any] = self.stock.env
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if apart else [relax.Var("weights", relax.ObjectType())]
-        self.apart, self.arch = apart, arch
+        self.apart, self.arch, self.held = apart, arch, held
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
         self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding behind them adds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Container, Sequence
@@ -15,17 +16,19 @@ import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
-LIBRARY, WEIGHTS = "model.so", "weights.safetensors"
 
 
 class TVMModule:
     """A loaded library with its weights. Calls from several threads wait for each other: the virtual machine has one stack."""
 
-    def __init__(self, library: Any, weights: Sequence[np.ndarray], device: str):
+    def __init__(
+        self, library: Any, weights: Sequence[np.ndarray], device: str, placed: dict[tuple[int, str], Any] | None = None
+    ):
+        """``placed``: see :class:`thresher.weights.Weights`."""
         self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
         self.machine = VirtualMachine(library, self.device)
         self.main = self.machine["main"]
-        self.weights = weight_array(weights, self.device)
+        self.weights = weight_array(weights, self.device, placed)
         self.lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -68,37 +71,24 @@ class TVMModule:
         return [(same[0][0], statistics.median(t for _, t in same)) for same in zip(*runs)]
 
 
-def weight_array(weights: Sequence[np.ndarray], device: Any) -> Any:
-    """The weights on the device, as the one argument that compiled code takes."""
-    return tvm_ffi.convert([tvm.runtime.tensor(np.ascontiguousarray(w), device) for w in weights])
+def weight_array(weights: Sequence[np.ndarray], device: Any, placed: dict[tuple[int, str], Any] | None = None) -> Any:
+    """The weights on the device, as the one argument that compiled code takes; what is ``placed`` already is not copied again."""
+    placed = {} if placed is None else placed
+    for array in weights:
+        if (id(array), str(device)) not in placed:
+            placed[id(array), str(device)] = tvm.runtime.tensor(np.ascontiguousarray(array), device)
+    return tvm_ffi.convert([placed[id(array), str(device)] for array in weights])
+
+
+def load_code(code: bytes) -> Any:
+    """The library in ``code``. The system's loader wants a file; it is gone when this returns."""
+    with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
+        path = Path(folder) / "model.so"
+        path.write_bytes(code)
+        return tvm.runtime.load_module(str(path))
 
 
 def _aligned(x: Any) -> Any:
     """A contiguous tensor at an address that compiled code may load whole registers from; a copy only where ``x`` is neither."""
     x = x.detach().contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
-
-
-def read_weights(path: Path, dtypes: Sequence[str]) -> list[np.ndarray]:
-    """The weights in the order of the function's parameters. bfloat16 is stored as its bits."""
-    from safetensors.numpy import load_file
-
-    stored = load_file(path)
-    arrays = []
-    for i, dtype in enumerate(dtypes):
-        array = stored[f"w{i}"]
-        if dtype == "bfloat16":
-            import ml_dtypes
-
-            array = array.view(ml_dtypes.bfloat16)
-        arrays.append(array)
-    return arrays
-
-
-def write_weights(path: Path, weights: Sequence[np.ndarray]) -> list[str]:
-    """Write the weights; returns their dtypes."""
-    from safetensors.numpy import save_file
-
-    bits = [np.ascontiguousarray(w.view(np.uint16) if str(w.dtype) == "bfloat16" else w) for w in weights]
-    save_file({f"w{i}": w for i, w in enumerate(bits)}, path)
-    return [str(w.dtype) for w in weights]

@@ -616,6 +616,44 @@ case(
     rand(1, 1, 1030, 32, seed=2),
 )
 
+# ---------------------------------------------------------------------- writes at places
+
+GRID, ROWS, PLACES = rand(4, 6, 8), rand(4, 3, 8, seed=1), torch.tensor([5, 0, -2])
+AGAIN, ELSEWHERE = torch.tensor([5, 0, 5]), torch.tensor([3, 1, 3])
+FEW, MANY = ints(3, 2, 5, high=4), ints(4, 3, 8, high=6)
+PUT = torch.ops.aten.index_put
+for _name, _f, _inputs in (
+    ("cache", lambda x, i, v: x.index_copy(1, i, v), (GRID, PLACES % 6, ROWS)),
+    ("setitem", lambda x, i, v: _written(x, i, v), (GRID, PLACES, ROWS)),
+    ("index-add", lambda x, i, v: x.index_add(1, i, v), (GRID, AGAIN, ROWS)),
+    ("last-wins", lambda x, i, v: PUT(x, [None, i], v[:, -1:]), (GRID, AGAIN, ROWS)),
+    ("two-indices", lambda x, i, j, v: PUT(x, [i, j], v), (GRID, ELSEWHERE[:2], PLACES[:2], rand(2, 8))),
+    ("two-that-add", lambda x, i, j, v: PUT(x, [i, j], v, True), (GRID, ELSEWHERE, AGAIN, rand(3, 8))),
+    ("apart", lambda x, i, j, v: PUT(x, [i, None, j], v), (GRID, ELSEWHERE[:2], PLACES[:2], rand(2, 6))),
+    ("broadcast", lambda x, i, j, v: PUT(x, [i[:2, None], j], v), (GRID, ELSEWHERE, AGAIN[:2], rand(2, 2, 8))),
+    ("mask-number", lambda x: PUT(x, [x > 0], torch.tensor(2.0)), (GRID,)),
+    ("mask-rows", lambda x, v: PUT(x, [x[..., 0] > 0], v), (GRID, rand(8))),
+    ("mask-values", lambda x, v: PUT(x, [x > 0], v), (GRID, rand(int((GRID > 0).sum())))),
+    ("masked-scatter", lambda x, v: x.masked_scatter(x[:, :1] > 0, v), (GRID, rand(4 * 6 * 8))),
+    ("integers", lambda x, i, v: PUT(x, [i], v), (ints(6), ELSEWHERE[:2], ints(2))),
+    ("scatter-add", lambda x, i, v: x.scatter_add(1, i, v), (GRID, MANY, ROWS)),
+    ("scatter-add-half", lambda x, i, v: x.scatter_add(1, i, v), (GRID.half(), MANY, ROWS.half())),
+    *(
+        (f"scatter-{how}-{own}", lambda x, i, v, h=how, o=own: x.scatter_reduce(0, i, v, h, include_self=o), (GRID, FEW, ROWS))
+        for how in ("sum", "prod", "mean", "amax", "amin")
+        for own in (True, False)
+    ),
+):  # fmt: skip
+    case(f"write-{_name}", _f, *_inputs)
+
+
+def _written(x: Tensor, i: Tensor, v: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, i] = v
+    x[:, i, 0] += 1
+    return x
+
+
 #: What does not lower yet, with the reason. An entry that starts to work must be removed: the test fails then, too.
 UNSUPPORTED: dict[str, str] = {}
 

@@ -13,6 +13,7 @@ from thresher.backends.tvm.converters import (  # noqa: F401  (each fills the ta
     pools,
     products,
     reductions,
+    scatter,
     selection,
     sparse_linear,
     thresholds,

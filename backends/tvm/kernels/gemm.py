@@ -81,14 +81,17 @@ def tiles(m: int, n: int, k: int, machine: Machine, line: int = 0) -> list[Tile]
     return sorted(fit, key=cost)
 
 
-def plans(m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1, line: int = 0) -> list[Plan]:
+def plans(
+    m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1, line: int = 0, vectors: int = 0
+) -> list[Plan]:
     """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice.
-    ``line``: as for :func:`tiles`."""
+    ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide."""
     depth = math.prod(taps)
     sliced = m > 1 and bool(slices_of(taps)[0])  # a single row reads the weight once anyway
     ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
     found: list[tuple[int, int, int, Plan]] = []
-    for t, tile in enumerate(tiles(m, n, depth, machine, line)[: 1 if limit == 1 else 6]):
+    fit = [t for t in tiles(m, n, depth, machine, line) if vectors in (0, t.vectors)]
+    for t, tile in enumerate(fit[: 1 if limit == 1 else 6]):
         for w, slices in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
             tasks = _slice_tasks(*grid, tile, SLICE, machine) if slices else _whole_tasks(*grid, tile, depth, machine)
