@@ -2,7 +2,7 @@
 
     manifest.json           format, versions, for every entry its target and signature, and the SHA-256 of every other member
     weights.safetensors     the constants, packed for their kernels, each once
-    ENTRY/model.so          the compiled code
+    ENTRY/model.so          the compiled code; ENTRY/SIZE/model.so, where a batch of any size is computed in pieces of a few sizes
     ENTRY/proof.safetensors probe inputs and the eager model's outputs on them
     ENTRY/program.txt       the rewritten graph, to read
     ENTRY/report.json       what was done and what it gained
@@ -25,11 +25,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from thresher.backends.base import find_backend
+from thresher.backends.base import Lowered, find_backend
+from thresher.backends.batched import BatchedLowered
 from thresher.bundle import MAIN, Bundle
 from thresher.compiled import Compiled, Proof
 from thresher.files import new_zip
-from thresher.package import CODE, FORMAT, MAGIC, MEMBERS, WEIGHTS, check_fit, digest, read, reading, versions
+from thresher.package import FORMAT, MAGIC, WEIGHTS, check_fit, digest, members_of, parts, read, reading, versions
 from thresher.report import Report
 from thresher.signature import Signature
 from thresher.weights import Weights
@@ -42,7 +43,7 @@ def save(models: Mapping[str, Compiled], path: Path) -> Path:
         directory, weights = Path(folder), Weights()
         entries = {name: _write_entry(model, directory / name, weights) for name, model in models.items()}
         weights.save(directory / WEIGHTS)
-        members = [WEIGHTS, *(f"{name}/{member}" for name in sorted(entries) for member in sorted(MEMBERS))]
+        members = [WEIGHTS, *sorted(m for name, entry in entries.items() for m in members_of(name, entry["lowered"]))]
         manifest = {
             "magic": MAGIC,
             "format": FORMAT,
@@ -102,7 +103,13 @@ def _loaded(name: str, entry: dict[str, Any], members: dict[str, bytes], weights
         [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in entry["proof"][side]]
         for side in ("inputs", "outputs")
     )
-    lowered = find_backend(entry["backend"]).load(members[f"{name}/{CODE}"], entry["lowered"], weights)
+    backend, said = find_backend(entry["backend"]), entry["lowered"]
+    codes = {code: backend.load(members[f"{name}/{code}"], part, weights) for code, part in parts(said).items()}
+    if "sizes" in said:
+        sizes = dict(zip(map(int, said["sizes"]), codes.values()))
+        lowered: Lowered = BatchedLowered(sizes, said["batched"], {int(s): float(t) for s, t in said["times"].items()})
+    else:
+        (lowered,) = codes.values()
     return Compiled(signature, lowered, report, members[f"{name}/program.txt"].decode(), Proof(inputs, outputs))
 
 

@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE:FUNCTION",
         help="returns samples for approximate passes: tensors, tuples or dictionaries of inputs",
     )
+    build.add_argument(
+        "--batch",
+        metavar="SIZES",
+        help="the first dimension of every input may have any size; code is made for batches of these, for instance 1,8",
+    )
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     build.add_argument("--onnx", metavar="FILE", help="write the folded model for other runtimes, too")
     build.add_argument(
@@ -279,9 +284,25 @@ def numbers(given: list[str]) -> dict[str, float]:
     return found
 
 
+def batch(text: str, inputs: tuple) -> tuple[tuple, dict[str, Any]]:
+    """``1,8``: the example inputs with at least two samples, and what compile() is told."""
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise ThresherError(f"cannot read --batch {text!r}: write sizes separated by commas") from error
+    dimension = torch.export.Dim("batch")
+    several = tuple(
+        torch.cat([x, x]) if x.shape[:1] == (1,) else x for x in inputs
+    )  # export takes a size of 1 for fixed
+    return several, {"dynamic_shapes": tuple({0: dimension} for _ in inputs), "batch_sizes": sizes}
+
+
 def _build(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input, numbers(options.fixed))
     calibration = attribute(options.calibration)() if options.calibration else None
+    free: dict[str, Any] = {}
+    if options.batch:
+        inputs, free = batch(options.batch, inputs)
     compiled = thresher.compile(
         model,
         inputs,
@@ -294,6 +315,7 @@ def _build(options: argparse.Namespace) -> int:
         library=options.library,
         calibration=calibration,
         budget=budget(options.budget),
+        **free,
     )
     compiled.save(options.output)
     if options.onnx:

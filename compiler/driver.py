@@ -16,8 +16,10 @@ from torch.export import ExportedProgram
 
 from thresher import machine_speed
 from thresher.analysis.attention_sites import described
+from thresher.analysis.batch import free_batch, free_symbols, mixes, with_batch
 from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
+from thresher.backends.batched import BatchedLowered
 from thresher.benchmark import interleaved
 from thresher.budget import Budget
 from thresher.calibration import Calibration
@@ -31,7 +33,7 @@ from thresher.masks import Masks, apply_masks
 from thresher.memory import peak_bytes
 from thresher.pass_manager import Context, Pass, PassManager
 from thresher.passes import pipelines
-from thresher.program import Program, SmallModule, module_path
+from thresher.program import Program, SmallModule, is_tensor, module_path
 from thresher.progress import Progress, show_progress
 from thresher.records import Record, Records
 from thresher.report import Check, Figures, Kernel, Report
@@ -53,6 +55,7 @@ def compile(
     passes: Passes = "exact",
     backend: str = "tvm",
     dynamic_shapes: Any = None,
+    batch_sizes: Sequence[int] = (1, 8),
     masks: Masks | None = None,
     validate: Validate = "error",
     verify: Literal["each", "final", "off"] = "final",
@@ -76,6 +79,9 @@ def compile(
             approximate passes go after the exact ones: ``["exact", "sparse-attention"]``, or ``["exact", "approximate"]`` for all of them.
         backend: ``tvm``, or ``eager`` for the reference.
         dynamic_shapes: as in ``torch.export.export``.
+        batch_sizes: where ``dynamic_shapes`` frees the first dimension and no sample reads another, code is made for batches of these
+            sizes, and a batch of any size is computed in pieces of them (:class:`thresher.pieces.Pieces`). Otherwise, or with ``()``, the
+            code is for any size, by TVM's own schedules, which are slow.
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.masks`. The reference is then the masked model.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
@@ -99,6 +105,8 @@ def compile(
     Raises:
         CaptureError, PassError, BackendError, ValidationError: each naming the place and what to do.
     """
+    if not all(isinstance(size, int) and size > 0 for size in batch_sizes):
+        raise InputError(f"batch_sizes must be positive whole numbers, not {tuple(batch_sizes)}")
     _one_of("validate", validate, ("error", "warn", "off"))
     _one_of("widths", widths, ("rule", "measured"))
     _one_of("library", library, ("auto", "never"))
@@ -112,6 +120,7 @@ def compile(
         )
         if share is not None:
             build.how = replace(build.how, held=share.lowered.constants())
+        build.batch_sizes = tuple(sorted(set(batch_sizes)))
         build.capture(dynamic_shapes)
         build.calibrate(calibration, budget)
         if widths == "rule":
@@ -250,6 +259,8 @@ class _Build:
         self.tuning: dict[str, float] = {}
         self.approximation: dict[str, float] = {}
         self.calibration: Calibration | None = None
+        self.batch_sizes: tuple[int, ...] = ()
+        self.mixed = ""  # why a free batch is not computed in pieces
         self.exact: Program | None = None  # what an approximate model was made from
 
     def _timed(self, stage: str, start: float) -> None:
@@ -276,15 +287,52 @@ class _Build:
 
     def lower(self) -> None:
         start = time.perf_counter()
-        program = self.rewritten
-        if self.backend.name == "tvm":
-            manager = PassManager(pipelines.specialize, "off")
-            context = Context(self.target, self.step, self.machine, self.calibration, crossovers=self.crossover)
-            program = manager.run(program, context).rounded()
-            program.notes["zeros"] = context.zeros
-        self.specialized = program
-        self.lowered: Lowered = self.backend.lower(program, self.target, self.how)
+        self.specialized = {size: self._specialize(p) for size, p in self._programs().items()}
+        self.lowered: Lowered = self._lowered(self.how)
         self._timed("lower", start)
+
+    def _programs(self) -> dict[int, Program]:
+        """What is lowered: the program (0), or where its batch is free and no sample reads another, the program for each of the sizes."""
+        self.mixed = ""
+        if self.backend.name != "tvm" or not self.batch_sizes or not free_batch(self.rewritten):
+            return {0: self.rewritten}
+        self.mixed = mixes(self.rewritten)
+        if self.mixed:
+            return {0: self.rewritten}
+        return {size: with_batch(self.rewritten, size) for size in self.batch_sizes}
+
+    def _specialize(self, program: Program) -> Program:
+        if self.backend.name != "tvm":
+            return program
+        manager = PassManager(pipelines.specialize, "off")
+        context = Context(self.target, self.step, self.machine, self.calibration, crossovers=self.crossover)
+        program = manager.run(program, context).rounded()
+        program.notes["zeros"] = context.zeros
+        return program
+
+    def _lowered(self, how: Lowering) -> Lowered:
+        """``specialized``, lowered; for several sizes of batches the smaller ones read the weights of the largest where they can."""
+        if set(self.specialized) == {0}:
+            return self.backend.lower(self.specialized[0], self.target, how)
+        parts: dict[int, Lowered] = {}
+        for size in sorted(self.specialized, reverse=True):
+            held = next(iter(parts.values())).constants() if parts and how.held is None else how.held
+            parts[size] = self.backend.lower(self.specialized[size], self.target, replace(how, held=held))
+        device = self.target.partition(":")[0]
+        given = {size: p.signature(device).check(list(p.probe)) for size, p in self.specialized.items()}
+        batched = [is_tensor(n) and bool(free_symbols(n)) for n in self.rewritten.placeholders if is_tensor(n)]
+        if self.runnable:
+            self.step("measuring the sizes of batches")
+            found = interleaved({str(s): partial(parts[s].run, given[s]) for s in parts}, rounds=7)
+            times = {size: found[str(size)].median for size in parts}
+        else:
+            times = {size: 1e3 * seconds(p, self.machine) for size, p in self.specialized.items()}
+        return BatchedLowered(parts, batched, times)
+
+    @property
+    def largest(self) -> Program:
+        """The specialized program, for the largest batch where there are several."""
+        return self.specialized[max(self.specialized)]
 
     def crossover(self, layer: Layer) -> Crossover:
         """What a layer takes dense and skipping zeros: on record, else measured, if that can be done here, and put on record."""
@@ -327,9 +375,10 @@ class _Build:
             self.records.put([record])
             made.append(record)
 
-        self.backend.tune(self.specialized, self.target, options, self.how, save)
-        self.how = replace(self.how, records={**self.how.records, **{r.workload: r.plan for r in made}})
-        before, self.lowered = self.lowered, self.backend.lower(self.specialized, self.target, self.how)
+        for program in self.specialized.values():
+            self.backend.tune(program, self.target, options, self.how, save)
+            self.how = replace(self.how, records={**self.how.records, **{r.workload: r.plan for r in made}})
+        before, self.lowered = self.lowered, self._lowered(self.how)
         if options.remote is None and self.runnable:
             self._keep_fastest(before, made)
         self._timed("tune", start)
@@ -342,7 +391,7 @@ class _Build:
             hows["tuned, without torch"] = replace(self.how, library=False)
         for name in [n for n in hows if n != "tuned"]:
             stands = name == "untuned" and not before.tuned[0]  # it was built without records
-            contenders[name] = before if stands else self.backend.lower(self.specialized, self.target, hows[name])
+            contenders[name] = before if stands else self._lowered(hows[name])
         self.step("comparing tuned and untuned")
         self.tuning = self._race(contenders, rounds=20)
         best = min(self.tuning, key=self.tuning.__getitem__)
@@ -410,6 +459,8 @@ class _Build:
                     why = f"another input: rounding decides {choice.name} of the {label} one"
                     found = [*(c for c in found if c.passed), *self.compared_on(clear, why)]
             checks += found
+        for size in sorted(set(self.specialized) - {0}):
+            checks += self.compared_on(with_batch(self.rewritten, size).probe, f"batch of {size}")
         return [*checks, *self.within_budget()]
 
     def compared_on(self, flat: tuple, label: str) -> list[Check]:
@@ -464,11 +515,17 @@ class _Build:
         found = first_wrong_operator(self.rewritten, self.backend, self.target)
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
+    def _batch(self) -> str:
+        if isinstance(self.lowered, BatchedLowered):
+            sizes = (f"{s} ({self.lowered.pieces.times[s]:.2f} ms)" for s in sorted(self.lowered.parts))
+            return f"any size, in pieces of {' and '.join(sizes)}"
+        return f"any size at once, by TVM's own schedules: {self.mixed}" if self.mixed else ""
+
     def kernels(self) -> list[Kernel]:
         """What each kernel takes on the example inputs, in the words of the model."""
         if not self.runnable:
             return []
-        modules = {n.name: module_path(n) for n in self.specialized.calls()}
+        modules = {n.name: module_path(n) for p in self.specialized.values() for n in p.calls()}
         flat = self.rewritten.signature(self.target.partition(":")[0]).check(list(self.rewritten.probe))
         return [
             Kernel(k.name, list(k.nodes), list(dict.fromkeys(modules[n] for n in k.nodes)), k.milliseconds)
@@ -483,11 +540,11 @@ class _Build:
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             library=list(self.lowered.library), approximation=self.approximation,
-            sparsity=self.specialized.notes.get("zeros", []),
+            sparsity=self.largest.notes.get("zeros", []),
             spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
             attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
-            graph=graph, kernels=self.kernels(),
+            graph=graph, kernels=self.kernels(), batch=self._batch(),
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe

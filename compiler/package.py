@@ -20,7 +20,7 @@ from thresher.errors import ArtifactError, ThresherError
 
 MAGIC, FORMAT = "thresher-artifact", 2
 CODE, WEIGHTS = "model.so", "weights.safetensors"
-MEMBERS = {CODE, "proof.safetensors", "program.txt", "report.json"}  # of every entry
+MEMBERS = {"proof.safetensors", "program.txt", "report.json"}  # of every entry, and its code
 ENTRY = {"backend", "target", "signature", "lowered", "proof"}
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest is small, whatever a damaged header claims
 
@@ -40,8 +40,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise ArtifactError(f"{path} is damaged: its manifest claims more than {MANIFEST_LIMIT} bytes")
             manifest = json.loads(package.read("manifest.json"))
             _check_manifest(path, manifest)
-            entries = manifest["entries"]
-            wanted = {WEIGHTS, *(f"{entry}/{member}" for entry in entries for member in MEMBERS)}
+            with reading(path):
+                entries = manifest["entries"]
+                wanted = {WEIGHTS, *(m for entry in entries for m in members_of(entry, entries[entry]["lowered"]))}
             if len(names) != len(set(names)) or set(names) != wanted | {"manifest.json"}:
                 raise ArtifactError(f"{path} is damaged: its members are {sorted(names)}")
             members = {name: package.read(name) for name in wanted}
@@ -101,13 +102,24 @@ def check_fit(path: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
     from thresher.backends.tvm.kernels.machine import missing_features
 
-    for entry in manifest["entries"].values():
-        cpu = entry["lowered"].get("cpu", "")
+    for cpu in {p.get("cpu", "") for e in manifest["entries"].values() for p in parts(e["lowered"]).values()}:
         if missing := missing_features(cpu):
             raise ArtifactError(
                 f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
                 "build it for target 'cpu:x86-64-v3' or on this machine"
             )
+
+
+def parts(lowered: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of an entry's code, by the name of the code: one, or one for each size of batches."""
+    if "sizes" not in lowered:
+        return {CODE: lowered}
+    return {f"{int(size)}/{CODE}": part for size, part in lowered["sizes"].items()}
+
+
+def members_of(entry: str, lowered: dict[str, Any]) -> set[str]:
+    """The members of an entry."""
+    return {f"{entry}/{member}" for member in (*MEMBERS, *parts(lowered))}
 
 
 def versions() -> dict[str, str]:

@@ -89,6 +89,7 @@ class Report:
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     library: list[str] = field(default_factory=list)  # nodes that torch computes, where that was measured as faster
     estimate: float = 0.0  # milliseconds of a run, by the cost model that the passes decide with
+    batch: str = ""  # how a batch of any size is computed
     #: Bytes: ``weights`` as they are packed for the kernels, ``activations`` as planned for all intermediate values, and, to compare, what
     #: these take ``one operator at a time``, each freed after its last use.
     memory: dict[str, int] = field(default_factory=dict)
@@ -203,6 +204,8 @@ class Report:
 
     def _facts(self) -> list[str]:
         facts = [f"{spent.name}: {words}" for spent in self.spent for words in spent.checks]
+        if self.batch:
+            facts.append(f"batch: {self.batch}")
         idle = list(dict.fromkeys(p.name for p in self.passes if p.status != "skipped" and not _spoke(p)))
         if idle:
             facts.append(f"found nothing to do: {', '.join(idle)}")

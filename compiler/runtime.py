@@ -19,7 +19,8 @@ from safetensors.numpy import load as load_arrays
 from thresher.backends.tvm.runtime import TVMModule, load_code
 from thresher.bundle import MAIN, Bundle
 from thresher.errors import ArtifactError, InputError, ValidationError
-from thresher.package import CODE, MEMBERS, WEIGHTS, check_fit, read, reading
+from thresher.package import MEMBERS, WEIGHTS, check_fit, parts, read, reading
+from thresher.pieces import Pieces, Run
 from thresher.specs import LiteralSpec, TensorSpec, check_shape
 from thresher.structure import Structure
 from thresher.weights import Weights
@@ -33,7 +34,7 @@ class Model:
     ``inputs`` says what it takes, ``text`` is its graph, ``report`` what was done, as JSON.
     """
 
-    def __init__(self, entry: dict[str, Any], members: Mapping[str, bytes], module: TVMModule):
+    def __init__(self, entry: dict[str, Any], members: Mapping[str, bytes], module: Run):
         signature = entry["signature"]
         self.inputs = tuple(
             TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
@@ -109,15 +110,20 @@ def load(path: str | Path) -> Model | Bundle[Model]:
 
 
 def _loaded(path: Path, name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Model:
-    lowered = entry["lowered"]
-    if entry["backend"] != "tvm" or lowered.get("library"):
-        needs = "is a torch program" if entry["backend"] != "tvm" else "calls torch's own kernels"
-        raise ArtifactError(
-            f"{path} {needs}: it needs torch. Build it with backend='tvm' and library='never' to run without"
-        )
+    lowered, modules = entry["lowered"], []
+    for code, part in parts(lowered).items():
+        if entry["backend"] != "tvm" or part.get("library"):
+            needs = "is a torch program" if entry["backend"] != "tvm" else "calls torch's own kernels"
+            raise ArtifactError(
+                f"{path} {needs}: it needs torch. Build it with backend='tvm' and library='never' to run without"
+            )
+        arrays = weights.find(part["weights"])
+        modules.append(TVMModule(load_code(members[f"{name}/{code}"]), arrays, part["device"], weights.placed))
     own = {member: members[f"{name}/{member}"] for member in MEMBERS}
-    arrays = weights.find(lowered["weights"])
-    return Model(entry, own, TVMModule(load_code(own[CODE]), arrays, lowered["device"], weights.placed))
+    if "sizes" not in lowered:
+        return Model(entry, own, modules[0])
+    times = {int(size): float(time) for size, time in lowered["times"].items()}
+    return Model(entry, own, Pieces(dict(zip(map(int, lowered["sizes"]), modules)), lowered["batched"], times))
 
 
 def _error(reference: np.ndarray, found: np.ndarray) -> float:

@@ -8,7 +8,7 @@ arguments.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tvm
@@ -57,7 +57,7 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origin: dict[str, str]) -
         if callee is None or not isinstance(inner, relax.Function):
             numbers[var] = number(value, numbers)
             if _is_kernel(value):
-                found.append((value.args[0].name_hint, (names[numbers[var]],)))
+                found.append((value.args[0].name_hint, _named([names[numbers[var]]])))
             continue
         inside = {p: _key(a, numbers) for p, a in zip(inner.params, value.args)}
         parts = []
@@ -65,8 +65,13 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origin: dict[str, str]) -
             inside[inner_var] = number(inner_value, inside)
             parts.append(names[inside[inner_var]])
         numbers[var] = inside[inner.body.body] if inner.body.body in inside else len(names) - 1
-        found.append((callee.name_hint, tuple(dict.fromkeys(filter(None, parts)))))
+        found.append((callee.name_hint, _named(parts)))
     return found
+
+
+def _named(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Each node once; calls that no node is known for have none."""
+    return tuple(dict.fromkeys(filter(None, nodes)))
 
 
 def _bindings(function: relax.Function) -> Iterator[tuple[relax.Var, Any]]:

@@ -91,4 +91,17 @@ def load_code(code: bytes) -> Any:
 def _aligned(x: Any) -> Any:
     """A contiguous tensor at an address that compiled code may load whole registers from; a copy only where ``x`` is neither."""
     x = x.detach().contiguous()
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+    if x.data_ptr() % ALIGNMENT == 0:
+        return x
+    copy = x.new_empty(x.shape)
+    if x.device.type == "cpu":  # by one thread: torch's would spin for a while afterwards, and ours wait for a core
+        np.copyto(_bits(copy), _bits(x))
+    else:
+        copy.copy_(x)
+    return copy
+
+
+def _bits(x: Any) -> np.ndarray:
+    import torch
+
+    return x.reshape(-1).view(torch.uint8).numpy()

@@ -32,9 +32,9 @@ def known_facts(program: Program) -> Facts:
     return facts
 
 
-def read_facts(program: Program, facts: Facts) -> dict[fx.Node, Tensor]:
+def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> dict[fx.Node, Tensor]:
     """For each tensor node, which of its elements some output depends on. Elements that are known are not computed, so what they
-    depend on is not read for their sake."""
+    depend on is not read for their sake. ``rows``: of the outputs' first dimension, those that count (boolean; default: all)."""
     read: dict[fx.Node, Tensor] = {}
 
     def add(node: fx.Node, wanted: Tensor) -> None:
@@ -45,7 +45,9 @@ def read_facts(program: Program, facts: Facts) -> dict[fx.Node, Tensor]:
         if node.op == "output":
             for source in node.all_input_nodes:
                 if is_tensor(source):
-                    add(source, torch.ones([1] * len(sizes(source)), dtype=torch.bool))
+                    others = [1] * (len(sizes(source)) - 1)
+                    wanted = torch.ones([1, *others]) if rows is None else rows.reshape(-1, *others)
+                    add(source, wanted.bool() if sizes(source) else torch.ones([], dtype=torch.bool))
         elif node.op == "call_function" and not is_tensor(node):
             for source in node.all_input_nodes:  # several results: everything is read
                 if is_tensor(source):

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -107,6 +108,14 @@ inline std::string sha256(std::string_view data) {
     words += "0123456789abcdef"[byte & 15];
   }
   return words;
+}
+
+// What the manifest says of an entry's code: once, or once for each size of batches.
+inline std::vector<Json> parts(const Json& lowered) {
+  if (!lowered.cast<ffi::json::Object>().count(ffi::String("sizes"))) return {lowered};
+  std::vector<Json> found;
+  for (const auto& [size, part] : field(lowered, "sizes").cast<ffi::json::Object>()) found.push_back(part);
+  return found;
 }
 
 // The members of a zip file without compression, as views into its bytes. Every place is checked against the file's end.
@@ -223,6 +232,55 @@ struct Input {
   std::vector<std::string> symbols;  // of each dimension; empty where the size is fixed
 };
 
+namespace detail {
+
+// Compiled code with its weights.
+class Code {
+ public:
+  Code(std::string_view library_bytes, const Json& lowered, const std::map<std::string, Tensor>& weights) {
+    if (!list(field(lowered, "library")).empty()) throw Error("this artifact needs torch: build it with library='never'");
+    if (text(field(lowered, "device")) != "cpu") throw Error("this example runs artifacts for CPUs");
+    for (const Json& stored : list(field(lowered, "weights"))) weights_.push_back(weights.at(text(field(stored, "name"))));
+    machine_ = library(library_bytes)->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+    (*machine_)->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, 2);  // 2: memory is kept for the next call
+    main_ = (*machine_)->GetFunction("main").value();
+  }
+
+  std::vector<Tensor> operator()(const std::vector<Tensor>& given) const {
+    std::vector<ffi::AnyView> arguments(given.begin(), given.end());
+    arguments.push_back(weights_);
+    ffi::Any result;
+    main_.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+    auto outputs = result.cast<ffi::Array<ffi::Tensor>>();
+    return {outputs.begin(), outputs.end()};
+  }
+
+ private:
+  ffi::Array<ffi::Tensor> weights_;
+  std::optional<ffi::Module> machine_;
+  ffi::Function main_;
+};
+
+inline size_t bytes_of_sample(const Tensor& x) { return x.shape()[0] ? ffi::GetDataSize(x) / x.shape()[0] : 0; }
+
+inline std::vector<int64_t> with_first(const Tensor& x, int64_t size) {
+  std::vector<int64_t> shape(x.shape().begin(), x.shape().end());
+  shape[0] = size;
+  return shape;
+}
+
+// Samples from `start` on; where there are fewer than `size`, the last one again.
+inline Tensor samples(const Tensor& x, int64_t start, int64_t size) {
+  Tensor part = tensor(with_first(x, size), std::string(ffi::DLDataTypeToString(x.dtype())));
+  size_t each = bytes_of_sample(x);
+  for (int64_t i = 0; i < size; ++i)
+    std::memcpy(static_cast<char*>(part.data_ptr()) + i * each,
+                static_cast<const char*>(x.data_ptr()) + x.byte_offset() + std::min(start + i, x.shape()[0] - 1) * each, each);
+  return part;
+}
+
+}  // namespace detail
+
 // One model of an artifact. Calls from several threads wait for each other.
 class Model {
  public:
@@ -230,9 +288,7 @@ class Model {
       : lock_(std::make_unique<std::mutex>()) {
     using namespace detail;
     Json lowered = field(entry, "lowered"), signature = field(entry, "signature");
-    if (text(field(entry, "backend")) != "tvm" || !list(field(lowered, "library")).empty())
-      throw Error("this artifact needs torch: build it with library='never'");
-    if (text(field(lowered, "device")) != "cpu") throw Error("this example runs artifacts for CPUs");
+    if (text(field(entry, "backend")) != "tvm") throw Error("this artifact needs torch: build it with backend='tvm'");
     for (const Json& input : list(field(signature, "inputs"))) {
       if (!input.cast<ffi::json::Object>().count(ffi::String("shape"))) continue;  // a number that was fixed when it was captured
       Input found{text(field(input, "name")), text(field(input, "dtype")), {}, {}};
@@ -243,16 +299,20 @@ class Model {
       }
       inputs_.push_back(found);
     }
-    for (const Json& stored : list(field(lowered, "weights"))) weights_.push_back(weights.at(text(field(stored, "name"))));
     auto proof = tensors(zip[name + "/proof.safetensors"], {});
     for (const char* side : {"inputs", "outputs"})
       for (const Json& value : list(field(field(entry, "proof"), side)))
         if (value.cast<ffi::json::Object>().count(ffi::String("tensor")))
           (side[0] == 'i' ? proof_in_ : proof_out_).push_back(proof.at(text(field(value, "tensor"))));
-    ffi::Module code = library(zip[name + "/model.so"]);
-    machine_ = code->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-    (*machine_)->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, 2);  // 2: memory is kept for the next call
-    main_ = (*machine_)->GetFunction("main").value();
+    if (!lowered.cast<ffi::json::Object>().count(ffi::String("sizes"))) {
+      codes_.emplace(0, Code(zip[name + "/model.so"], lowered, weights));
+      return;
+    }
+    for (const auto& [size, part] : field(lowered, "sizes").cast<ffi::json::Object>()) {
+      codes_.emplace(std::stoll(text(size)), Code(zip[name + "/" + text(size) + "/model.so"], part, weights));
+      times_[std::stoll(text(size))] = field(field(lowered, "times"), text(size)).cast<double>();
+    }
+    for (const Json& batched : list(field(lowered, "batched"))) batched_.push_back(batched.cast<bool>());
   }
 
   const std::vector<Input>& inputs() const { return inputs_; }
@@ -260,15 +320,8 @@ class Model {
 
   std::vector<Tensor> operator()(const std::vector<Tensor>& given) const {
     check(given);
-    std::vector<ffi::AnyView> arguments(given.begin(), given.end());
-    arguments.push_back(weights_);
-    ffi::Any result;
-    {
-      std::lock_guard<std::mutex> hold(*lock_);
-      main_.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
-    }
-    auto outputs = result.cast<ffi::Array<ffi::Tensor>>();
-    return {outputs.begin(), outputs.end()};
+    std::lock_guard<std::mutex> hold(*lock_);
+    return codes_.count(0) ? codes_.at(0)(given) : in_pieces(given);
   }
 
   // The worst error, relative to the output's scale, against what the eager model said when this was built.
@@ -290,6 +343,39 @@ class Model {
   }
 
  private:
+  // A batch of any size by code for a few sizes: those that take the least time together, as pieces.py does it.
+  std::vector<Tensor> in_pieces(const std::vector<Tensor>& given) const {
+    int64_t count = 0;
+    for (size_t i = 0; i < given.size(); ++i)
+      if (batched_.at(i)) count = given[i].shape()[0];
+    if (count == 0) throw Error("a batch of no samples");
+    std::vector<double> best(count + 1, 0);
+    std::vector<int64_t> chosen(count + 1, 0);
+    for (int64_t n = 1; n <= count; ++n)
+      for (const auto& [size, time] : times_) {
+        double together = time + best[std::max<int64_t>(n - size, 0)];
+        if (!chosen[n] || together < best[n]) best[n] = together, chosen[n] = size;
+      }
+    std::vector<int64_t> sizes;
+    for (int64_t left = count; left > 0; left -= chosen[left]) sizes.push_back(chosen[left]);
+    std::sort(sizes.rbegin(), sizes.rend());
+    std::vector<Tensor> results;
+    int64_t done = 0;
+    for (int64_t size : sizes) {
+      std::vector<Tensor> part;
+      for (size_t i = 0; i < given.size(); ++i) part.push_back(batched_[i] ? detail::samples(given[i], done, size) : given[i]);
+      std::vector<Tensor> found = codes_.at(size)(part);
+      for (size_t i = 0; i < found.size(); ++i) {
+        if (!done) results.push_back(tensor(detail::with_first(found[i], count), std::string(ffi::DLDataTypeToString(found[i].dtype()))));
+        size_t each = detail::bytes_of_sample(found[i]);
+        std::memcpy(static_cast<char*>(results[i].data_ptr()) + done * each,
+                    static_cast<const char*>(found[i].data_ptr()) + found[i].byte_offset(), std::min(size, count - done) * each);
+      }
+      done += size;
+    }
+    return results;
+  }
+
   void check(const std::vector<Tensor>& given) const {
     if (given.size() != inputs_.size()) throw Error("the model takes " + std::to_string(inputs_.size()) + " tensors");
     std::map<std::string, int64_t> sizes;
@@ -306,10 +392,10 @@ class Model {
   }
 
   std::vector<Input> inputs_;
-  ffi::Array<ffi::Tensor> weights_;
   std::vector<Tensor> proof_in_, proof_out_;
-  std::optional<ffi::Module> machine_;
-  ffi::Function main_;
+  std::map<int64_t, detail::Code> codes_;  // by the size of the batch; 0: the only one
+  std::map<int64_t, double> times_;
+  std::vector<bool> batched_;
   std::unique_ptr<std::mutex> lock_;
 };
 
@@ -333,8 +419,8 @@ inline std::map<std::string, Model> load_all(const std::string& path) {
   auto entries = field(manifest, "entries").cast<ffi::json::Object>();
   std::map<std::string, std::string> dtypes;
   for (const auto& [name, entry] : entries)
-    for (const Json& stored : list(field(field(entry, "lowered"), "weights")))
-      dtypes[text(field(stored, "name"))] = text(field(stored, "dtype"));
+    for (const Json& part : parts(field(entry, "lowered")))
+      for (const Json& stored : list(field(part, "weights"))) dtypes[text(field(stored, "name"))] = text(field(stored, "dtype"));
   auto weights = tensors(zip["weights.safetensors"], dtypes);  // shared by all entries
   std::map<std::string, Model> models;
   for (const auto& [name, entry] : entries) models.emplace(text(name), Model(zip, entry, text(name), weights));

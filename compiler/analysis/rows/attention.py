@@ -127,15 +127,12 @@ class Attention(Row):
         columns = wanted.any(-2, keepdim=True)
         group = self.grouped(node)
         kv_heads, kv_columns = (_merge_heads(t, group) for t in (heads, columns))
-        result = {q: row & ~zb, k: kv_heads & ~za, v: kv_columns}
-        if mask is not None:
-            result[mask] = reduce_to(row, sizes(mask))
-        merged: dict[fx.Node, Tensor] = {}
-        for operand, fact in result.items():
-            merged[operand] = reduce_to(fact, sizes(operand))
-        if len({q, k, v}) < 3:  # one value in several roles: everything is read
-            return {n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in merged}
-        return merged
+        read: dict[fx.Node, Tensor] = {}
+        for operand, fact in ((q, row & ~zb), (k, kv_heads & ~za), (v, kv_columns), (mask, row)):
+            if operand is not None:  # one value may have several roles
+                fact = reduce_to(fact, sizes(operand))
+                read[operand] = read[operand] | fact if operand in read else fact
+        return read
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         q, k, v, mask = self.parts(node)

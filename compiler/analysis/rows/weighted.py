@@ -204,7 +204,8 @@ class Convolution(Weighted):
         if self.usable(node, facts):
             used = self.connections(node, facts)
             rows = slices(wanted, 1, sizes(node)[1], every=False).reshape(used.shape[0], -1, 1)
-            result[node.args[0]] = (used & rows).any(1).reshape([1, -1] + [1] * (self.rank - 2))
+            channels = (used & rows).any(1).reshape([1, -1] + [1] * (self.rank - 2))
+            result[node.args[0]] = channels & wanted.flatten(1).any(1).reshape([-1] + [1] * (self.rank - 1))
         return result
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
@@ -253,6 +254,9 @@ class Embedding(Row):
         same = (table == table[:1]).all(0)
         shape = [1] * (len(sizes(node)) - 1) + [-1]
         return known(same.reshape(shape), table[0].double().reshape(shape))
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        return super().read(node, wanted, facts) | {node.args[1]: wanted.any(-1)}
 
     def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
         last = len(sizes(node)) - 1

@@ -1,0 +1,47 @@
+"""A model for a batch of any size, lowered for a few sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thresher.backends.base import KernelTime, Lowered
+from thresher.pieces import Pieces
+from thresher.weights import Weights
+
+
+class BatchedLowered(Lowered):
+    """``parts``: what is lowered for each size; the rest as for :class:`Pieces`."""
+
+    def __init__(self, parts: Mapping[int, Lowered], batched: Sequence[bool], times: Mapping[int, float]):
+        self.parts = dict(parts)
+        self.pieces = Pieces({size: part.run for size, part in parts.items()}, batched, times)
+        largest = parts[max(parts)]
+        self.memory = dict(largest.memory) | {"weights": sum(p.memory.get("weights", 0) for p in parts.values())}
+        self.tuned = (sum(p.tuned[0] for p in parts.values()), sum(p.tuned[1] for p in parts.values()))
+        self.library = sorted({name for p in parts.values() for name in p.library})
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        return self.pieces(inputs)
+
+    def constants(self) -> Weights | None:
+        return self.parts[max(self.parts)].constants()
+
+    def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
+        """Of the largest size that the inputs fill."""
+        count = next(len(x) for x, batched in zip(inputs, self.pieces.batched) if batched)
+        size = max((s for s in self.parts if s <= count), default=min(self.parts))
+        given = [x[:size] if batched else x for x, batched in zip(inputs, self.pieces.batched)]
+        return self.parts[size].profile(given) if count >= size else []
+
+    def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
+        sizes = {}
+        for size, part in self.parts.items():
+            (directory / str(size)).mkdir()
+            sizes[str(size)] = part.save(directory / str(size), weights)
+        return {
+            "sizes": sizes,
+            "batched": self.pieces.batched,
+            "times": {str(size): self.pieces.times[size] for size in self.parts},
+        }
