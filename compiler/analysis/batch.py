@@ -41,7 +41,9 @@ def free_batch(program: Program) -> str:
     if not results or not all(map(is_tensor, results)):
         return ""
     given = [n for n in program.placeholders if is_tensor(n) and free_symbols(n)]
-    fits = all(len(shape_of(n)) > 0 and str(shape_of(n)[0]) == symbol and not free_symbols(n, 1) for n in (*results, *given))
+    fits = all(
+        len(shape_of(n)) > 0 and str(shape_of(n)[0]) == symbol and not free_symbols(n, 1) for n in (*results, *given)
+    )
     return symbol if fits else ""
 
 
