@@ -113,6 +113,15 @@ class Program:
         found = (t for name, t in self.constants.items() if not name.startswith(BIAS_MAP))
         return sum(t.numel() for t in found if t.is_floating_point())
 
+    def trainable(self) -> set[str]:
+        """The constants that are parameters: not what was none, and not what a fold computed from several (bias maps)."""
+        fixed = self.notes.get("fixed", frozenset())
+        return {
+            name
+            for name, t in self.constants.items()
+            if t.is_floating_point() and name not in fixed and not name.startswith(BIAS_MAP)
+        }
+
     def signature(self, device: str) -> Signature:
         """What the program takes and returns, for a module that runs on ``device``."""
         inputs = tuple(
@@ -316,11 +325,9 @@ class Program:
 
         What was no parameter, and what a fold computed from several (bias maps), is a buffer.
         """
-        program, fixed = self.rounded(), self.notes.get("fixed", frozenset())
+        program, trained = self.rounded(), self.trainable()
         root: dict[str, Any] = {
-            name: torch.nn.Parameter(t.detach().clone())
-            if t.is_floating_point() and name not in fixed and not name.startswith(BIAS_MAP)
-            else t.detach()
+            name: torch.nn.Parameter(t.detach().clone()) if name in trained else t.detach()
             for name, t in program.constants.items()
         }
         graph = program.graph

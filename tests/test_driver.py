@@ -170,12 +170,17 @@ def test_non_contiguous_and_differentiable_inputs() -> None:
     torch.testing.assert_close(compiled(x), model(x).detach(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit", "bert", "llama", "unet"])
-def test_dynamic_batch(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("resnet18", ()), ("bert", ()), ("llama", ()), ("vit", (1, 4)), ("unet", (1, 4))]
+)
+def test_dynamic_batch(name: str, sizes: tuple[int, ...]) -> None:
+    """All at once, and in pieces."""
     model, args = ZOO[name]()
     settle(model)
     batch = torch.export.Dim("batch", min=1, max=16)
-    compiled = thresher.compile(model, args, target="cpu", dynamic_shapes=tuple({0: batch} for _ in args))
+    compiled = thresher.compile(
+        model, args, target="cpu", dynamic_shapes=tuple({0: batch} for _ in args), batch_sizes=sizes
+    )
     for size in (1, 5):
         inputs = tuple(torch.cat([a] * 3)[:size] for a in args)
         with torch.no_grad():

@@ -22,8 +22,7 @@ def masked_zoo_model(name: str, amount: float):
     return mask_channels(settle(model), amount), args
 
 
-@pytest.mark.parametrize("amount", [0.3, 0.7])
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize(("name", "amount"), [(name, (0.3, 0.7)[i % 2]) for i, name in enumerate(sorted(ZOO))])
 def test_fold_is_exact_and_smaller(name: str, amount: float) -> None:
     """Equal in float64 to 1e-9, fewer parameters, no pass reverted, and nothing left to fold."""
     model, args = masked_zoo_model(name, amount)

@@ -12,6 +12,7 @@ batch        also for a number of samples that was left free
 dtypes       all of this for the model in float64, float16 and bfloat16
 notes        what it changed, it says, at nodes that exist; what it says, it changed
 repeatable   two applications give the same
+way back     what training does to the result comes back to the original's parameters, or an error says that it cannot
 rest         applied again and again it comes to an end, and stays exact
 near miss    a graph one step off is refused, or rewritten rightly, too (:mod:`thresher.testing.near_misses`)
 budget       (approximate passes) the error of the result on samples that it did not see keeps within the budget
@@ -30,14 +31,16 @@ from torch import Tensor, fx, nn
 
 from thresher.calibration import Calibration
 from thresher.capture import capture
-from thresher.errors import CaptureError
+from thresher.errors import CaptureError, ProgramError
 from thresher.pass_manager import Context, Pass, PassManager, PassResult, make_pass
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 from thresher.testing.cases import Case, described
 from thresher.testing.near_misses import near_misses
+from thresher.unfold import unfold
 from thresher.validation import EXACT_TOLERANCE, compare, first_divergence, probes
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
+TRAINED = 1e-4  # relative: the parameters that come back are rounded to float32
 ROUNDS = 10  # applications after which a pass must have come to rest
 
 
@@ -105,7 +108,8 @@ class _Trial:
         active = False
         for sizes in self.case.draws(draws, self.seed):
             where = described(self.case, sizes)
-            program = self._prepared(self.case.program(sizes))
+            captured = self.case.program(sizes)
+            program = self._prepared(captured)
             result, wrong = self._apply(program, where)
             yield from wrong
             if result is None:
@@ -115,6 +119,7 @@ class _Trial:
                 continue
             if self.item.preserves == "exact":
                 yield from self._batch(sizes, where)
+                yield from self._way_back(captured, result.program, where)
             if not active:  # once: what follows does not depend on sizes
                 active = True
                 yield from self._dtypes(sizes, where)
@@ -190,6 +195,27 @@ class _Trial:
             yield Finding(
                 "budget", where, f"the error on samples that chose nothing is {error:.3g}, the budget {limit:.3g}"
             )
+
+    def _way_back(self, captured: Program, after: Program, where: str) -> Iterator[Finding]:
+        """Every parameter moves a little, as in training; then what comes back is put into the program as it was captured."""
+        state, small = captured.notes.get("state", {}), after.rounded()
+        trained = small.clone()
+        generator = torch.Generator().manual_seed(self.seed)
+        for name in small.trainable():
+            value = small.constants[name]
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            trained.constants[name] = value * (1 + 0.01 * noise)
+        try:
+            found = unfold(state, after.lineage, small.constants, trained.constants)
+        except ProgramError:
+            return
+        except Exception as error:
+            yield Finding("way back", where, f"unfolding raises {type(error).__name__}: {error}")
+            return
+        original = captured.clone()
+        original.constants |= {name: value for name, value in found.items() if name in original.constants}
+        if differs := _divergence(original, trained, captured.probe, TRAINED):
+            yield Finding("way back", where, f"trained and unfolded, the original computes something else: {differs}")
 
     # ------------------------------------------------------------------ other captures
 
@@ -284,7 +310,7 @@ def _strided(value: Tensor) -> Tensor:
     return gapped.permute(order).copy_(value)
 
 
-def _divergence(before: Program, after: Program, flat: Sequence[Any]) -> str:
+def _divergence(before: Program, after: Program, flat: Sequence[Any], tolerance: float = EXACT_TOLERANCE) -> str:
     """In words how far two programs are apart in float64; empty where they are equal."""
     try:
         wanted = before.run(*flat, dtype=torch.float64)
@@ -295,7 +321,7 @@ def _divergence(before: Program, after: Program, flat: Sequence[Any]) -> str:
     except Exception as error:
         return f"the result cannot run: {type(error).__name__}: {error}"
     difference = compare(wanted, found)
-    if not difference.exceeds(EXACT_TOLERANCE):
+    if not difference.exceeds(tolerance):
         return ""
     node = _first(before, after)
     return (

@@ -41,6 +41,8 @@ class ComplexNumbers(Pass):
     target_ops: ClassVar[tuple] = MAKERS
 
     def apply(self, program: Program, context: Context) -> PassResult:
+        if not any(is_complex(n) for n in program.graph.nodes):
+            return PassResult(program)
         work = program.clone()
         notes = [Note.at(n, "a product with its matrix") for n in work.calls(*FOURIER)]
         try:
@@ -111,7 +113,7 @@ class _Pairs:
         others = [d for d in range(rank) if d != dim]
         order = [*others, dim, *([rank] if before else [])]
         x = self.call(aten.permute.default, x, order) if order != list(range(len(order))) else x
-        lead = [shape_of(x)[i] for i in range(rank - 1)]
+        lead = self.literal(list(shape_of(x)[: rank - 1]))
         x = self.call(aten.reshape.default, x, [*lead, matrix.shape[1]]) if before else x
         dtype = dtype_of(x)
         weight = self.program.add_constant(matrix, f"{self.here.name}_{dim}", dtype, like=self.here, fixed=True)
@@ -121,6 +123,12 @@ class _Pairs:
         back = sorted(range(rank), key=lambda d: [*others, dim][d])
         back = [*back, *([rank] if after else [])]
         return self.call(aten.permute.default, x, back) if back != list(range(len(back))) else x
+
+    def literal(self, shape: list) -> list[int]:
+        """Sizes as the argument of a reshape, which finds a single free one itself."""
+        if sum(not isinstance(d, int) for d in shape) > 1:
+            raise NoRule(f"{self.here.name} has several free sizes")
+        return [d if isinstance(d, int) else -1 for d in shape]
 
 
 def _angles(rows: int, columns: int, n: int) -> tuple[Tensor, Tensor]:
@@ -159,12 +167,16 @@ def _scale(normalization: int, size: int) -> float:
 
 def _fourier(self: _Pairs, node: fx.Node) -> fx.Node:
     source, dims, normalization = node.args[:3]
+    if normalization not in (0, 1, 2):
+        raise NoRule(f"{node.name} has the unknown normalization {normalization}")
     rank = len(shape_of(source))
     dims = [d % rank for d in dims]
     x = source if node.target is aten._fft_r2c.default else self.pairs(source)
     last = node.args[3]
     whole = [shape_of(source)[d] for d in dims]
     if node.target is aten._fft_c2r.default:
+        if whole[-1] != last // 2 + 1:
+            raise NoRule(f"{node.name} reads a part of its spectrum")
         whole[-1] = last
     if any(not isinstance(n, int) for n in whole):
         raise NoRule(f"{node.name} is over a dynamic dimension")

@@ -3,9 +3,13 @@ matrix instructions emulated, and run beside the same kernel before it was sched
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,20 @@ TARGET = resolve_target("cuda:sm_80")[0]
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')
 DYNAMIC = re.compile(r"extern __shared__ (__align__\(\d+\)) uchar (\w+)\[\]")
 BINDING = re.compile(r'^( *)for .*T\.thread_binding\((?:T\.int64\()?(\d+)\)?, thread="([\w.]+)"')
+
+
+FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
+
+
+@functools.cache
+def headers() -> Path:
+    """The emulation's headers, compiled once: they take three times as long as a kernel."""
+    folder = tempfile.TemporaryDirectory(prefix="emulation-")
+    atexit.register(folder.cleanup)
+    shutil.copytree(Path(__file__).parent / "emulation", folder.name, dirs_exist_ok=True)
+    header = Path(folder.name) / "emulation.h"
+    subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return Path(folder.name)
 
 
 def launches(function: tirx.PrimFunc) -> list[dict[str, int]]:
@@ -59,8 +77,8 @@ def emulate(function: tirx.PrimFunc, folder: Path, values: dict[str, np.ndarray]
         text += f'extern "C" bool run_{name}(void** pointers) {{\n'
         text += f"  return emulated::launch({{{grid}}}, {{{block}}}, [=] {{ {name}({casts}); }});\n}}\n"
     (folder / "kernel.cpp").write_text(text)
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent / 'emulation'}"]
-    subprocess.run(["g++", *flags, "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
+    command = ["g++", *FLAGS, "-shared", f"-I{headers()}", "-o", folder / "kernel.so", folder / "kernel.cpp"]
+    subprocess.run(command, check=True)
     library = ctypes.CDLL(str(folder / "kernel.so"))
     between: dict[str, np.ndarray] = {}  # what one kernel leaves for the next
     for name, names in kernels.items():

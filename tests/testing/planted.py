@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from thresher.pass_manager import Context, Note, Pass, PassResult
 from thresher.program import Program, dtype_of, is_tensor, shape_of
 from thresher.testing import Case, settle
+from thresher.unfold import Restore
 
 aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default
@@ -595,3 +596,35 @@ def other_heads(work: Program, expand: fx.Node) -> bool:
     last = next(n for n in work.calls(aten.reshape.default))
     source = expand.args[0].args[0]
     return replaced(last, work.insert_call(last, aten.cat.default, ([source, source], 1), like=last))
+
+
+# ---------------------------------------------------------------------- the way back of training
+
+
+def doubled(n: int, c: int) -> tuple[nn.Module, tuple]:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(c, 5, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * 2.0
+
+    return Doubled(), (torch.randn(n, c),)
+
+
+@plant(
+    "a factor that does not come back",
+    aten.mul.Tensor,
+    Case("doubled", doubled, n=(2, 3), c=(4, 6)),
+    "way back",
+    "trained and unfolded, the original computes something else",
+)
+def not_divided(work: Program, mul: fx.Node) -> bool:
+    linear, factor = mul.args
+    weight = linear.args[1]
+    name = weight.target
+    scaled = work.add_constant(work.constants[name].double() * factor, f"{name}_scaled", dtype_of(weight), like=weight)
+    linear.args = (linear.args[0], scaled)
+    work.lineage.append(Restore((scaled.target,), lambda values: {name: values[scaled.target]}))
+    return replaced(mul, linear)

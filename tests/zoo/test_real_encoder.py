@@ -11,19 +11,19 @@ from thresher.models.pretrained import digits, minilm, news
 
 
 def test_within_one_percent_of_the_cosine() -> None:
-    model, texts = minilm(), news(128, 20)
+    model, texts = minilm(), news(64, 16)
     compiled = thresher.compile(
         model,
         texts[0],
         passes=["exact", "sparse-attention{block=16,selected=false}"],
-        calibration=texts[:12],
+        calibration=texts[:10],
         budget=Budget(cosine=0.01),
     )
     assert all(c.passed for c in compiled.report.checks)
     if compiled.report.spent:  # it may not be faster on this machine, and is not kept then
         assert compiled.report.spent[0].held_out.bound <= 0.01
     with torch.no_grad():
-        fresh = [float(1 - (compiled(*t) * model(*t)).sum()) for t in texts[12:]]
+        fresh = [float(1 - (compiled(*t) * model(*t)).sum()) for t in texts[10:]]
     assert sum(fresh) / len(fresh) <= 0.01
 
 
