@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -29,6 +30,7 @@ from thresher.backends.base import Lowered, find_backend
 from thresher.backends.batched import BatchedLowered
 from thresher.bundle import MAIN, Bundle
 from thresher.compiled import Compiled, Proof
+from thresher.errors import ArtifactError
 from thresher.files import new_zip
 from thresher.package import FORMAT, MAGIC, WEIGHTS, check_fit, digest, members_of, parts, read, reading, versions
 from thresher.report import Report
@@ -39,23 +41,34 @@ from thresher.weights import Weights
 def save(models: Mapping[str, Compiled], path: Path) -> Path:
     """Write the artifact. It appears under its name only when it is complete."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
-        directory, weights = Path(folder), Weights()
-        entries = {name: _write_entry(model, directory / name, weights) for name, model in models.items()}
-        weights.save(directory / WEIGHTS)
-        members = [WEIGHTS, *sorted(m for name, entry in entries.items() for m in members_of(name, entry["lowered"]))]
-        manifest = {
-            "magic": MAGIC,
-            "format": FORMAT,
-            "versions": {**versions(), "thresher": version("thresher"), "torch": torch.__version__},
-            "entries": entries,
-            "hashes": {name: digest((directory / name).read_bytes()) for name in members},
-        }
-        with new_zip(path) as package:
-            package.writestr("manifest.json", json.dumps(manifest, indent=1))
-            for name in members:
-                package.write(directory / name, name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
+            _package(_prepared(models, Path(folder)), Path(folder), path)
+    except (OSError, SafetensorError) as error:  # of the folder; what hinders the file itself is named there
+        raise ArtifactError(f"cannot prepare {path}: {error}; TMPDIR names a folder with room") from error
     return path
+
+
+def _prepared(models: Mapping[str, Compiled], directory: Path) -> dict[str, Any]:
+    """All members in a folder; returns the manifest."""
+    weights = Weights()
+    entries = {name: _write_entry(model, directory / name, weights) for name, model in models.items()}
+    weights.save(directory / WEIGHTS)
+    members = [WEIGHTS, *sorted(m for name, entry in entries.items() for m in members_of(name, entry["lowered"]))]
+    return {
+        "magic": MAGIC,
+        "format": FORMAT,
+        "versions": {**versions(), "thresher": version("thresher"), "torch": torch.__version__},
+        "entries": entries,
+        "hashes": {name: digest((directory / name).read_bytes()) for name in members},
+    }
+
+
+def _package(manifest: dict[str, Any], directory: Path, path: Path) -> None:
+    with new_zip(path) as package:
+        package.writestr("manifest.json", json.dumps(manifest, indent=1))
+        for name in manifest["hashes"]:
+            package.write(directory / name, name)
 
 
 def _write_entry(compiled: Compiled, directory: Path, weights: Weights) -> dict[str, Any]:
@@ -103,6 +116,7 @@ def _loaded(name: str, entry: dict[str, Any], members: dict[str, bytes], weights
         [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in entry["proof"][side]]
         for side in ("inputs", "outputs")
     )
+    proof = Proof(inputs, outputs, float(entry["proof"]["steps"]))
     backend, said = find_backend(entry["backend"]), entry["lowered"]
     codes = {code: backend.load(members[f"{name}/{code}"], part, weights) for code, part in parts(said).items()}
     if "sizes" in said:
@@ -110,13 +124,13 @@ def _loaded(name: str, entry: dict[str, Any], members: dict[str, bytes], weights
         lowered: Lowered = BatchedLowered(sizes, said["batched"], {int(s): float(t) for s, t in said["times"].items()})
     else:
         (lowered,) = codes.values()
-    return Compiled(signature, lowered, report, members[f"{name}/program.txt"].decode(), Proof(inputs, outputs))
+    return Compiled(signature, lowered, report, members[f"{name}/program.txt"].decode(), proof)
 
 
-def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, list]]:
+def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors for safetensors, and the lists that say which leaf is which tensor or which literal."""
     tensors: dict[str, Tensor] = {}
-    lists: dict[str, list] = {}
+    lists: dict[str, Any] = {"steps": proof.steps}
     for side, values in (("inputs", proof.inputs), ("outputs", proof.outputs)):
         lists[side] = []
         for i, value in enumerate(values):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, fx
 
 from thresher import text
@@ -26,6 +26,7 @@ from thresher.bisect import part
 from thresher.capture import capture
 from thresher.compiled import check_outputs
 from thresher.driver import Model, Passes, resolve_passes
+from thresher.files import replacing, write_text
 from thresher.pass_manager import Context, Pass, make_pass
 from thresher.passes import pipelines
 from thresher.program import Program, is_tensor, module_path
@@ -57,17 +58,19 @@ class Blame:
         path = Path(path)
         tensors = {f"constant.{k}": v for k, v in self.program.constants.items()}
         tensors |= {f"input.{i}": v for i, v in enumerate(self.program.probe) if isinstance(v, Tensor)}
-        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path.with_suffix(".safetensors"))
+        with replacing(path.with_suffix(".safetensors")) as partial:
+            partial.write_bytes(save({k: v.detach().clone().contiguous() for k, v in tensors.items()}))
         check = (
             f"pass_fails({self.culprit!r}, program)"
             if self.stage == "pass"
             else f"lowering_fails(program, {self.target!r})"
         )
         name = check.partition("(")[0]
-        path.write_text(
+        write_text(
+            path,
             f'"""{self}"""\n\nfrom pathlib import Path\n\nfrom thresher.blame import {name}, restored\n\n'
             f'PROGRAM = """\n{self.program.text()}\n"""\n\n'
-            f'program = restored(PROGRAM, Path(__file__).with_suffix(".safetensors"))\nprint({check} or "nothing is wrong")\n'
+            f'program = restored(PROGRAM, Path(__file__).with_suffix(".safetensors"))\nprint({check} or "nothing is wrong")\n',
         )
         return path
 

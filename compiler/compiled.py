@@ -20,10 +20,12 @@ from thresher.validation import EXACT_TOLERANCE, LOWERING_TOLERANCE, compare
 
 @dataclass(frozen=True)
 class Proof:
-    """Example inputs (flat) and what the eager model said to them: with these a module proves itself wherever it runs."""
+    """Example inputs (flat) and what the eager model said to them: with these a module proves itself wherever it runs. ``steps``: see
+    :func:`thresher.validation.steps`."""
 
     inputs: list[Any]
     outputs: list[Any]
+    steps: float = 0.0
 
 
 class Compiled:
@@ -55,7 +57,7 @@ class Compiled:
         Raises :class:`ValidationError` with the numbers if they differ.
         """
         outputs = self.signature.with_literals(self.lowered.run(self.signature.check(self.proof.inputs)))
-        checks = [check_outputs("compiled = eager, stored probe", self.proof.outputs, outputs)]
+        checks = [check_outputs("compiled = eager, stored probe", self.proof.outputs, outputs, self.proof.steps)]
         if failed := [c for c in checks if not c.passed]:
             raise ValidationError(
                 "; ".join(f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed)
@@ -67,9 +69,10 @@ class Compiled:
         return Bundle({MAIN: self}).save(path)
 
 
-def check_outputs(name: str, reference: Sequence[Any], candidate: Sequence[Any]) -> Check:
-    """Compare flat outputs under the tolerance of their dtypes."""
+def check_outputs(name: str, reference: Sequence[Any], candidate: Sequence[Any], steps: float = 0.0) -> Check:
+    """Compare flat outputs under the tolerance of their dtypes, or the :func:`thresher.validation.steps` of a model that rounds."""
     dtypes = [r.dtype for r in reference if isinstance(r, Tensor)]
     tolerance = max((LOWERING_TOLERANCE.get(d, EXACT_TOLERANCE) for d in dtypes), default=EXACT_TOLERANCE)
+    tolerance = max(tolerance, steps)
     found = compare(reference, candidate)
     return Check(name, found.relative, tolerance, not found.exceeds(tolerance), found.reason)

@@ -38,7 +38,7 @@ from thresher.progress import Progress, show_progress
 from thresher.records import Record, Records
 from thresher.report import Check, Figures, Kernel, Report
 from thresher.tuning import Library, Tune
-from thresher.validation import probes, undecided
+from thresher.validation import probes, steps, undecided
 from thresher.widths import variants
 
 Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike
@@ -343,9 +343,17 @@ class _Build:
         found = measure(self.backend, self.target, layer)
         made = record(layer, found, self.backend.fingerprint(self.target))
         if self.recording:
-            self.records.put([made])
+            self._keep(made)
         self.how = replace(self.how, records={**self.how.records, made.workload: made.plan})
         return found
+
+    def _keep(self, made: Record) -> None:
+        """For later builds; this one does without where the cache is read-only or full."""
+        try:
+            self.records.put([made])
+        except RecordsError as error:
+            warnings.warn(f"measured, but not kept for later builds: {error}", stacklevel=2)
+            self.recording = False
 
     def keep_approximation_if_faster(self) -> None:
         """Nobody wants an error that buys nothing."""
@@ -468,13 +476,14 @@ class _Build:
         reference = self.eager(flat)
         rewritten = self.rewritten.run(*flat)
         exact = rewritten if self.exact is None else self.exact.run(*flat)
-        checks = [check_outputs(f"rewritten = eager, {label}", reference, exact)]
+        rounded = steps(self.rewritten, flat)
+        checks = [check_outputs(f"rewritten = eager, {label}", reference, exact, rounded)]
         if self.runnable:
             signature = self.rewritten.signature(self.target.partition(":")[0])
             outputs = signature.with_literals(self.lowered.run(signature.check(flat)))
-            checks.append(check_outputs(f"compiled = rewritten, {label}", rewritten, outputs))
+            checks.append(check_outputs(f"compiled = rewritten, {label}", rewritten, outputs, rounded))
             if self.exact is None:
-                checks.append(check_outputs(f"compiled = eager, {label}", reference, outputs))
+                checks.append(check_outputs(f"compiled = eager, {label}", reference, outputs, rounded))
         return checks
 
     def within_budget(self) -> list[Check]:
@@ -548,6 +557,6 @@ class _Build:
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe
-        proof = Proof(list(flat), self.eager(flat))
+        proof = Proof(list(flat), self.eager(flat), steps(self.rewritten, flat))
         certificate = self.rewritten.notes.get("certificate") if certified else None
         return Compiled(signature, self.lowered, report, self.rewritten.text(), proof, certificate)

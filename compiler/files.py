@@ -33,6 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
             Path(partial).unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """A file with this text; see :func:`replacing`."""
+    with replacing(Path(path)) as partial:
+        partial.write_text(text)
+
+
 @contextmanager
 def new_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file to write into; see :func:`replacing`."""

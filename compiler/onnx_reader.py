@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thresher import onnx_quantized, onnx_recurrent  # noqa: F401  (each brings its rules)
 from thresher.errors import CaptureError
 from thresher.onnx_operators import RULES, Node, Unsupported
 

@@ -69,6 +69,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except ThresherError:
         raise
+    except OSError as error:
+        raise ArtifactError(f"cannot unpack {path}: {error}; TMPDIR names a folder with room") from error
     except Exception as error:
         raise ArtifactError(
             f"{path} is damaged: its contents do not fit together ({type(error).__name__}: {error})"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.errors import RecordsError
+from thresher.files import write_text
 
 SCHEMA = """create table if not exists records (
     target text not null, workload text not null, plan text not null,
@@ -109,7 +110,7 @@ class Records:
 
 def write_lines(records: Iterable[Record], path: str | Path) -> None:
     """As JSON lines: to read, to keep under version control, to send."""
-    Path(path).write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
+    write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in records))
 
 
 def read_lines(path: str | Path) -> list[Record]:

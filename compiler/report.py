@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from thresher.budget import Change, Measured, Spent
+from thresher.files import write_text
 from thresher.lines import Line
 from thresher.pass_manager import Note, PassRecord
 
@@ -240,7 +241,7 @@ class Report:
         return page(self)
 
     def save_html(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_html())
+        write_text(path, self.to_html())
 
 
 def _spoke(record: PassRecord) -> bool:

@@ -164,7 +164,7 @@ CHOICES = (
     ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default, ops.shrink.default,
 )  # fmt: skip
 JUMPS = ("hard", "above")  # of thresholds: the others are continuous, and rounding moves them by no more than itself
-NUDGE = 1e-5  # of every input, as a part of itself: more than rounding does
+NUDGE = 1e-5  # of a value, as a part of itself: more than rounding does
 
 
 def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
@@ -177,6 +177,28 @@ def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
     runs = [_choices(program, flat, None)]
     runs += [_choices(program, [_nudged(v, generator) for v in flat], torch.float64) for _ in range(2)]
     return next((n for n in wanted if any(not torch.equal(wanted[n], r[n]) for r in runs)), None)
+
+
+MARGIN = 4  # of others that round may fall on the other side than those that do here
+
+
+def steps(program: Program, flat: Sequence[Any]) -> float:
+    """How far a compiled program may rightly be from its reference where values are rounded to whole numbers, as quantised models do: a
+    value next to a half falls on either side of it, and all that follows moves by a step.
+
+    MARGIN times the relative change of the outputs where all that is rounded is moved by NUDGE; 0 where nothing is rounded.
+    """
+    if not any(True for _ in program.calls(aten.round.default)):
+        return 0.0
+    wanted = program.run(*flat, dtype=torch.float64)
+    moved = []
+    for factor in (1 - NUDGE, 1 + NUDGE):
+        work = program.clone()
+        for node in list(work.calls(aten.round.default)):
+            source = work.insert_call(node, aten.mul.Tensor, (node.args[0], factor))
+            node.args = (source, *node.args[1:])
+        moved.append(compare(wanted, work.run(*flat, dtype=torch.float64)).relative)
+    return MARGIN * max(moved)
 
 
 def _jumps(node: fx.Node) -> bool:

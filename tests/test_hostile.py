@@ -219,6 +219,58 @@ def test_a_killed_build_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "m.thresher").exists()
 
 
+DISK = """
+import os, sys, thresher, torch, warnings
+from pathlib import Path
+from thresher import cli
+small, ample = Path(sys.argv[1]), Path(sys.argv[2])
+model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64))
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    compiled = thresher.compile(model, (torch.randn(1, 256),), target="cpu")
+print("kept" if not any("not kept" in str(w.message) for w in warned) else "not kept for later builds")
+def attempt(do):
+    try:
+        do()
+        print("written")
+    except thresher.ThresherError as error:
+        print(error)
+attempt(lambda: compiled.save(small / "m.thresher"))
+attempt(lambda: compiled.report.save_html(small / "r.html"))
+attempt(lambda: thresher.compile(model, (torch.randn(1, 256),), target="cpu", tune=thresher.Tune(trials=2)))
+compiled.save(ample / "m.thresher")
+import tempfile
+tempfile.tempdir = str(small)
+attempt(lambda: compiled.save(ample / "n.thresher"))
+attempt(lambda: thresher.load(ample / "m.thresher"))
+print(sorted(p.name for p in small.iterdir()), sorted(p.name for p in ample.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("how", ["size=16k", "ro"])
+def test_a_disk_that_is_full_or_read_only(tmp_path: Path, how: str) -> None:
+    """A real one, mounted for one process: each writer says so in one of our errors, and leaves nothing half-written."""
+    small, ample, cache = tmp_path / "small", tmp_path / "ample", tmp_path / "small" / "cache"
+    small.mkdir()
+    ample.mkdir()
+    mount = f"mount -t tmpfs -o {how} tmpfs {small}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    command = f"{mount} && exec {sys.executable} -c '{DISK}' {small} {ample}"
+    environment = os.environ | {"THRESHER_CACHE": str(cache)}
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    kept, saved, page, tuned, prepared, loaded, left = done.stdout.splitlines()
+    reason = "No space left on device" if how != "ro" else "Read-only file system"
+    assert kept == "not kept for later builds"
+    assert saved.startswith(f"cannot write {small}/m.thresher:") and reason in saved
+    assert page.startswith(f"cannot write {small}/r.html:") and reason in page
+    assert tuned.startswith("cannot use the tuning records in")
+    assert prepared.startswith(f"cannot prepare {ample}/n.thresher:") and reason in prepared
+    assert "cannot unpack" in loaded
+    assert left in ("[] ['m.thresher']", "['cache'] ['m.thresher']")
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "file" / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from torch import nn
 
 import thresher
@@ -25,6 +27,14 @@ from thresher.testing import ZOO, mask_channels, settle
 from thresher.validation import compare
 
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+
+
+def integers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(-128, 128, shape, dtype=np.int8)
+
+
+def unsigned(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
 def rand(*shape: int) -> np.ndarray:
@@ -55,6 +65,14 @@ def one_node(
 
 A, B, IMAGE, SEQ = rand(3, 4), rand(3, 4), rand(2, 3, 6, 8), rand(5, 2, 4)
 POSITIVE = np.abs(A) + 0.1
+F, U8, I8 = np.float32, np.uint8, np.int8
+BYTES, SIGNED, LONG, PIXELS, DEEP = (
+    unsigned(4, 5),
+    integers(3, 4),
+    unsigned(2, 600),
+    unsigned(2, 3, 6, 7),
+    unsigned(1, 40, 4, 5),
+)
 #: (operator, inputs, constants by place, attributes[, opset[, outputs]])
 NODES: list[tuple] = [
     *((op, [A], {}, {}) for op in "Relu Sigmoid Tanh Exp Neg Abs Floor Ceil Round Sign Erf Sin Cos Softplus Selu".split()),
@@ -131,7 +149,29 @@ NODES: list[tuple] = [
     *(("LSTM", [SEQ, w := rand(d, 12, 4), r := rand(d, 12, 3), b := rand(d, 24)], {1: w, 2: r, 3: b},
        {"hidden_size": 3, "direction": k}, 14, 3)
       for d, k in ((1, "forward"), (1, "reverse"), (2, "bidirectional"))),
+    *(("GRU", [SEQ, w := rand(d, 9, 4), r := rand(d, 9, 3), b := rand(d, 18)], {1: w, 2: r, 3: b},
+       {"hidden_size": 3, "direction": k, "linear_before_reset": before}, 14, 2)
+      for d, k, before in ((1, "forward", 0), (1, "reverse", 1), (2, "bidirectional", 0), (2, "bidirectional", 1))),
+    *(("RNN", [SEQ, w := rand(d, 3, 4), r := rand(d, 3, 3), b := rand(d, 6)], {1: w, 2: r, 3: b},
+       {"hidden_size": 3, "direction": k, "activations": [a] * d}, 14, 2)
+      for d, k, a in ((1, "forward", "Tanh"), (1, "reverse", "Relu"), (2, "bidirectional", "Tanh"))),
+    ("QuantizeLinear", [A, F(0.1)], {1: F(0.1)}, {}), ("QuantizeLinear", [A, F(0.02), I8(3)], {1: F(0.02), 2: I8(3)}, {}),
+    ("QuantizeLinear", [A, s := np.array([0.1, 0.2, 0.01, 1.0], "f"), z := np.arange(4, dtype="u1")], {1: s, 2: z}, {"axis": 1}),
+    ("DequantizeLinear", [BYTES, F(0.1)], {1: F(0.1)}, {}), ("DequantizeLinear", [BYTES, F(0.1), U8(7)], {1: F(0.1), 2: U8(7)}, {}),
+    ("DequantizeLinear", [SIGNED, s := np.array([0.1, 0.2, 0.3], "f"), z := np.array([1, -2, 0], "i1")], {1: s, 2: z}, {"axis": 0}),
+    ("DynamicQuantizeLinear", [A], {}, {}, 13, 3), ("DynamicQuantizeLinear", [A + 100], {}, {}, 13, 3),
+    ("DynamicQuantizeLinear", [0 * A], {}, {}, 13, 3),
+    ("MatMulInteger", [LONG, w := integers(600, 4)], {1: w}, {}),
+    ("MatMulInteger", [BYTES, w := integers(5, 4), U8(120), I8(-3)], {1: w, 2: U8(120), 3: I8(-3)}, {}),
+    ("QLinearMatMul", q := [BYTES, F(0.02), U8(120), integers(5, 4), F(0.03), I8(-3), F(0.9), U8(128)], dict(enumerate(q[1:], 1)), {}),
+    ("ConvInteger", [PIXELS, w := integers(4, 3, 3, 3)], {1: w}, {"pads": [1, 1, 1, 1]}),
+    ("ConvInteger", [PIXELS, w := unsigned(3, 1, 3, 3), U8(9), U8(130)], {1: w, 2: U8(9), 3: U8(130)}, {"group": 3, "strides": [2, 2]}),
+    ("ConvInteger", [DEEP, w := unsigned(2, 40, 3, 3)], {1: w}, {}),
+    ("QLinearConv", q := [PIXELS, F(0.02), U8(100), integers(4, 3, 3, 3), np.array([0.1, 0.2, 0.05, 0.3], "f"), np.zeros(4, "i1"), F(1.1),
+                          U8(128), np.array([5, -900, 3000, 0], "i4")], dict(enumerate(q[1:], 1)), {"pads": [1, 1, 1, 1]}, 10),
 ]  # fmt: skip
+BY_ONNXRUNTIME = """LSTM GRU RNN QLinearConv DequantizeLinear DynamicQuantizeLinear Resize BatchNormalization AveragePool MaxPool
+HardSwish""".split()
 NOT_ALONE = {
     "Dropout",
     "ConstantOfShape",
@@ -147,7 +187,7 @@ def test_operators(place: int, tmp_path: Path) -> None:
     model = one_node(op, values, constants, outputs, opset, **attributes)
     onnx.save(model, tmp_path / "one.onnx")
     given = {f"x{i}": np.asarray(v) for i, v in enumerate(values) if v is not None and i not in constants}
-    if op in ("LSTM", "Resize", "BatchNormalization", "AveragePool", "MaxPool", "HardSwish") or opset < 13:
+    if op in BY_ONNXRUNTIME or opset < 13:
         wanted = onnxruntime.InferenceSession(tmp_path / "one.onnx").run(None, given)
     else:
         wanted = ReferenceEvaluator(model).run(None, given)
@@ -212,7 +252,62 @@ def test_real_files_are_compiled(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet", "vit", "bert_masked", "lista"])
+def test_a_dynamically_quantised_model(tmp_path: Path) -> None:
+    """Magika, made by onnxruntime's own tool: whole numbers are summed exactly, and steps of rounding are allowed for by measure."""
+    path, args, _ = FILES["file types"]
+    quantize_dynamic(path, tmp_path / "q.onnx")
+    assert {"MatMulInteger", "ConvInteger"} <= {n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node}
+    compiled = thresher.compile(read_onnx(tmp_path / "q.onnx"), args, target="cpu")
+    (wanted,) = by_onnxruntime(tmp_path / "q.onnx", args, {})
+    found = compiled(*args)
+    assert compare([wanted], [found]).relative < 0.01
+    assert (
+        max(c.tolerance for c in compiled.report.checks) > 1e-4
+    )  # of an input some of whose values lie next to a step
+    assert thresher.load(compiled.save(tmp_path / "q.thresher")).validate()[0].passed
+
+
+def test_a_statically_quantised_model(tmp_path: Path) -> None:
+    """Quantised and back between all operators: to the last step what onnxruntime computes where it merges none of them."""
+
+    class Images(CalibrationDataReader):
+        left = iter([{"x": np.random.default_rng(0).standard_normal((1, 3, 48, 64)).astype("f")}])
+
+        def get_next(self) -> dict | None:
+            return next(self.left, None)
+
+    source = real("rapidocr_onnxruntime", "models/ch_ppocr_mobile_v2.0_cls_infer.onnx")
+    quantize_static(source, tmp_path / "q.onnx", Images(), quant_format=QuantFormat.QDQ, per_channel=True)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((1, 3, 48, 64)).astype("f"))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    (wanted,) = onnxruntime.InferenceSession(tmp_path / "q.onnx", options).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        found = read_onnx(tmp_path / "q.onnx")(x)
+    assert np.abs(found.numpy() - wanted).max() <= 2 / 255
+
+
+@pytest.mark.parametrize("after", [lambda y: y, lambda y: y.relu(), lambda y: y * stepped(y + 1.5)])
+def test_steps_behind_each_other_are_compiled(after: Callable) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return stepped(after(stepped(self.conv(x))))
+
+    thresher.compile(Model().eval(), (torch.randn(1, 3, 12, 12),), target="cpu")  # it validates itself
+
+
+def stepped(x: torch.Tensor) -> torch.Tensor:
+    """Quantised to 8 bits and back."""
+    steps = torch.clamp(torch.round(x / 0.05) + 3, -128, 127).to(torch.int8)
+    return (steps.to(torch.int32) - 3).to(torch.float32) * 0.05
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit", "bert_masked", "lista"])
 def test_folded_models_are_written_and_read_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, args = ZOO[name]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from collections import deque
@@ -37,6 +39,7 @@ from thresher.tuning import Tune
 from thresher.weights import Weights
 
 PLANS_VERSION = 3  # of the kernel templates: records of another are for other code
+ROOM = 32 << 20  # bytes for compiled code on the way to its library
 SHIPPED = Path(__file__).parent / "records.jsonl"
 
 
@@ -117,6 +120,7 @@ class TVMLowered(Lowered):
         if isinstance(self.executable, Loaded):
             (directory / CODE).write_bytes(self.executable.code)
         else:
+            _check_room(directory)
             self.executable.export_library(str(directory / CODE), fcompile=_linker(self.cpu))
         return {
             "device": self.device,
@@ -125,6 +129,14 @@ class TVMLowered(Lowered):
             "library": self.library,
             "weights": weights.add(self.weights),
         }
+
+
+def _check_room(directory: Path) -> None:
+    """LLVM ends the process where it cannot write."""
+    if (free := shutil.disk_usage(directory).free) < ROOM:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for code ({free >> 20} of {ROOM >> 20} MB)", str(directory)
+        )
 
 
 def _linker(cpu: str) -> Any:

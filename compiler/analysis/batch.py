@@ -77,7 +77,9 @@ def with_batch(program: Program, size: int) -> Program:
     """The program for a batch of ``size``: same names, same constants, every shape a number. Its probe is that of ``program``, repeated or
     cut to the size."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graph, mapping, numbers = fx.Graph(), {}, {}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    numbers: dict[fx.Node, int] = {}
     probe = tuple(
         _resized(value, size) if is_tensor(node) and free_symbols(node) else value
         for node, value in zip(program.placeholders, program.probe, strict=True)

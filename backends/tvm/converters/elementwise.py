@@ -168,7 +168,25 @@ for _name, _operation in {
     SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
 
 
-def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) -> Any:
+ARITHMETIC = frozenset(
+    overload
+    for name in "round add sub mul div neg _to_copy relu".split()
+    for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
+)
+
+
+def _alone(node: fx.Node) -> bool:
+    """Whether a clamp is a kernel of its own. Of the steps of a quantised model that follow each other with nothing but arithmetic between,
+    every second one is: TVM puts a value that is read twice into both readers, and may not do so with names within names."""
+    rounded, others = 0, int(node.target is not aten.clamp.default)
+    while is_tensor(node.args[0]) and node.args[0].target in (*ARITHMETIC, aten.clamp.default):
+        node = node.args[0]
+        rounded += node.target is aten.round.default
+        others += node.target is aten.relu.default
+    return rounded > 0 and (rounded + others) % 2 == 0
+
+
+def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, alone: bool = False) -> Any:
     """By comparisons that a NaN passes through (max and min would swallow it)."""
     dtype = str(x.ty.dtype)
 
@@ -183,12 +201,12 @@ def _clamped(importer: Importer, x: Any, low: float | None, high: float | None) 
 
         return te.compute(t.shape, lambda *i: elementwise.named(t(*i), element), name="T_clamp")
 
-    return importer.emit_te("clamp", compute, x)
+    return importer.emit_te("clamp", compute, x, alone=alone)
 
 
 @semantics(aten.relu.default)
 def relu(importer: Importer, node: fx.Node) -> Any:
-    return _clamped(importer, importer.value(node.args[0]), 0, None)
+    return _clamped(importer, importer.value(node.args[0]), 0, None, _alone(node))
 
 
 @semantics(aten.relu6.default)
@@ -208,7 +226,7 @@ def clamp(importer: Importer, node: fx.Node) -> Any:
     value = cast(importer, importer.value(node.args[0]), result_dtype(node))
     if node.target is aten.clamp_max.default:
         return _clamped(importer, value, None, node.args[1])
-    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"))
+    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"), _alone(node))
 
 
 @semantics(aten.elu.default)
