@@ -16,9 +16,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
 	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
-	# a test looks at the report in a real browser
-	@command -v chromium >/dev/null || [ $$(id -u) != 0 ] || \
-		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null)
+	# two tests need more than Python: the report in a real browser, and the C++ example
+	@{ command -v chromium && test -e /usr/include/openssl/evp.h; } >/dev/null || [ $$(id -u) != 0 ] || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium g++ libssl-dev >/dev/null)
 	touch $(READY)
 
 demo: $(READY)

@@ -8,8 +8,9 @@ sample, and cut off the results. Which pieces: those that take the least time to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class Pieces:
 
     def __init__(self, runs: Mapping[int, Run], batched: Sequence[bool], times: Mapping[int, float]):
         self.runs, self.batched, self.times = dict(runs), list(batched), dict(times)
-        self.plan = cache(self._plan)
+        self.plan = lru_cache(256)(self._plan)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat inputs, all torch tensors or all NumPy arrays, to flat outputs of the same kind."""
@@ -81,4 +82,4 @@ def _bytes(x: Any) -> np.ndarray:
     """A tensor's memory, whatever its dtype (NumPy has no bfloat16), by its first dimension."""
     import torch
 
-    return x.detach().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
+    return x.detach().contiguous().reshape(len(x), math.prod(x.shape[1:])).view(torch.uint8).numpy()

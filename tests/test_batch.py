@@ -56,6 +56,8 @@ def test_the_zoo_computes_each_sample_for_itself(name: str) -> None:
 
 
 MIXERS = {
+    "a cache of samples": lambda x: x.index_copy(0, torch.tensor([1]), x[:1]),
+    "an element of all": lambda x: torch.ops.aten.index_put(x, [torch.tensor([0, 1]), torch.tensor([2, 3])], x[0, :2]),
     "centred": lambda x: x - x.mean(0),
     "over the batch": lambda x: x.softmax(0),
     "turned round": lambda x: x.flip(0),
@@ -81,6 +83,7 @@ def test_what_mixes_samples_is_not_taken_apart(name: str) -> None:
 
 
 APART = {
+    "a cache": lambda x: x.view(-1, 2, 3).index_copy(1, torch.tensor([1]), x.view(-1, 2, 3)[:, :1]).flatten(1),
     "rows": lambda x: x / x.sum(1, keepdim=True),
     "a matrix": lambda x: (x.view(-1, 2, 3) @ x.view(-1, 3, 2)).flatten(1),
     "a constant": lambda x: torch.cat([x, torch.ones(x.shape[0], 1)], 1),

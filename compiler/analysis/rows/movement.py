@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.facts import Known, compress, known, sizes
+from thresher.analysis.facts import Known, compress, known, reduce_to, sizes
 from thresher.analysis.rows.base import (
     Facts,
     Row,
@@ -201,6 +201,19 @@ class Gather(Movement):
             place = plan.keep[(source, dim)].long().cumsum(0) - 1
             kept = place[plan.facts[index].content[plan.keep[(node, dim)]]]
             node.update_arg(2, plan.program.add_constant(kept, str(index.target), like=index))
+
+
+class Written(Row):
+    """index_put along one dimension, a cache of keys for instance: along the others each element comes from its own place. Nothing is cut."""
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        x, indices, values = node.args[:3]
+        result = super().read(node, wanted, facts)
+        dims = [d for d, i in enumerate(indices) if i is not None]
+        alike = len(sizes(values)) == len(sizes(x)) and len({x, values, indices[dims[0]]}) == 3
+        if len(dims) == 1 and alike and len(sizes(indices[dims[0]])) == 1:
+            result |= {x: wanted, values: reduce_to(wanted.any(dims[0], keepdim=True), sizes(values))}
+        return result
 
 
 class Pad(Movement):
