@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._export.utils
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
@@ -116,7 +117,7 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram, or the path of a .pt2 or .onnx file"
         )
-    with _quiet():
+    with _quiet(), _listed_once():
         exported = exported.run_decompositions(_decompositions())
     return _from_exported(exported, name)
 
@@ -180,6 +181,21 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*assigned during export.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+
+
+LIST_OPERATORS = getattr(torch._export.utils, "_materialize_cpp_cia_ops", lambda: None)  # torch's own, not public
+
+
+@contextlib.contextmanager
+def _listed_once() -> Iterator[None]:
+    """torch asks the dispatcher for all composite operators once for each of its fifty namespaces, a third of the time that a small model
+    takes to capture; no operator is registered meanwhile, so that once is enough."""
+    LIST_OPERATORS()
+    torch._export.utils._materialize_cpp_cia_ops = lambda: None
+    try:
+        yield
+    finally:
+        torch._export.utils._materialize_cpp_cia_ops = LIST_OPERATORS
 
 
 def _decompositions() -> dict:

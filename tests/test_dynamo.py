@@ -109,7 +109,9 @@ def test_options_reach_the_passes(builds) -> None:
     run(model, x, passes=["canonicalize", "fold-channels{gain=0}"], validate="warn")
     assert builds[0]["validate"] == "warn" and builds[0]["passes"][1] == "fold-channels{gain=0}"
     assert "fold-batch-norm" not in [r.name for r in dynamo.built()[0].report.passes]
-    with pytest.raises(Exception, match="no option 'pases'; its options: backend, budget, calibration, fallback"):
+    with pytest.raises(
+        Exception, match="no option 'pases'; its options: backend, batch_sizes, budget, calibration, fallback"
+    ):
         run(mlp(), x, pases="none")
 
 

@@ -68,6 +68,7 @@ def examine(
     first: Sequence[str | Pass] = (),
     draws: int = 4,
     misses: int = 60,
+    dtypes: Sequence[torch.dtype] = DTYPES,
     context: Callable[[Program], Context] | None = None,
     seed: int = 0,
 ) -> list[Finding]:
@@ -79,6 +80,7 @@ def examine(
         first: passes that run before it (and are not judged).
         draws: sizes of each case that are tried.
         misses: graphs one step off that are tried, per case.
+        dtypes: of the models that are tried besides the one in float32.
         context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
 
     Returns: one finding for each check and case that failed, the first one found.
@@ -88,7 +90,7 @@ def examine(
     for case in cases:
         trial = _Trial(chosen, case, list(first), context or (lambda program: Context()), seed)
         seen: dict[str, Finding] = {}
-        for finding in trial.run(draws, misses):
+        for finding in trial.run(draws, misses, dtypes):
             seen.setdefault(finding.check, finding)
         found += seen.values()
     return found
@@ -104,7 +106,7 @@ class _Trial:
     context: Callable[[Program], Context]
     seed: int
 
-    def run(self, draws: int, misses: int) -> Iterator[Finding]:
+    def run(self, draws: int, misses: int, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
         active = False
         for sizes in self.case.draws(draws, self.seed):
             where = described(self.case, sizes)
@@ -122,7 +124,7 @@ class _Trial:
                 yield from self._way_back(captured, result.program, where)
             if not active:  # once: what follows does not depend on sizes
                 active = True
-                yield from self._dtypes(sizes, where)
+                yield from self._dtypes(sizes, where, dtypes)
                 yield from self._near_misses(program, result, where, misses)
         if not active:
             yield Finding("idle", self.case.name, f"{self.item} rewrote nothing, in no size")
@@ -219,8 +221,8 @@ class _Trial:
 
     # ------------------------------------------------------------------ other captures
 
-    def _dtypes(self, sizes: dict[str, Any], where: str) -> Iterator[Finding]:
-        for dtype in DTYPES:
+    def _dtypes(self, sizes: dict[str, Any], where: str, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
+        for dtype in dtypes:
             place = f"{where} in {str(dtype).removeprefix('torch.')}"
             try:
                 program = self._prepared(self.case.program(sizes, dtype))

@@ -109,7 +109,7 @@ def test_models_are_translated(name: str, dtype: torch.dtype) -> None:
     assert found and all(k.registers * k.threads <= 65536 and k.shared <= 48 << 10 for k in found)
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ["bert_masked", "lista", "llama", "mobilenet", "unet", "vit"])
 def test_the_module_before_scheduling_is_right(name: str) -> None:
     """What the GPU's schedules start from, run by TVM on the CPU, against eager."""
     model, args = ZOO[name]()

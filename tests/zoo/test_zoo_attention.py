@@ -58,9 +58,8 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, tuple]], int]] = {
     **{
         f"timm {name}": (zoo("timm", name), count)
         for name, count in {
-            "vit_tiny_patch16_224": 12, "deit_tiny_patch16_224": 12, "swin_tiny_patch4_window7_224": 12, "xcit_nano_12_p16_224": 14,
-            "pvt_v2_b0": 8, "twins_pcpvt_small": 16, "crossvit_tiny_240": 21, "coatnet_pico_rw_224": 7, "levit_128s": 11,
-            "efficientvit_m0": 24, "visformer_tiny": 8,
+            "vit_tiny_patch16_224": 12, "swin_tiny_patch4_window7_224": 12, "xcit_nano_12_p16_224": 14, "pvt_v2_b0": 8,
+            "crossvit_tiny_240": 21, "levit_128s": 11, "efficientvit_m0": 24, "visformer_tiny": 8,
         }.items()
     },
     "BERT": (transformers("BertModel", (TOKENS, THERE), **TEXT), 2),

@@ -204,7 +204,7 @@ class Gather(Movement):
 
 
 class Written(Row):
-    """index_put along one dimension, a cache of keys for instance: along the others each element comes from its own place. Nothing is cut."""
+    """index_put along one dimension (a cache of keys): along the others each element comes from its own place. Nothing is cut."""
 
     def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         x, indices, values = node.args[:3]
