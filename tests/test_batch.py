@@ -85,6 +85,7 @@ def test_what_mixes_samples_is_not_taken_apart(name: str) -> None:
 APART = {
     "a cache": lambda x: x.view(-1, 2, 3).index_copy(1, torch.tensor([1]), x.view(-1, 2, 3)[:, :1]).flatten(1),
     "rows": lambda x: x / x.sum(1, keepdim=True),
+    "of length one": lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True),
     "a matrix": lambda x: (x.view(-1, 2, 3) @ x.view(-1, 3, 2)).flatten(1),
     "a constant": lambda x: torch.cat([x, torch.ones(x.shape[0], 1)], 1),
     "a table": lambda x: nn.functional.embedding(x.argmax(1), torch.arange(12.0).view(6, 2)),

@@ -90,7 +90,7 @@ def with_batch(program: Program, size: int) -> Program:
         return numbers[node] if node in numbers else mapping[node]
 
     for node in program.graph.nodes:
-        if isinstance(node.meta.get("val"), torch.SymInt):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), (int, torch.SymInt)):
             args = fx.map_arg((node.args, node.kwargs), lambda n: numbers.get(n, n.meta["val"]))
             numbers[node] = _evaluated(node, args, mapping)
             continue

@@ -17,7 +17,7 @@ from thresher.analysis.rows.adapter import Adapter, adapter
 from thresher.analysis.rows.attention import Attention, Matmul
 from thresher.analysis.rows.base import Facts, Row, aten
 from thresher.analysis.rows.elementwise import Choice, Elementwise, Filled, Product, Quotient, Sum
-from thresher.analysis.rows.mixing import Mixing, Softmax, along, reduced, spatial
+from thresher.analysis.rows.mixing import Mixing, Softmax, along, normed, reduced, spatial
 from thresher.analysis.rows.movement import (
     Concat,
     Gather,
@@ -91,6 +91,7 @@ def _table() -> dict[Any, Row]:
     add(Softmax(along(1)), *SOFTMAX)
     add(Mixing(along(1)), *ROWS)
     table.update(dict.fromkeys(REDUCTIONS, Mixing(reduced)))
+    table[aten.linalg_vector_norm.default] = Mixing(normed)
     add(LayerNorm(), "layer_norm", "rms_norm")
     add(GroupNorm(), "group_norm")
     add(Linear(), "linear")

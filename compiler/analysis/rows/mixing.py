@@ -97,3 +97,11 @@ def reduced(node: fx.Node) -> tuple[list[int], bool]:
         else bool(node.kwargs.get("keepdim", False))
     )
     return sorted(d % rank for d in dims), not keepdim
+
+
+def normed(node: fx.Node) -> tuple[list[int], bool]:
+    """linalg_vector_norm: the dimensions given as the third argument, gone unless keepdim."""
+    rank = len(sizes(node.args[0]))
+    dims = argument(node, 2, "dim")
+    dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+    return sorted(d % rank for d in dims), not argument(node, 3, "keepdim", False)
