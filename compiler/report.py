@@ -207,7 +207,8 @@ class Report:
         facts = [f"{spent.name}: {words}" for spent in self.spent for words in spent.checks]
         if self.batch:
             facts.append(f"batch: {self.batch}")
-        idle = list(dict.fromkeys(p.name for p in self.passes if p.status != "skipped" and not _spoke(p)))
+        spoke = {p.name for p in self.passes if _spoke(p)}
+        idle = [n for n in dict.fromkeys(p.name for p in self.passes if p.status != "skipped") if n not in spoke]
         if idle:
             facts.append(f"found nothing to do: {', '.join(idle)}")
         if self.memory:
