@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._export.utils
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
@@ -23,6 +22,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from thresher.errors import CaptureError
 from thresher.onnx_reader import read_onnx
 from thresher.program import Program, copy_origin
+from thresher.quick_export import quick_export
 
 KEPT_WHOLE = frozenset(
     [
@@ -117,7 +117,7 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram, or the path of a .pt2 or .onnx file"
         )
-    with _quiet(), _listed_once():
+    with _quiet(), quick_export():
         exported = exported.run_decompositions(_decompositions())
     return _from_exported(exported, name)
 
@@ -181,21 +181,6 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*assigned during export.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
-
-
-LIST_OPERATORS = getattr(torch._export.utils, "_materialize_cpp_cia_ops", lambda: None)  # torch's own, not public
-
-
-@contextlib.contextmanager
-def _listed_once() -> Iterator[None]:
-    """torch asks the dispatcher for all composite operators once for each of its fifty namespaces, a third of the time that a small model
-    takes to capture; no operator is registered meanwhile, so that once is enough."""
-    LIST_OPERATORS()
-    torch._export.utils._materialize_cpp_cia_ops = lambda: None
-    try:
-        yield
-    finally:
-        torch._export.utils._materialize_cpp_cia_ops = LIST_OPERATORS
 
 
 def _decompositions() -> dict:

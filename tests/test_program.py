@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import pytest
 import torch
 from conftest import Function
@@ -10,7 +13,8 @@ from torch import Tensor, nn
 from thresher.capture import capture
 from thresher.errors import CaptureError, InputError, ProgramError
 from thresher.program import Program, module_path, source_line
-from thresher.testing import ZOO
+from thresher.quick_export import give_kernel
+from thresher.testing import ZOO, settle
 from thresher.text import parse
 
 
@@ -232,3 +236,13 @@ def test_padding_leaves_a_free_dimension_free() -> None:
     program.propagate().verify()
     assert all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in program.graph.nodes if n.op != "output")
     assert program.run(torch.randn(7, 4))[0].shape == (7, 7)
+
+
+@pytest.mark.parametrize("name", ["vit", "mobilenet"])
+def test_the_quick_export_is_the_export(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = ZOO[name]()
+    quick = capture(settle(model), args).text()
+    kernel = torch._ops.OperatorBase.py_impl
+    monkeypatch.setattr(sys.modules["thresher.capture"], "quick_export", contextlib.nullcontext)
+    assert capture(model, args).text() == quick
+    assert torch._ops.OperatorBase.py_impl is kernel is give_kernel
