@@ -41,7 +41,7 @@ def _give_kernel(self: OperatorBase, key: Any) -> Callable[[Any], Any]:
     if not isinstance(key, DispatchKey) or key == DispatchKey.Python or key in self.py_kernels:
         return give_kernel(self, key)
 
-    def give(kernel):  # type: ignore[no-untyped-def]  # annotations are what takes the time
+    def give(kernel):  # without annotations: they are what takes the time
         self.py_kernels[key] = kernel
         self._dispatch_cache.clear()
         return kernel
