@@ -622,6 +622,7 @@ GRID, ROWS, PLACES = rand(4, 6, 8), rand(4, 3, 8, seed=1), torch.tensor([5, 0, -
 AGAIN, ELSEWHERE = torch.tensor([5, 0, 5]), torch.tensor([3, 1, 3])
 FEW, MANY = ints(3, 2, 5, high=4), ints(4, 3, 8, high=6)
 PUT = torch.ops.aten.index_put
+HOLES = torch.where(GRID > 1.5, torch.nan, GRID)
 for _name, _f, _inputs in (
     ("cache", lambda x, i, v: x.index_copy(1, i, v), (GRID, PLACES % 6, ROWS)),
     ("setitem", lambda x, i, v: _written(x, i, v), (GRID, PLACES, ROWS)),
@@ -638,6 +639,8 @@ for _name, _f, _inputs in (
     ("integers", lambda x, i, v: PUT(x, [i], v), (ints(6), ELSEWHERE[:2], ints(2))),
     ("scatter-add", lambda x, i, v: x.scatter_add(1, i, v), (GRID, MANY, ROWS)),
     ("scatter-add-half", lambda x, i, v: x.scatter_add(1, i, v), (GRID.half(), MANY, ROWS.half())),
+    ("scatter-mean-integers", lambda x, i, v: x.scatter_reduce(1, i, v, "mean"), (ints(4, 6, 8, low=-9), MANY, ints(4, 3, 8, low=-9))),
+    *((f"scatter-{how}-nan", lambda x, i, v, h=how: x.scatter_reduce(1, i, v, h), (HOLES, MANY, HOLES[:, :3])) for how in ("amax", "amin")),
     *(
         (f"scatter-{how}-{own}", lambda x, i, v, h=how, o=own: x.scatter_reduce(0, i, v, h, include_self=o), (GRID, FEW, ROWS))
         for how in ("sum", "prod", "mean", "amax", "amin")

@@ -162,12 +162,31 @@ def _take_in_order(importer: Importer, x: Any, mask: Any, values: Any) -> Any:
 
 # ---------------------------------------------------------------------- along a dimension
 
-START: dict[str, Callable[[str], Any]] = {
-    "sum": lambda dtype: tirx.const(0, dtype),
-    "mean": lambda dtype: tirx.const(0, dtype),
-    "prod": lambda dtype: tirx.const(1, dtype),
-    "amax": tirx.min_value,
-    "amin": tirx.max_value,
+
+def _larger(a: Any, b: Any) -> Any:
+    """A NaN wins, as in torch."""
+    return tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)
+
+
+def _added(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def _multiplied(a: Any, b: Any) -> Any:
+    return a * b
+
+
+#: How two values are joined, and what joins with every value to that value, by dtype.
+JOINED: dict[str, tuple[Callable[[Any, Any], Any], Callable[[str], Any]]] = {
+    "sum": (_added, lambda dtype: tirx.const(0, dtype)),
+    "mean": (_added, lambda dtype: tirx.const(0, dtype)),
+    "prod": (_multiplied, lambda dtype: tirx.const(1, dtype)),
+    "amax": (_larger, tirx.min_value),
+    "amin": (_smaller, tirx.max_value),
 }
 
 
@@ -178,9 +197,8 @@ def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) ->
     if not rank:
         raise NotImplementedError("a tensor without dimensions")
     dim, dtype = dim % rank, result_dtype(node)
-    start = START[how](dtype)
-    product = te.comm_reducer(lambda a, b: a * b, lambda t: tirx.const(1, t), name="product")
-    fold: Callable[..., Any] = {"amax": te.max, "amin": te.min, "prod": product}.get(how, te.sum)
+    join, start = JOINED[how]
+    fold = te.comm_reducer(join, start, name=how)
     limits = [d for d in range(rank) if d != dim and shape_of(index)[d] != shape_of(x)[d]]
 
     def hit(index: te.Tensor, p: Sequence[Any], q: Sequence[Any]) -> Any:
@@ -194,7 +212,7 @@ def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) ->
 
         def one(*p: Any) -> Any:
             q = at(index, p, j)
-            return fold(tirx.Select(hit(index, p, q), source[tuple(q)], start), axis=j)
+            return fold(tirx.Select(hit(index, p, q), source[tuple(q)], start(dtype)), axis=j)
 
         return te.compute(shape, one, name="folded")
 
@@ -211,16 +229,14 @@ def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) ->
         count = None if include_self and how != "mean" else writers(index, x.shape)
 
         def one(*p: Any) -> Any:
-            own = x[p]
-            both = {"prod": own * found[p], "amax": te.max(own, found[p]), "amin": te.min(own, found[p])}.get(
-                how, own + found[p]
-            )
-            total = both if include_self else found[p]
+            own, others = x(*p), found(*p)
+            total = join(own, others) if include_self else others
             if count is None:
                 return total
             if how == "mean":
                 members = count[p] + tirx.const(1 if include_self else 0, dtype)
-                total = total / te.max(members, tirx.const(1, dtype))
+                divide = te.div if dtype.startswith(("float", "bfloat")) else te.floordiv  # torch rounds down
+                total = divide(total, te.max(members, tirx.const(1, dtype)))
             return total if include_self else tirx.Select(count[p] > tirx.const(0, dtype), total, own)
 
         return te.compute(x.shape, one, name="combined")
