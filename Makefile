@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench gpu-bench coverage clean
+.PHONY: debian demo test lint docs bench gpu-bench coverage clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,16 +16,18 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
 	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
-	# two tests need more than Python: the report in a real browser, and the C++ example
-	@{ command -v chromium && test -e /usr/include/openssl/evp.h; } >/dev/null || [ $$(id -u) != 0 ] || \
-		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium g++ libssl-dev >/dev/null) || \
-		echo "without Chromium or OpenSSL's headers: the tests that need them are skipped"
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/thresher demo
 
-test: $(READY)
+# two tests need more than Python: the report in a real browser, and the C++ example
+debian:
+	@{ command -v chromium && test -e /usr/include/openssl/evp.h; } >/dev/null || [ $$(id -u) != 0 ] || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium g++ libssl-dev >/dev/null) || \
+		echo "without Chromium or OpenSSL's headers: the tests that need them are skipped"
+
+test: $(READY) debian
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 lint: $(READY)

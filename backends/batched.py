@@ -30,7 +30,7 @@ class BatchedLowered(Lowered):
 
     def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
         """Of the largest size that the inputs fill."""
-        count = next(len(x) for x, batched in zip(inputs, self.pieces.batched) if batched)
+        count = self.pieces.count(inputs)
         size = max((s for s in self.parts if s <= count), default=min(self.parts))
         given = [x[:size] if batched else x for x, batched in zip(inputs, self.pieces.batched)]
         return self.parts[size].profile(given) if count >= size else []

@@ -110,6 +110,10 @@ def capture(
         name = type(model).__name__
         exported = _export(model, tuple(args), kwargs or {}, dynamic_shapes)
     elif isinstance(model, ExportedProgram):
+        if dynamic_shapes is not None:
+            raise CaptureError(
+                "an exported program has its free sizes already: give dynamic_shapes= to torch.export.export"
+            )
         name, exported = "model", model
         if args or kwargs:
             exported._example_inputs = (tuple(args), dict(kwargs or {}))

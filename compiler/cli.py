@@ -300,12 +300,10 @@ def batch(text: str, inputs: tuple) -> tuple[tuple, dict[str, Any]]:
 def _build(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, options.input, numbers(options.fixed))
     calibration = attribute(options.calibration)() if options.calibration else None
-    free: dict[str, Any] = {}
-    if options.batch:
-        inputs, free = batch(options.batch, inputs)
+    several, free = batch(options.batch, inputs) if options.batch else (inputs, {})
     compiled = thresher.compile(
         model,
-        inputs,
+        several,
         target=options.target,
         passes=split_passes(options.passes),
         validate=options.validate,

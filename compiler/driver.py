@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from thresher import machine_speed
 from thresher.analysis.attention_sites import described
-from thresher.analysis.batch import free_batch, free_symbols, mixes, with_batch
+from thresher.analysis.batch import free_batch, free_symbols, mixes, resized, with_batch
 from thresher.analysis.cost import constant_bytes, count_flops, seconds
 from thresher.backends.base import Backend, Lowered, Lowering, find_backend
 from thresher.backends.batched import BatchedLowered
@@ -296,7 +296,7 @@ class _Build:
         self.mixed = ""
         if self.backend.name != "tvm" or not self.batch_sizes or not free_batch(self.rewritten):
             return {0: self.rewritten}
-        self.mixed = mixes(self.rewritten)
+        self.mixed = mixes(self.rewritten, self.batch_sizes)
         if self.mixed:
             return {0: self.rewritten}
         return {size: with_batch(self.rewritten, size) for size in self.batch_sizes}
@@ -314,10 +314,10 @@ class _Build:
         """``specialized``, lowered; for several sizes of batches the smaller ones read the weights of the largest where they can."""
         if set(self.specialized) == {0}:
             return self.backend.lower(self.specialized[0], self.target, how)
-        parts: dict[int, Lowered] = {}
-        for size in sorted(self.specialized, reverse=True):
-            held = next(iter(parts.values())).constants() if parts and how.held is None else how.held
-            parts[size] = self.backend.lower(self.specialized[size], self.target, replace(how, held=held))
+        largest, *smaller = sorted(self.specialized, reverse=True)
+        parts = {largest: self.backend.lower(self.largest, self.target, how)}
+        how = replace(how, held=how.held or parts[largest].constants())
+        parts |= {size: self.backend.lower(self.specialized[size], self.target, how) for size in smaller}
         device = self.target.partition(":")[0]
         given = {size: p.signature(device).check(list(p.probe)) for size, p in self.specialized.items()}
         batched = [is_tensor(n) and bool(free_symbols(n)) for n in self.rewritten.placeholders if is_tensor(n)]
@@ -457,18 +457,21 @@ class _Build:
 
     def compared(self) -> list[Check]:
         """Every comparison that can be made here."""
+        example, random = probes(self.rewritten)
+        inputs = [("example input", example, 0), ("random input", random, 0)]
+        sizes = sorted(set(self.specialized) - {0})
+        inputs += [(f"batch of {size}", resized(self.rewritten, example, size), size) for size in sizes]
         checks = []
-        for number, (label, flat) in enumerate(zip(("example", "random"), probes(self.rewritten))):
-            found = self.compared_on(flat, f"{label} input")
+        for number, (label, flat, size) in enumerate(inputs):
+            found = self.compared_on(flat, label)
             if not all(c.passed for c in found) and (choice := undecided(self.rewritten, flat)) is not None:
-                others = (probes(self.rewritten, 1 + number + 2 * i)[1] for i in range(8))
+                others = (probes(self.rewritten, 1 + number + len(inputs) * i)[1] for i in range(8))
+                others = (resized(self.rewritten, f, size) if size else f for f in others)
                 clear = next((f for f in others if undecided(self.rewritten, f) is None), None)
                 if clear is not None:
-                    why = f"another input: rounding decides {choice.name} of the {label} one"
+                    why = f"another input: rounding decides {choice.name} of the {label}"
                     found = [*(c for c in found if c.passed), *self.compared_on(clear, why)]
             checks += found
-        for size in sorted(set(self.specialized) - {0}):
-            checks += self.compared_on(with_batch(self.rewritten, size).probe, f"batch of {size}")
         return [*checks, *self.within_budget()]
 
     def compared_on(self, flat: tuple, label: str) -> list[Check]:

@@ -8,7 +8,6 @@ sample, and cut off the results. Which pieces: those that take the least time to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -28,7 +27,7 @@ class Pieces:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat inputs, all torch tensors or all NumPy arrays, to flat outputs of the same kind."""
-        count = next(len(x) for x, batched in zip(inputs, self.batched) if batched)
+        count = self.count(inputs)
         sizes = self.plan(count)
         if sizes == (count,):
             return self.runs[count](inputs)
@@ -38,6 +37,10 @@ class Pieces:
             results.append([y[: count - done] for y in self.runs[size](part)])
             done += size
         return [_joined(parts) for parts in zip(*results)]
+
+    def count(self, inputs: Sequence[Any]) -> int:
+        """How many samples there are."""
+        return next(len(x) for x, batched in zip(inputs, self.batched) if batched)
 
     def _plan(self, count: int) -> tuple[int, ...]:
         """The sizes for a batch of ``count``, the largest first; a batch of none is computed as one and cut."""
@@ -74,12 +77,12 @@ def _joined(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     # by one thread: after work of several, torch's threads spin for a while, and whoever runs next waits for a core
     whole = torch.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), dtype=parts[0].dtype)
-    np.concatenate([_bytes(p) for p in parts], out=_bytes(whole))
+    np.concatenate([memory_of(p.detach().contiguous()) for p in parts], out=memory_of(whole))
     return whole
 
 
-def _bytes(x: Any) -> np.ndarray:
-    """A tensor's memory, whatever its dtype (NumPy has no bfloat16), by its first dimension."""
+def memory_of(x: Any) -> np.ndarray:
+    """The bytes of a contiguous tensor on the CPU, whatever its dtype (NumPy has no bfloat16)."""
     import torch
 
-    return x.detach().contiguous().reshape(len(x), math.prod(x.shape[1:])).view(torch.uint8).numpy()
+    return x.reshape(-1).view(torch.uint8).numpy()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ import thresher
 from thresher import runtime
 from thresher.analysis.batch import free_batch, mixes, with_batch
 from thresher.cli import main
-from thresher.errors import InputError
+from thresher.errors import CaptureError, InputError
 from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
 from thresher.pieces import Pieces
@@ -71,6 +72,7 @@ MIXERS = {
     "their place": lambda x: x + torch.arange(x.shape[0])[:, None],
     "the first of all": lambda x: x + x[:1],
     "the last of all": lambda x: x + x[-1:],
+    "unbatched": lambda x: nn.functional.conv1d(x.T, torch.ones(6, 6, 3), padding=1).T,
     "best of all": lambda x: x.amax(0, keepdim=True) + x,
     "filled with their number": lambda x: x + torch.full((x.shape[0], 1), x.shape[0] * 1.0),
 }  # fmt: skip
@@ -166,6 +168,26 @@ def test_a_batch_that_mixes_is_compiled_whole_and_says_why() -> None:
     assert "may depend on x of another" in compiled.report.batch
 
 
+def test_a_batch_of_one_that_has_another_shape_is_no_piece() -> None:
+    """What ``squeeze`` does to one sample it does to no other number of them."""
+
+    class Squeezed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 2).squeeze(0)
+
+    x = torch.randn(8, 4)
+    compiled = thresher.compile(Squeezed(), (x,), target="cpu", dynamic_shapes={"x": {0: BATCH}})
+    assert "has another shape for a batch of 1" in compiled.report.batch
+    torch.testing.assert_close(compiled(x[:3]), x[:3] * 2)
+    assert mixes(freed(Squeezed(), (x,)), (2, 8)) == ""
+
+
+def test_an_exported_program_has_its_sizes() -> None:
+    exported = torch.export.export(nn.Linear(3, 2), (torch.randn(2, 3),))
+    with pytest.raises(CaptureError, match=r"give dynamic_shapes= to torch\.export"):
+        thresher.compile(exported, dynamic_shapes=({0: BATCH},))
+
+
 def test_bad_sizes() -> None:
     with pytest.raises(InputError, match="positive whole numbers"):
         thresher.compile(nn.ReLU(), (torch.randn(2, 3),), batch_sizes=(0, 2))
@@ -176,7 +198,10 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         "import torch\ndef make():\n    return torch.nn.Linear(3, 2), (torch.zeros(1, 3),)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert main(["build", "mine:make", "--batch", "1,4", "-o", "m.thresher", "--target", "cpu"]) == 0
+    assert (
+        main(["build", "mine:make", "--batch", "1,4", "-o", "m.thresher", "--target", "cpu", "--onnx", "m.onnx"]) == 0
+    )
+    assert onnx.load("m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1  # of the example
     assert "any size, in pieces of 1" in capsys.readouterr().out
     assert thresher.load("m.thresher")(torch.zeros(6, 3)).shape == (6, 2)
     assert main(["build", "mine:make", "--batch", "1,many"]) == 1

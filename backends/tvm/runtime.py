@@ -15,6 +15,9 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
+from thresher.pieces import memory_of
+
+ROUNDS, SECONDS = 7, 1.0  # of a profile: every build makes one
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
 
 
@@ -45,9 +48,10 @@ class TVMModule:
         with self.lock:
             return [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
 
-    def profile(self, inputs: Sequence[Any], kernels: Container[str], rounds: int = 7) -> list[tuple[str, float]]:
-        """The calls of ``kernels`` in the order in which they run, each with the median of its milliseconds."""
-        started, calls = 0.0, []
+    def profile(self, inputs: Sequence[Any], kernels: Container[str]) -> list[tuple[str, float]]:
+        """The calls of ``kernels`` in the order in which they run, each with the median of its milliseconds over ROUNDS runs, or as many
+        as end within SECONDS."""
+        began, started, calls = time.perf_counter(), 0.0, []
 
         def watch(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
             nonlocal started
@@ -58,11 +62,11 @@ class TVMModule:
             return 0
 
         values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
-        runs = []
+        runs: list[list[tuple[str, float]]] = []
         with self.lock:
             self.machine.set_instrument(tvm_ffi.convert(watch))
             try:
-                for _ in range(rounds):
+                while len(runs) < ROUNDS and (not runs or time.perf_counter() - began < SECONDS):
                     self.main(*values, self.weights)
                     runs.append(list(calls))
                     calls.clear()
@@ -95,13 +99,7 @@ def _aligned(x: Any) -> Any:
         return x
     copy = x.new_empty(x.shape)
     if x.device.type == "cpu":  # by one thread: torch's would spin for a while afterwards, and ours wait for a core
-        np.copyto(_bits(copy), _bits(x))
+        np.copyto(memory_of(copy), memory_of(x))
     else:
         copy.copy_(x)
     return copy
-
-
-def _bits(x: Any) -> np.ndarray:
-    import torch
-
-    return x.reshape(-1).view(torch.uint8).numpy()

@@ -4,12 +4,14 @@ A program with a free first dimension is the same function for every size. Where
 in pieces of sizes that there is code for, which is faster than code for any size. That is proven, not supposed:
 
 1. the free size is the first dimension of inputs and results and nowhere else in them, and inside the program it is used for shapes only;
-2. backward from the results of each sample, by the rows of the operator table, nothing but that sample's inputs is read.
+2. for each of the sizes every shape is what it is for any size: a ``squeeze`` means nothing until a batch has one sample;
+3. backward from the results of each sample, by the rows of the operator table, nothing but that sample's inputs is read.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,13 +54,16 @@ def free_symbols(node: fx.Node, start: int = 0) -> set[str]:
     return {str(d) for d in shape_of(node)[start:] if isinstance(d, torch.SymInt)}
 
 
-def mixes(program: Program) -> str:
-    """Why the samples of a program with a :func:`free_batch` are not computed each for itself; "" where they are."""
+def mixes(program: Program, sizes_of_pieces: Sequence[int] = ()) -> str:
+    """Why a program with a :func:`free_batch` cannot be computed in pieces of these sizes, each sample for itself; "" where it can."""
     for node in program.calls():
         told = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]
         filled = node.target is aten.full.default and node.args[1] in told
         if told and (node.target not in SHAPED or filled):
             return f"{node.name} ({node.target}) is told how large the batch is"
+    for size in sizes_of_pieces:
+        if other := _other_shape(program, size):
+            return f"{other} has another shape for a batch of {size}"
     small = with_batch(program, PROBED)
     batched = {a.name for a in program.placeholders if is_tensor(a) and free_symbols(a)}
     facts = facts_of_constants(small)
@@ -73,6 +78,19 @@ def mixes(program: Program) -> str:
     return ""
 
 
+def _other_shape(program: Program, size: int) -> str:
+    """The first node whose shape for a batch of ``size`` is not its shape for any, with the number in the place of the symbol."""
+    fixed = {n.name: n for n in with_batch(program, size).graph.nodes if is_tensor(n)}
+
+    def number(dim: int | torch.SymInt) -> int:
+        return dim if isinstance(dim, int) else int(dim.node.expr.subs(dict.fromkeys(dim.node.expr.free_symbols, size)))
+
+    for node in program.graph.nodes:
+        if is_tensor(node) and [number(d) for d in shape_of(node)] != list(shape_of(fixed[node.name])):
+            return f"{node.name} ({node.target})"
+    return ""
+
+
 def with_batch(program: Program, size: int) -> Program:
     """The program for a batch of ``size``: same names, same constants, every shape a number. Its probe is that of ``program``, repeated or
     cut to the size."""
@@ -80,10 +98,7 @@ def with_batch(program: Program, size: int) -> Program:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     numbers: dict[fx.Node, int] = {}
-    probe = tuple(
-        _resized(value, size) if is_tensor(node) and free_symbols(node) else value
-        for node, value in zip(program.placeholders, program.probe, strict=True)
-    )
+    probe = resized(program, program.probe, size)
     values = iter(probe)
 
     def number(node: fx.Node) -> Any:
@@ -120,5 +135,11 @@ def _evaluated(node: fx.Node, args: Any, mapping: dict[fx.Node, fx.Node]) -> int
     return int(node.target(*args[0], **args[1]))
 
 
-def _resized(value: Tensor, size: int) -> Tensor:
-    return torch.cat([value] * -(-size // max(1, value.shape[0])))[:size].contiguous()
+def resized(program: Program, flat: Sequence[Any], size: int) -> tuple[Any, ...]:
+    """Flat inputs with ``size`` samples: repeated, or cut."""
+
+    def one(value: Tensor) -> Tensor:
+        return torch.cat([value] * -(-size // max(1, value.shape[0])))[:size].contiguous()
+
+    pairs = zip(program.placeholders, flat, strict=True)
+    return tuple(one(value) if is_tensor(node) and free_symbols(node) else value for node, value in pairs)

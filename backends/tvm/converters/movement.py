@@ -36,6 +36,16 @@ def select(importer: Importer, node: fx.Node) -> Any:
     return importer.emit(R.squeeze(part, [dim]))
 
 
+@semantics(aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(importer: Importer, node: fx.Node) -> Any:
+    """Dimensions of size 1 go; a free one is taken for larger, as torch.export does."""
+    x, dims = node.args
+    shape = shape_of(x)
+    single = [d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if len(shape)]
+    single = [d for d in single if isinstance(shape[d], int) and shape[d] == 1]
+    return importer.emit(R.squeeze(importer.value(x), single)) if single else importer.value(x)
+
+
 @semantics(aten.index.Tensor)
 def index_tensor(importer: Importer, node: fx.Node) -> Any:
     """Advanced indexing with integer tensors on leading or adjacent dimensions; negative indices count from the end."""
