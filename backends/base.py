@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from thresher.errors import BackendError
-from thresher.program import Program
+from thresher.ir.program import Program
 from thresher.progress import Progress
-from thresher.records import Record
-from thresher.tuning import Tune
-from thresher.weights import Weights
+from thresher.runtime.weight_store import Weights
+from thresher.tuning.options import Tune
+from thresher.tuning.records import Record
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from thresher.backends.base import KernelTime, Lowered
-from thresher.pieces import Pieces
-from thresher.weights import Weights
+from thresher.runtime.batching import Pieces
+from thresher.runtime.weight_store import Weights
 
 
 class BatchedLowered(Lowered):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from thresher.analysis.cost import constant_bytes
+from thresher.analysis.cost.cost import constant_bytes
 from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
 from thresher.errors import BackendError
-from thresher.program import Program
-from thresher.weights import Weights
+from thresher.ir.program import Program
+from thresher.runtime.weight_store import Weights
 
 
 class EagerLowered(Lowered):

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
+from thresher.approximation.calibration import Calibration
 from thresher.backends.tvm import TVMBackend
-from thresher.backends.tvm.kernels.machine import cpu_name
-from thresher.benchmark import interleaved
-from thresher.calibration import Calibration
-from thresher.capture import capture
+from thresher.backends.tvm.cpu import cpu_name
+from thresher.frontend.capture import capture
 from thresher.models.pretrained import minilm, news
 from thresher.ops.sparse_attention import block_lists
-from thresher.pass_manager import Context, PassManager
+from thresher.rewriting.manager import Context, PassManager
+from thresher.tuning.timing import interleaved
 
 HERE = Path(__file__).parent
 HEADS, WIDTH, BLOCK = 8, 64, 64

@@ -33,11 +33,11 @@ def measure(library: str, name: str, amount: float) -> dict[str, Any]:
     """One row: what happened to one model."""
     import architectures
 
-    from thresher.analysis.cost import count_flops
-    from thresher.capture import capture
+    from thresher.analysis.cost.cost import count_flops
     from thresher.errors import CaptureError
-    from thresher.pass_manager import PassManager
+    from thresher.frontend.capture import capture
     from thresher.passes import pipelines
+    from thresher.rewriting.manager import PassManager
 
     row: dict[str, Any] = {"library": library, "model": name, "amount": amount}
     try:
@@ -71,7 +71,7 @@ def measure(library: str, name: str, amount: float) -> dict[str, Any]:
 
 def render(rows: list[dict[str, Any]]) -> str:
     """The coverage page."""
-    from thresher.analysis.operators import TABLE
+    from thresher.analysis.slices.operators import TABLE
 
     counts = Counter((r["library"], r["status"]) for r in rows)
     lines = [

@@ -52,9 +52,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple]]] = {
 
 
 def speed() -> list[dict[str, Any]]:
-    from thresher.capture import capture
-    from thresher.pass_manager import PassManager
+    from thresher.frontend.capture import capture
     from thresher.passes import pipelines
+    from thresher.rewriting.manager import PassManager
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def speed() -> list[dict[str, Any]]:
 
 def gain() -> list[dict[str, Any]]:
     import thresher
-    from thresher.benchmark import interleaved
+    from thresher.tuning.timing import interleaved
 
     x = (torch.randn(1, 3, 224, 224),)
     built = {f"{amount:.0%}": thresher.compile(pruned(amount, x), x, target="cpu") for amount in (0.0, 0.05, 0.5)}

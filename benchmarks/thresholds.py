@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import thresher
 from thresher import Budget
 from thresher.backends.tvm import TVMBackend
-from thresher.backends.tvm.kernels.machine import cpu_name
-from thresher.benchmark import Timing, interleaved
-from thresher.capture import capture
+from thresher.backends.tvm.cpu import cpu_name
+from thresher.frontend.capture import capture
 from thresher.models.lista import LISTA
+from thresher.tuning.timing import Timing, interleaved
 
 HERE = Path(__file__).parent
 BEYOND = 192 << 20  # bytes of weights that are read in turn: more than any cache holds

@@ -31,9 +31,9 @@ from torch.nn.utils import prune
 
 import thresher
 from thresher import models
-from thresher.backends.tvm.kernels.machine import cpu_name
-from thresher.benchmark import interleaved
-from thresher.validation import compare
+from thresher.backends.tvm.cpu import cpu_name
+from thresher.tuning.timing import interleaved
+from thresher.verification.compare import compare
 
 ZOO: dict[str, Callable[[], tuple[nn.Module, tuple]]] = {
     "resnet18": lambda: (models.resnet18(), (torch.randn(1, 3, 224, 224),)),

@@ -9,16 +9,15 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING and importlib.util.find_spec("torch") is None:  # then compiled models run, and nothing is compiled
-    from thresher.runtime import load
+    from thresher.artifact.numpy_reader import load
 else:
     import thresher.ops  # noqa: F401  (registers the operators)
-    from thresher.artifact import load
-    from thresher.budget import Budget
-    from thresher.bundle import Bundle
-    from thresher.capture import capture
-    from thresher.certificate import Certificate
-    from thresher.compiled import Compiled
-    from thresher.driver import compile, rewrite
+    from thresher.approximation.budget import Budget
+    from thresher.approximation.search import BoundedPass, Candidate
+    from thresher.artifact.bundle import Bundle
+    from thresher.artifact.compiled import Compiled
+    from thresher.artifact.writer import load
+    from thresher.driver.compile import compile, rewrite
     from thresher.errors import (
         ArtifactError,
         BackendError,
@@ -30,16 +29,17 @@ else:
         ThresherError,
         ValidationError,
     )
-    from thresher.masks import apply_masks
-    from thresher.onnx_reader import read_onnx
-    from thresher.onnx_writer import write_onnx
-    from thresher.pass_manager import Context, Note, Pass, PassManager, PassResult, register_pass
+    from thresher.exporters.onnx import write_onnx
+    from thresher.frontend.capture import capture
+    from thresher.frontend.masks import apply_masks
+    from thresher.frontend.onnx.reader import read_onnx
+    from thresher.ir.program import Program
     from thresher.passes import pipelines
-    from thresher.program import Program
-    from thresher.records import Record, Records
-    from thresher.report import Report
-    from thresher.selection import BoundedPass, Candidate
-    from thresher.tuning import Remote, Tune
+    from thresher.report.data import Report
+    from thresher.rewriting.manager import Context, Note, Pass, PassManager, PassResult, register_pass
+    from thresher.tuning.options import Remote, Tune
+    from thresher.tuning.records import Record, Records
+    from thresher.verification.certificate import Certificate
 
 __all__ = [
     "ArtifactError",

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from thresher.analysis.operators import TABLE
-from thresher.backends.tvm.converters import registry
-from thresher.pass_manager import Pass, registered_passes
+from thresher.analysis.slices.operators import TABLE
+from thresher.backends.tvm.importing.converters import registry
+from thresher.ir.printer import operator_name
 from thresher.passes import pipelines
-from thresher.text import operator_name
+from thresher.rewriting.manager import Pass, registered_passes
 
 HERE = Path(__file__).parent
 STAGES = {

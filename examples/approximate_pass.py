@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from thresher import Budget, Context, Note, Program, register_pass
-from thresher.analysis.cost import seconds_of
-from thresher.analysis.rows.base import argument
-from thresher.calibration import watch
-from thresher.program import dtype_of, module_path
-from thresher.selection import BoundedPass, Candidate
+from thresher.analysis.cost.cost import seconds_of
+from thresher.analysis.slices.transfer.base import argument
+from thresher.approximation.calibration import watch
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import dtype_of, module_path
 
 aten = torch.ops.aten
 PARTS = (0.5, 0.25, 0.125)  # of the full rank
@@ -112,7 +112,7 @@ def model(width: int = 64) -> nn.Module:
 
 
 def main() -> None:
-    from thresher.calibration import Calibration
+    from thresher.approximation.calibration import Calibration
     from thresher.testing import Case, before_after, prove
 
     def context(program: Program, limit: float = 0.02) -> Context:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.benchmark import interleaved
 from thresher.models.pretrained import digits
 from thresher.models.vit import ViT
+from thresher.tuning.timing import interleaved
 
 BATCH = 40
 

@@ -19,11 +19,11 @@ from tvm import te, tirx
 
 import thresher
 from thresher import Context, Note, Pass, PassResult, Program, register_pass
-from thresher.backends.tvm.converters.registry import semantics
-from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels import elementwise
+from thresher.backends.tvm.importing.converters.registry import semantics
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.ops.define import define
-from thresher.rewriter import matches
+from thresher.rewriting.pattern import matches
 
 aten, ops = torch.ops.aten, torch.ops.examples
 

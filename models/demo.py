@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher
-from thresher.benchmark import Timing, interleaved
 from thresher.models.pretrained import efficientnet_lite0, imagenet_samples
+from thresher.tuning.timing import Timing, interleaved
 
 
 def prune_hidden(model: nn.Module, amount: float, images: Tensor) -> nn.Module:
@@ -131,7 +131,7 @@ def _show(
 def _prove_elsewhere(console: Console, artifact: Path) -> int:
     """Load the artifact in a process that never imports the model's code, and let it prove itself there."""
     script = (
-        "import sys, thresher.cli; code = thresher.cli.main(['validate', sys.argv[1]]);"
+        "import sys, thresher.cli.main; code = thresher.cli.main.main(['validate', sys.argv[1]]);"
         "assert 'efficientnet_lite_pytorch' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(artifact)], capture_output=True, text=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from thresher import benchmark, driver
-from thresher.analysis.cost import machine_of
-from thresher.crossover import estimated
+from thresher.analysis.cost.break_even import estimated
+from thresher.analysis.cost.cost import machine_of
+from thresher.driver import compile as driver
 from thresher.testing import ZOO, settle
+from thresher.tuning import timing
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges a time
@@ -23,7 +24,7 @@ hypothesis.settings.load_profile("untimed")
 def own_cache(tmp_path_factory, monkeypatch) -> None:
     """No test sees what tuning recorded on this machine, and none leaves records behind."""
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(benchmark, "PAUSE", 0.0)
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
 
 
 @pytest.fixture(autouse=True)

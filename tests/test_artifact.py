@@ -134,12 +134,12 @@ def test_what_does_not_fit_is_named(artifact: Path, tmp_path: Path, change, mess
 
 
 def test_code_for_another_cpu(artifact: Path, monkeypatch) -> None:
-    from thresher.backends.tvm.kernels import machine
+    from thresher.backends.tvm import cpu
 
-    built = machine.features("sapphirerapids")
-    monkeypatch.setattr(machine, "features", lambda cpu: frozenset() if cpu == machine.cpu_name() else built)
-    monkeypatch.setattr(machine, "cpu_name", lambda: "old")
-    monkeypatch.setattr(machine, "features", lambda cpu: frozenset() if cpu == "old" else built)
+    built = cpu.features("sapphirerapids")
+    monkeypatch.setattr(cpu, "features", lambda cpu: frozenset() if cpu == cpu.cpu_name() else built)
+    monkeypatch.setattr(cpu, "cpu_name", lambda: "old")
+    monkeypatch.setattr(cpu, "features", lambda cpu: frozenset() if cpu == "old" else built)
     with pytest.raises(ArtifactError, match="this one lacks"):
         thresher.load(artifact)
 

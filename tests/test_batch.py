@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from thresher import runtime
-from thresher.analysis.batch import free_batch, mixes, with_batch
-from thresher.cli import main
+from thresher.analysis.slices.batch_independence import free_batch, mixes, with_batch
+from thresher.artifact import numpy_reader
+from thresher.cli.main import main
 from thresher.errors import CaptureError, InputError
-from thresher.pass_manager import PassManager
+from thresher.ir.program import Program
+from thresher.runtime.batching import Pieces
 from thresher.passes import pipelines
-from thresher.pieces import Pieces
-from thresher.program import Program
+from thresher.rewriting.manager import PassManager
 from thresher.testing.zoo import ZOO, settle
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 BATCH = torch.export.Dim("batch")
 
@@ -146,7 +146,7 @@ def compiled(model: nn.Module) -> thresher.Compiled:
 def test_compiled_and_saved(model: nn.Module, compiled: thresher.Compiled, tmp_path: Path) -> None:
     path = compiled.save(tmp_path / "m.thresher")
     assert "in pieces of 1" in compiled.report.batch and "batch of 4" in str(compiled.report)
-    loaded = [compiled, thresher.load(path), runtime.load(path)]
+    loaded = [compiled, thresher.load(path), numpy_reader.load(path)]
     for count in (0, 1, 3, 4, 9):
         x = torch.randn(count, 3, 8, 8)
         for one in loaded:

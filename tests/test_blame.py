@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import fx, nn
 
-from thresher import capture, cli
-from thresher.backends.tvm.converters import registry
-from thresher.backends.tvm.importer import Importer
-from thresher.blame import Blame, blame, lowering_fails, of_lowering, pass_fails
-from thresher.pass_manager import Context, Note, Pass, PassResult
+from thresher import capture
+from thresher.backends.tvm.importing.converters import registry
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.cli import main as cli
+from thresher.debugging.blame import Blame, blame, lowering_fails, of_lowering, pass_fails
+from thresher.ir.program import Program, dtype_of, is_tensor
 from thresher.passes import pipelines
-from thresher.program import Program, dtype_of, is_tensor
+from thresher.rewriting.manager import Context, Note, Pass, PassResult
 from thresher.testing import ZOO, settle
 
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import thresher
-from thresher import runtime
-from thresher.cli import main
+from thresher.artifact import numpy_reader
+from thresher.cli.main import main
 from thresher.errors import ArtifactError
 
 
@@ -49,7 +49,7 @@ def test_weights_are_stored_and_held_once(pair: dict[str, thresher.Compiled], bu
 
 
 def test_where_torch_is_not(pair: dict[str, thresher.Compiled], bundle: Path) -> None:
-    loaded = runtime.load(bundle)
+    loaded = numpy_reader.load(bundle)
     x = torch.randn(1, 256)
     np.testing.assert_array_equal(loaded["one"](x.numpy()), pair["one"](x).numpy())
     assert all(error < 1e-4 for error in loaded.validate().values())

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher.certificate import Certificate, Step
-from thresher.cli import main
+from thresher.cli.main import main
 from thresher.testing import ZOO, mask_channels, settle
-from thresher.verify import verify
+from thresher.verification.certificate import Certificate, Step
+from thresher.verification.verifier import verify
 
 
 class Net(nn.Module):

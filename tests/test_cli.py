@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thresher.cli import example, main
+from thresher.cli.main import example, main
 from thresher.errors import ThresherError
 
 MODULE = """

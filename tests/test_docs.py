@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import thresher
-from thresher import cli
+from thresher.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

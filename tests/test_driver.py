@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import thresher
 from thresher.backends.tvm import TVMBackend
-from thresher.backends.tvm.converters.registry import CPU_KERNELS
+from thresher.backends.tvm.importing.converters.registry import CPU_KERNELS
 from thresher.errors import BackendError, PassError, ThresherError, ValidationError
-from thresher.report import Report
+from thresher.report.data import Report
 from thresher.testing import ZOO, settle
 
 X = torch.randn(3, 4)
@@ -77,8 +77,8 @@ def half_dead() -> nn.Module:
 @pytest.mark.parametrize(("fastest", "hidden"), [("folded", 3), ("not folded", 6), ("to the last channel", 3)])
 def test_measured_widths_keep_the_fastest(fastest: str, hidden: int, monkeypatch) -> None:
     """Whichever candidate the clock prefers is what comes back, and all times are told."""
-    from thresher import driver
-    from thresher.benchmark import Timing
+    from thresher.driver import compile as driver
+    from thresher.tuning.timing import Timing
 
     def clock(contenders: dict) -> dict:
         for call in contenders.values():
@@ -250,7 +250,7 @@ def test_backend_can_be_found_by_entry_point() -> None:
 
 def test_a_cpu_that_is_not_here(tmp_path) -> None:
     """Code for another CPU is built and saved, and refused rather than run."""
-    from thresher.backends.tvm.kernels.machine import cpu_name, missing_features
+    from thresher.backends.tvm.cpu import cpu_name, missing_features
 
     foreign = next(c for c in ("sapphirerapids", "knl", "alderlake", "x86-64-v3") if missing_features(c))
     compiled = thresher.compile(nn.Linear(64, 64).eval(), (torch.randn(32, 64),), target=f"cpu:{foreign}")

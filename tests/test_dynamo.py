@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from thresher import dynamo
+from thresher.driver import dynamo
 from thresher.testing import ZOO, mask_channels, settle
 
 

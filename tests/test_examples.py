@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from thresher import pass_manager
+from thresher.rewriting import manager
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("name", ["pass_by_pattern", "pass_by_analysis", "approximate_pass", "new_operator"])
 def test_example(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pass_manager, "_REGISTRY", dict(pass_manager._REGISTRY))
+    monkeypatch.setattr(manager, "_REGISTRY", dict(manager._REGISTRY))
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.strip().endswith("proven")
 
@@ -59,7 +59,7 @@ def test_third_party(tmp_path: Path) -> None:
 
     def thresher(*words: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "thresher.cli", *words]
+        command = [sys.executable, "-m", "thresher.cli.main", *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
     assert "drop-double-negation{most=1000}  [exact]" in thresher("passes").stdout

@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher import cli, runtime, text
+from thresher.artifact import numpy_reader
+from thresher.cli import main as cli
 from thresher.errors import ArtifactError, ProgramError, ThresherError
+from thresher.ir import printer
 
 
 def compiled_model() -> thresher.Compiled:
@@ -42,7 +44,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refuses(path: Path) -> bool:
     """Both loaders raise our error, or both load and agree with the proof."""
     outcomes = []
-    for load in (thresher.load, runtime.load):
+    for load in (thresher.load, numpy_reader.load):
         try:
             load(path).validate()
             outcomes.append(False)
@@ -95,7 +97,7 @@ def test_every_field_of_a_header(artifact: Path, tmp_path: Path, member: str) ->
     for place, value in choices:
         data = json.dumps(changed(tree, place, value)).encode()
         manifest = json.loads(members["manifest.json"])
-        manifest["hashes"]["main/report.json"] = thresher.package.digest(data)
+        manifest["hashes"]["main/report.json"] = thresher.runtime.format.digest(data)
         path = tmp_path / "m.thresher"
         with zipfile.ZipFile(path, "w") as package:
             for name, content in (members | {"manifest.json": json.dumps(manifest).encode()} | {member: data}).items():
@@ -172,7 +174,7 @@ def test_the_text_form(data: st.DataObject) -> None:
         )
         edited = edited[:start] + put + edited[end:]
     try:
-        text.parse(edited)
+        printer.parse(edited)
     except ProgramError as error:
         assert str(error)
 
@@ -222,7 +224,7 @@ def test_a_killed_build_leaves_nothing(tmp_path: Path) -> None:
 DISK = """
 import os, sys, thresher, torch, warnings
 from pathlib import Path
-from thresher import cli
+from thresher.cli import main as cli
 small, closed, ample = map(Path, sys.argv[1:])
 model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64))
 with warnings.catch_warnings(record=True) as warned:

@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 import thresher
-from thresher import Records, Tune, capture, machine_speed
-from thresher.analysis.cost import MACHINES, Machine, machine_of, seconds, seconds_of
+from thresher import Records, Tune, capture
+from thresher.analysis.cost.cost import MACHINES, Machine, machine_of, seconds, seconds_of
 from thresher.backends.base import find_backend
-from thresher.pass_manager import Context
+from thresher.driver import measure_machine
+from thresher.rewriting.manager import Context
 
 SLOW = Machine(1e9, 1e9, 1e8, 1e-3, 16)
 
 
 def test_measured_numbers_are_of_this_machine() -> None:
-    found = machine_speed.calibrate(find_backend("tvm"), "cpu")
+    found = measure_machine.calibrate(find_backend("tvm"), "cpu")
     assert 1e9 < found.flops < 1e13
     assert 1e8 < found.gathered <= 2 * found.bandwidth < 1e12
     assert 1e-8 < found.launch < 1e-2  # other processes can make it a hundred times what it is
@@ -25,21 +26,21 @@ def test_measured_numbers_are_of_this_machine() -> None:
 
 def test_measured_once_and_used(monkeypatch) -> None:
     backend, seen = find_backend("tvm"), []
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_: seen.append(1) or SLOW)
+    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: seen.append(1) or SLOW)
     model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
     for _ in range(2):
         report = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2)).report
     assert len(seen) == 1
     assert report.estimate > 1.0  # a launch of SLOW
     plans = Records().plans(backend.fingerprint("cpu"))
-    assert machine_speed.recorded(plans, "cpu") == SLOW
+    assert measure_machine.recorded(plans, "cpu") == SLOW
     assert thresher.compile(model, (x,), target="cpu").report.estimate == report.estimate
     assert thresher.compile(model, (x,), target="cpu", tune="never").report.estimate < 1.0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"flops": 1}', '{"width": "x"}', '{"flops": -1}'])
 def test_damaged_numbers_are_not_used(text: str) -> None:
-    assert machine_speed.recorded({machine_speed.WORKLOAD: text}, "cpu") == machine_of("cpu")
+    assert measure_machine.recorded({measure_machine.WORKLOAD: text}, "cpu") == machine_of("cpu")
 
 
 def test_passes_see_the_machine() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from thresher.analysis.rows.base import evaluate
-from thresher.analysis.rows.maps import map_of
+from thresher.analysis.slices.transfer.base import evaluate
+from thresher.analysis.slices.transfer.maps import map_of
 
 aten = torch.ops.aten
 CALLS = [

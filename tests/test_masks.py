@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import thresher
-from thresher.masks import apply_masks
+from thresher.frontend.masks import apply_masks
 from thresher.testing import settle
 
 

@@ -18,13 +18,13 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from torch import nn
 
 import thresher
-from thresher import cli
+from thresher.cli import main as cli
 from thresher.errors import CaptureError, ThresherError, ValidationError
-from thresher.onnx_operators import RULES
-from thresher.onnx_reader import read_onnx
-from thresher.onnx_writer import write_onnx
+from thresher.exporters.onnx import write_onnx
+from thresher.frontend.onnx.operators import RULES
+from thresher.frontend.onnx.reader import read_onnx
 from thresher.testing import ZOO, mask_channels, settle
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
@@ -386,7 +386,7 @@ def test_uses_that_are_not_known_are_refused(node: tuple, words: str, tmp_path: 
 
 def test_what_is_written_wrongly_is_not_kept(tmp_path: Path, monkeypatch) -> None:
     model, args = nn.Linear(3, 4), (torch.randn(2, 3),)
-    monkeypatch.setattr("thresher.onnx_writer.LOWERING_TOLERANCE", {torch.float32: -1.0})
+    monkeypatch.setattr("thresher.exporters.onnx.LOWERING_TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(ValidationError, match="onnxruntime computes something else"):
         write_onnx(thresher.rewrite(model, args), args, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import thresher
-from thresher.budget import Budget, Change, Spent
-from thresher.lines import Line
+from thresher.approximation.budget import Budget, Change, Spent
 from thresher.models import resnet18
-from thresher.pictures import lanes
-from thresher.report import Report
+from thresher.report.data import Report
+from thresher.report.graph_diff import Line
+from thresher.report.svg import lanes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from thresher.capture import capture
 from thresher.errors import PassError
-from thresher.pass_manager import (
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
+from thresher.rewriting.manager import (
     Context,
     Note,
     Pass,
@@ -21,7 +22,6 @@ from thresher.pass_manager import (
     register_pass,
     registered_passes,
 )
-from thresher.program import Program
 
 aten = torch.ops.aten
 

@@ -10,12 +10,12 @@ import torch
 from conftest import Function
 from torch import Tensor, nn
 
-from thresher.capture import capture
 from thresher.errors import CaptureError, InputError, ProgramError
-from thresher.program import Program, module_path, source_line
-from thresher.quick_export import give_kernel
+from thresher.frontend.capture import capture
+from thresher.frontend.fast_decompositions import give_kernel
+from thresher.ir.printer import parse
+from thresher.ir.program import Program, module_path, source_line
 from thresher.testing import ZOO, settle
-from thresher.text import parse
 
 
 class Nested(nn.Module):
@@ -243,6 +243,6 @@ def test_the_quick_export_is_the_export(name: str, monkeypatch: pytest.MonkeyPat
     model, args = ZOO[name]()
     quick = capture(settle(model), args).text()
     kernel = torch._ops.OperatorBase.py_impl
-    monkeypatch.setattr(sys.modules["thresher.capture"], "quick_export", contextlib.nullcontext)
+    monkeypatch.setattr(sys.modules["thresher.frontend.capture"], "quick_export", contextlib.nullcontext)
     assert capture(model, args).text() == quick
     assert torch._ops.OperatorBase.py_impl is kernel is give_kernel

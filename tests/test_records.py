@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher import Record, Records, RecordsError
-from thresher.records import default_path, read_lines, write_lines
+from thresher.tuning.records import default_path, read_lines, write_lines
 
 RECORD = Record("machine a", "conv 1x3", "Plan(rows=6)", 10.0, 12.5, 100.0)
 
@@ -55,7 +55,7 @@ def test_merging_in_either_order_gives_the_same(first: list[Record], second: lis
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
     script = (
-        "import sys; from thresher.records import Record, Records\n"
+        "import sys; from thresher.tuning.records import Record, Records\n"
         "for i in range(100): Records(sys.argv[1]).put([Record('t', f'{sys.argv[2]} {i}', 'p', 1.0, 1.0, float(i))])"
     )
     path = str(tmp_path / "r.sqlite")

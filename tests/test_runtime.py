@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from thresher.artifact.numpy_reader import load
 from thresher.errors import InputError
-from thresher.runtime import load
-from thresher.structure import Structure
+from thresher.runtime.pytree import Structure
 from thresher.testing import ZOO, settle
 
 ROOT = Path(__file__).parents[1]

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.budget import METRICS, Change, Spent
-from thresher.calibration import Calibration
-from thresher.capture import capture
+from thresher.approximation.budget import METRICS, Change, Spent
+from thresher.approximation.calibration import Calibration
+from thresher.approximation.search import BoundedPass, Candidate, hull, ladder, steps, taken
 from thresher.errors import InputError, PassError
-from thresher.pass_manager import Context, Note, PassManager
-from thresher.pictures import coarse
-from thresher.program import Program
-from thresher.report import Figures, Report
-from thresher.selection import BoundedPass, Candidate, hull, ladder, steps, taken
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
+from thresher.report.data import Figures, Report
+from thresher.report.svg import coarse
+from thresher.rewriting.manager import Context, Note, PassManager
 
 # ---------------------------------------------------------------------- budgets
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import thresher
 from thresher.testing import ZOO, mask_channels, settle
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 
 def masked(name: str) -> tuple[nn.Module, tuple]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import thresher
-from thresher.capture import capture
-from thresher.validation import compare, undecided
+from thresher.frontend.capture import capture
+from thresher.verification.compare import compare, undecided
 
 NAN, INF = float("nan"), float("inf")
 

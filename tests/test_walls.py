@@ -17,14 +17,14 @@ PLACES = {
 }
 #: Imports that stand where none may. Each step of the move deletes some; the goal is none.
 EXCEPTIONS = {
-    ("thresher.analysis.attention_kinds", "thresher.analysis.attention_sites"),
-    ("thresher.backends.tvm.importer", "thresher.backends.tvm.converters"),
-    ("thresher.bundle", "thresher.artifact"),
-    ("thresher.page", "thresher.report"),
-    ("thresher.pass_manager", "thresher.passes.pipelines"),
-    ("thresher.program", "thresher.text"),
+    ("thresher.analysis.attention.kinds", "thresher.analysis.attention.sites"),
+    ("thresher.artifact.bundle", "thresher.artifact.writer"),
+    ("thresher.backends.tvm.importing.importer", "thresher.backends.tvm.importing.converters"),
+    ("thresher.ir.program", "thresher.ir.printer"),
+    ("thresher.report.html", "thresher.report.data"),
+    ("thresher.rewriting.manager", "thresher.passes.pipelines"),
 }
-MOST_LOOSE = 60  # modules in compiler/ itself; the goal is 5
+MOST_LOOSE = 5  # modules in compiler/ itself
 #: (who, must not import, from whom).
 WALLS = [
     ("thresher.passes", "thresher.backends"),

@@ -8,12 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import thresher
-from thresher.analysis.cost import count_flops
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.analysis.cost.cost import count_flops
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 from thresher.testing import ZOO, mask_channels, settle
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 
 def masked_zoo_model(name: str, amount: float):

@@ -17,9 +17,8 @@ import numpy as np
 import tvm
 
 from thresher.backends.base import DEFAULT, Backend, KernelTime, Lowered, Lowering
-from thresher.backends.tvm.choices import Choices
-from thresher.backends.tvm.importer import Importer, architecture
-from thresher.backends.tvm.kernels.machine import (
+from thresher.backends.tvm.codegen.relax_pipeline import build
+from thresher.backends.tvm.cpu import (
     Machine,
     cpu_name,
     llvm_target,
@@ -27,20 +26,21 @@ from thresher.backends.tvm.kernels.machine import (
     missing_features,
     triple_of,
 )
-from thresher.backends.tvm.origins import Kernels
-from thresher.backends.tvm.pipeline import build
+from thresher.backends.tvm.importing.importer import Importer, architecture
+from thresher.backends.tvm.importing.provenance import Kernels
+from thresher.backends.tvm.plans.plan_selection import Choices
+from thresher.backends.tvm.plans.tuner import tune
 from thresher.backends.tvm.runtime import TVMModule, load_code
-from thresher.backends.tvm.tuner import tune
 from thresher.errors import BackendError
-from thresher.package import CODE
-from thresher.program import Program
-from thresher.records import Record, read_lines
-from thresher.tuning import Tune
-from thresher.weights import Weights
+from thresher.ir.program import Program
+from thresher.runtime.format import CODE
+from thresher.runtime.weight_store import Weights
+from thresher.tuning.options import Tune
+from thresher.tuning.records import Record, read_lines
 
 PLANS_VERSION = 3  # of the kernel templates: records of another are for other code
 ROOM = 32 << 20  # bytes for compiled code on the way to its library
-SHIPPED = Path(__file__).parent / "records.jsonl"
+SHIPPED = Path(__file__).parent / "plans" / "records.jsonl"
 
 
 @dataclass(frozen=True)

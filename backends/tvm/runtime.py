@@ -15,7 +15,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
-from thresher.pieces import memory_of
+from thresher.runtime.batching import memory_of
 
 ROUNDS, SECONDS = 7, 1.0  # of a profile: every build makes one
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
@@ -27,7 +27,7 @@ class TVMModule:
     def __init__(
         self, library: Any, weights: Sequence[np.ndarray], device: str, placed: dict[tuple[int, str], Any] | None = None
     ):
-        """``placed``: see :class:`thresher.weights.Weights`."""
+        """``placed``: see :class:`thresher.runtime.weight_store.Weights`."""
         self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
         self.machine = VirtualMachine(library, self.device)
         self.main = self.machine["main"]

@@ -1,1 +1,1 @@
-"""Analyses of programs: what they find out, passes act on; they change nothing."""
+"""What passes may ask of a program. Nothing here changes one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from thresher.program import Program
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 ALWAYS = (

@@ -8,11 +8,11 @@ same_map(...), SameMap                                                    index 
 replay(MyPass())                                                          which models of the zoo it changes
 """
 
-from thresher.testing.before_after import Outcome, before_after, refused
 from thresher.testing.cases import Case
-from thresher.testing.examine import Finding, examine, prove
 from thresher.testing.index_maps import IndexMapError, prove_same_map
-from thresher.testing.near_misses import near_misses
+from thresher.testing.near_miss_graphs import near_misses
+from thresher.testing.outcomes import Outcome, before_after, refused
+from thresher.testing.proof import Finding, examine, prove
 from thresher.testing.zoo import ZOO, Replayed, mask_channels, replay, settle
 
 __all__ = [

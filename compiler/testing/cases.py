@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from thresher.capture import capture
-from thresher.program import Program
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 
 Built = tuple[nn.Module, tuple]
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from thresher import models
-from thresher.analysis.cost import count_flops
-from thresher.capture import capture
-from thresher.pass_manager import Pass, PassManager
-from thresher.validation import compare_programs, observe
+from thresher.analysis.cost.cost import count_flops
+from thresher.frontend.capture import capture
+from thresher.rewriting.manager import Pass, PassManager
+from thresher.verification.compare import compare_programs, observe
 
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def replay(
 
     "Which models changed?" is ``{name for name in zoo if replay(new)[name] != replay(old)[name]}``.
     """
-    from thresher.text import render
+    from thresher.ir.printer import render
 
     found = {}
     for name, build in zoo.items():

@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.attention_sites import SDPA, AttentionSite, attention_sites
-from thresher.analysis.cost import seconds
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.attention.patterns import grid_of
-from thresher.passes.attention.site_errors import Values, attend, site_errors
-from thresher.passes.tokens.key_sizes import key_sizes, sizes_of_mask
-from thresher.program import Program, shape_of
-from thresher.selection import BoundedPass, Candidate
+from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
+from thresher.analysis.cost.cost import seconds
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program, shape_of
+from thresher.passes.attention._patterns import grid_of
+from thresher.passes.attention._site_errors import Values, attend, site_errors
+from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
+from thresher.rewriting.manager import Context, Note, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 FEWEST = 32  # keys

@@ -15,12 +15,12 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from thresher.analysis.attention_sites import SDPA, AttentionSite, attention_sites
-from thresher.analysis.cost import seconds
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.attention.site_errors import Values, attend, site_errors
-from thresher.program import Program, shape_of
-from thresher.selection import BoundedPass, Candidate
+from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
+from thresher.analysis.cost.cost import seconds
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program, shape_of
+from thresher.passes.attention._site_errors import Values, attend, site_errors
+from thresher.rewriting.manager import Context, Note, register_pass
 
 SAMPLES = 8
 

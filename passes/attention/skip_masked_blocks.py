@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.rows.base import argument
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, shape_of
 from thresher.ops.sparse_attention import block_lists
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, shape_of
-from thresher.rewriter import aten
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.pattern import aten
 
 SDPA = aten.scaled_dot_product_attention.default
 FORBIDDEN = -1e30

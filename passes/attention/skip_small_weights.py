@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.attention_sites import SDPA, AttentionSite, attention_sites
+from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program
 from thresher.ops.sparse_attention import masked_scores, negligible
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.attention.block_sizes import Blocks, cannot_skip, tiles_of
-from thresher.passes.attention.site_errors import Values, site_errors
-from thresher.program import Program
-from thresher.selection import BoundedPass, Candidate
+from thresher.passes.attention._block_sizes import Blocks, cannot_skip, tiles_of
+from thresher.passes.attention._site_errors import Values, site_errors
+from thresher.rewriting.manager import Context, Note, register_pass
 
 sparse_attention = torch.ops.thresher.sparse_attention.default
 SAMPLES = 4

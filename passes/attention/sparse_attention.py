@@ -16,15 +16,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.attention_sites import SDPA, AttentionSite, attention_sites, head_weights
-from thresher.calibration import watch
+from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites, head_weights
+from thresher.approximation.calibration import watch
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program
 from thresher.ops.select_blocks import in_best_groups, listed
 from thresher.ops.sparse_attention import block_lists
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.attention.block_sizes import Blocks, blocks_of, cannot_skip
-from thresher.passes.attention.head_errors import HeadErrors, Sample, each_head
-from thresher.passes.attention.patterns import static_patterns
-from thresher.passes.attention.selected_blocks import (
+from thresher.passes.attention._block_sizes import Blocks, blocks_of, cannot_skip
+from thresher.passes.attention._head_errors import HeadErrors, Sample, each_head
+from thresher.passes.attention._patterns import static_patterns
+from thresher.passes.attention._selected_blocks import (
     EVERYTHING,
     GROUP,
     constant,
@@ -32,8 +33,7 @@ from thresher.passes.attention.selected_blocks import (
     select,
     selection_cost,
 )
-from thresher.program import Program
-from thresher.selection import BoundedPass, Candidate
+from thresher.rewriting.manager import Context, Note, register_pass
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the key blocks, that are selected
 MANY = 64  # blocks, from which on groups of them are asked first

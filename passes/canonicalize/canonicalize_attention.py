@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.rows.base import argument
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
 from thresher.ops.sparse_attention import DENSE
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.canonicalize.attention_scores import (
+from thresher.passes.canonicalize._attention_scores import (
     CONVERSIONS,
     LAYOUTS,
     PRODUCTS,
@@ -29,7 +29,7 @@ from thresher.passes.canonicalize.attention_scores import (
     layout,
     product_behind,
 )
-from thresher.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.rows.base import argument
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor, shape_of
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 FOURIER = (aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)

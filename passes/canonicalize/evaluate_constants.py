@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor
-from thresher.unfold import Restore, Values, moved
+from thresher.ir.lineage import Restore, Values, moved
+from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 #: Of their argument these read the shape only.

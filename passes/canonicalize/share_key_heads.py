@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from thresher.analysis.rows.base import argument
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, shape_of
-from thresher.rewriter import aten
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.pattern import aten
 
 SDPA = aten.scaled_dot_product_attention.default
 

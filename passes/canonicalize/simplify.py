@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.rows.base import argument, concrete
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, getitem_users, is_tensor, shape_of
-from thresher.unfold import moved
+from thresher.analysis.slices.transfer.base import argument, concrete
+from thresher.ir.lineage import moved
+from thresher.ir.program import Program, dtype_of, getitem_users, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 NO_OPS = {

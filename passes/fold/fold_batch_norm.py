@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.operators import TABLE
-from thresher.analysis.rows.base import argument
-from thresher.analysis.rows.weighted import Convolution, Linear
+from thresher.analysis.slices.operators import TABLE
+from thresher.analysis.slices.transfer.base import argument
+from thresher.analysis.slices.transfer.weighted import Convolution, Linear
 from thresher.errors import ProgramError
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, getitem_users, shape_of
-from thresher.unfold import Restore, Values
+from thresher.ir.lineage import Restore, Values
+from thresher.ir.program import Program, dtype_of, getitem_users, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default

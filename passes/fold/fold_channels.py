@@ -23,19 +23,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.channels import ChannelAnalysis, known_facts
-from thresher.analysis.facts import sizes, take
-from thresher.analysis.operators import row
-from thresher.analysis.rows.adapter import adapter
-from thresher.analysis.rows.base import Facts, argument
-from thresher.analysis.rows.elementwise import Elementwise
-from thresher.analysis.rows.weighted import Weighted
-from thresher.certificate import Certificate, Step
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.fold import adapters
-from thresher.passes.fold.claims import Claims
-from thresher.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
-from thresher.unfold import Restore, moved
+from thresher.analysis.slices.channels import ChannelAnalysis, known_facts
+from thresher.analysis.slices.facts import sizes, take
+from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.transfer.base import Facts, argument
+from thresher.analysis.slices.transfer.edge_marker import adapter
+from thresher.analysis.slices.transfer.elementwise import Elementwise
+from thresher.analysis.slices.transfer.weighted import Weighted
+from thresher.ir.lineage import Restore, moved
+from thresher.ir.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
+from thresher.passes.fold import _edge_markers
+from thresher.passes.fold._claims import Claims
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.verification.certificate import Certificate, Step
 
 aten = torch.ops.aten
 ROUNDS = 6
@@ -80,8 +80,8 @@ class FoldChannels(Pass):
         analysis, machine = ChannelAnalysis.of(work, facts), context.machine
         markers: list[fx.Node] = []
         if self.gain < float("inf"):
-            analysis, markers = adapters.insert(analysis)
-            analysis = adapters.choose(analysis, markers, machine, self.gain)
+            analysis, markers = _edge_markers.insert(analysis)
+            analysis = _edge_markers.choose(analysis, markers, machine, self.gain)
         refusals = _refusals(analysis)
         outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
         multiples = (
@@ -190,7 +190,7 @@ class _Plan:
                 not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))
             ):
                 row(node).shrink(node, self)
-        adapters.realise(self.program, self.analysis)
+        _edge_markers.realise(self.program, self.analysis)
         for node in list(self.program.graph.nodes):
             if (
                 node.op == "get_attr"

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.operators import TABLE
-from thresher.analysis.rows.base import argument
-from thresher.analysis.rows.weighted import Convolution, Linear
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor, shape_of
-from thresher.unfold import Restore, Values
+from thresher.analysis.slices.operators import TABLE
+from thresher.analysis.slices.transfer.base import argument
+from thresher.analysis.slices.transfer.weighted import Convolution, Linear
+from thresher.ir.lineage import Restore, Values
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default

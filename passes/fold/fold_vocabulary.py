@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from thresher.errors import PassError
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.lineage import Restore
+from thresher.ir.program import Program, shape_of
 from thresher.passes.fold.merge_duplicates import equal_rows
-from thresher.program import Program, shape_of
-from thresher.unfold import Restore
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten = torch.ops.aten
 

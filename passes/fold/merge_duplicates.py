@@ -16,14 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.facts import sizes
-from thresher.analysis.operators import TABLE
-from thresher.analysis.rows.base import argument
-from thresher.analysis.rows.elementwise import Elementwise
-from thresher.analysis.rows.mixing import Mixing
-from thresher.analysis.rows.weighted import Convolution, Linear, Weighted
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor
+from thresher.analysis.slices.facts import sizes
+from thresher.analysis.slices.operators import TABLE
+from thresher.analysis.slices.transfer.base import argument
+from thresher.analysis.slices.transfer.elementwise import Elementwise
+from thresher.analysis.slices.transfer.mixing import Mixing
+from thresher.analysis.slices.transfer.weighted import Convolution, Linear, Weighted
+from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 Classes = tuple[int, Tensor]  # a dimension, and for each index of it the first index with the same values
 

@@ -21,15 +21,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thresher.analysis.channels import ChannelAnalysis
-from thresher.analysis.cost import Machine, flops_of
-from thresher.analysis.facts import sizes, slices, take
-from thresher.analysis.operators import row
-from thresher.analysis.rows.weighted import Weighted
-from thresher.analysis.ties import Equal, Key
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor
-from thresher.unfold import moved
+from thresher.analysis.cost.cost import Machine, flops_of
+from thresher.analysis.slices.channels import ChannelAnalysis
+from thresher.analysis.slices.facts import sizes, slices, take
+from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.ties import Equal, Key
+from thresher.analysis.slices.transfer.weighted import Weighted
+from thresher.ir.lineage import moved
+from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 
 @register_pass

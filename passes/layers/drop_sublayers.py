@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.cost import seconds
-from thresher.calibration import watch
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.program import Program, is_tensor, module_path, shape_of
-from thresher.selection import BoundedPass, Candidate
+from thresher.analysis.cost.cost import seconds
+from thresher.approximation.calibration import watch
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program, is_tensor, module_path, shape_of
+from thresher.rewriting.manager import Context, Note, register_pass
 
 aten = torch.ops.aten
 WORK = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost import seconds
-from thresher.analysis.rows.base import argument
-from thresher.calibration import watch
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.sparsity.targets import Target, targets_of
-from thresher.program import Program, shape_of
-from thresher.selection import BoundedPass, Candidate
+from thresher.analysis.cost.cost import seconds
+from thresher.analysis.slices.transfer.base import argument
+from thresher.approximation.calibration import watch
+from thresher.approximation.search import BoundedPass, Candidate
+from thresher.ir.program import Program, shape_of
+from thresher.passes.sparsity._targets import Target, targets_of
+from thresher.rewriting.manager import Context, Note, register_pass
 
 aten = torch.ops.aten
 PARTS = (0.75, 0.5, 0.375, 0.25)  # of the neurons, that are used

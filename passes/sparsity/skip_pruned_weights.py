@@ -18,13 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost import constant_bytes
-from thresher.analysis.rows.base import argument
-from thresher.crossover import CACHED, LEFT, RUN, WIDE, Kind, Layer
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.sparsity.densities import sites_of
+from thresher.analysis.cost.break_even import CACHED, LEFT, RUN, WIDE, Kind, Layer
+from thresher.analysis.cost.cost import constant_bytes
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, dtype_of, module_path, shape_of
+from thresher.passes.sparsity._densities import sites_of
 from thresher.passes.sparsity.skip_zeros import Skipped
-from thresher.program import Program, dtype_of, module_path, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 BLOCKS = ((32, 32), (16, 16), (32, 1), (1, 32), (16, 1), (1, 16), (8, 8), (4, 4))

@@ -4,8 +4,8 @@
     gate * linear(x)     -> thresher::gated_linear(x, gate)            zeros of the gate
 
 The function stays what it is. How many zeros there are is measured on calibration samples, or on the example where there are none; what
-that saves is measured, too (``thresher.crossover``). The kernels look at the zeros of every call; a density that turns out larger costs
-little.
+that saves is measured, too (``thresher.analysis.cost.break_even``). The kernels look at the zeros of every call; a density
+that turns out larger costs little.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.cost import constant_bytes
-from thresher.analysis.rows.base import argument
-from thresher.crossover import CACHED, FEW, Crossover, Layer
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.passes.sparsity.densities import Density, Site, densities, sites_of
-from thresher.program import Program, module_path, shape_of
+from thresher.analysis.cost.break_even import CACHED, FEW, Crossover, Layer
+from thresher.analysis.cost.cost import constant_bytes
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, module_path, shape_of
+from thresher.passes.sparsity._densities import Density, Site, densities, sites_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 MOST = 0.95  # of all elements: what has fewer zeros is not looked at

@@ -20,15 +20,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost import constant_bytes
-from thresher.calibration import watch
-from thresher.crossover import CACHED
+from thresher.analysis.cost.break_even import CACHED
+from thresher.analysis.cost.cost import constant_bytes
+from thresher.approximation.calibration import watch
+from thresher.approximation.search import BoundedPass, Candidate
 from thresher.errors import PassError
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.sparsity.densities import listed
-from thresher.passes.sparsity.targets import Target, targets_of
-from thresher.program import Program, dtype_of
-from thresher.selection import BoundedPass, Candidate
+from thresher.ir.program import Program, dtype_of
+from thresher.passes.sparsity._densities import listed
+from thresher.passes.sparsity._targets import Target, targets_of
+from thresher.rewriting.manager import Context, Note, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 DENSITIES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # what stays

@@ -17,11 +17,11 @@ import torch
 from torch import fx
 
 import thresher.ops.channels_last  # noqa: F401  (registers the operators)
-from thresher.analysis.operators import TABLE
-from thresher.analysis.rows.base import argument
-from thresher.analysis.rows.elementwise import Elementwise
-from thresher.pass_manager import Context, Note, Pass, PassResult, register_pass
-from thresher.program import Program, dtype_of, is_tensor, shape_of
+from thresher.analysis.slices.operators import TABLE
+from thresher.analysis.slices.transfer.base import argument
+from thresher.analysis.slices.transfer.elementwise import Elementwise
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 #: By rank: where an axis of the channels-first value stands in its twin.

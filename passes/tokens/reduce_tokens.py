@@ -23,18 +23,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.attention_sites import SDPA
-from thresher.analysis.cost import seconds
-from thresher.calibration import Calibration, watch
+from thresher.analysis.attention.sites import SDPA
+from thresher.analysis.cost.cost import seconds
+from thresher.approximation.calibration import Calibration, watch
+from thresher.approximation.search import BoundedPass, Candidate
 from thresher.errors import PassError
-from thresher.pass_manager import Context, Note, register_pass
-from thresher.passes.tokens.by_place import in_words
-from thresher.passes.tokens.importance import SIDES, at_once, judge
-from thresher.passes.tokens.key_sizes import key_sizes, sizes_of_mask
-from thresher.passes.tokens.resize import NeedsAllTokens, Resize
-from thresher.passes.tokens.streams import Stream, read_by_place, streams
-from thresher.program import Program, module_path
-from thresher.selection import BoundedPass, Candidate
+from thresher.ir.program import Program, module_path
+from thresher.passes.tokens._by_place import in_words
+from thresher.passes.tokens._importance import SIDES, at_once, judge
+from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
+from thresher.passes.tokens._resize import NeedsAllTokens, Resize
+from thresher.passes.tokens._streams import Stream, read_by_place, streams
+from thresher.rewriting.manager import Context, Note, register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 PARTS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5)  # of the tokens, that go in a layer

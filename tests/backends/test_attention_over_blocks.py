@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.capture import capture
+from thresher.frontend.capture import capture
 from thresher.ops.sparse_attention import block_lists, block_mask
-from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
-from thresher.validation import compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
 
 sparse_attention = torch.ops.thresher.sparse_attention.default
 

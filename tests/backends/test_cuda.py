@@ -19,12 +19,12 @@ from tvm.runtime.vm import VirtualMachine
 
 import thresher
 from thresher import BackendError, PassManager, Records, Tune, capture, pipelines
-from thresher.backends.tvm import tuner
-from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels.cuda import MULTIPROCESSORS, TILES, tiles
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cuda.schedules import MULTIPROCESSORS, TILES, tiles
+from thresher.backends.tvm.plans import tuner
 from thresher.backends.tvm.runtime import weight_array
 from thresher.testing import ZOO, settle
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 MMA = "mma_sync"
 

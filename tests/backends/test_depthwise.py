@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher.backends.tvm.kernels.depthwise import Window, tasks
-from thresher.backends.tvm.kernels.machine import Machine
-from thresher.validation import compare
+from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.kernels.cpu.depthwise import Window, tasks
+from thresher.verification.compare import compare
 
 
 def check(layer: nn.Module, x: torch.Tensor) -> None:

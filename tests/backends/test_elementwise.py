@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from thresher.backends.tvm.converters.elementwise import compact
+from thresher.backends.tvm.importing.converters.elementwise import compact
 
 ENDS = [
     0.0,

@@ -22,10 +22,10 @@ from tvm import tirx
 
 from thresher import PassManager, capture, pipelines
 from thresher.backends.tvm.backend import resolve_target
-from thresher.backends.tvm.choices import Choices
-from thresher.backends.tvm.importer import Importer
-from thresher.backends.tvm.kernels.cuda import TILES
-from thresher.backends.tvm.pipeline import context_of, fuse, schedule
+from thresher.backends.tvm.codegen.relax_pipeline import context_of, fuse, schedule
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cuda.schedules import TILES
+from thresher.backends.tvm.plans.plan_selection import Choices
 
 TARGET = resolve_target("cuda:sm_80")[0]
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')

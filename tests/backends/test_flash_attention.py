@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import thresher
-from thresher.backends.tvm.kernels.flash_attention import Operand, Problem, source
+from thresher.backends.tvm.kernels.cuda.flash_attention import Operand, Problem, source
 from thresher.ops.sparse_attention import block_lists
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thresher.backends.tvm import TVMBackend
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 
 kth_largest = torch.ops.thresher.kth_largest
 

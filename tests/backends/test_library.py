@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher import Records, Tune, driver, machine_speed
-from thresher.analysis.cost import machine_of
-from thresher.backends.tvm import tuner
-from thresher.benchmark import Timing
-from thresher.tuning import Library
+from thresher import Records, Tune
+from thresher.analysis.cost.cost import machine_of
+from thresher.backends.tvm.plans import tuner
+from thresher.driver import compile as driver
+from thresher.driver import measure_machine
+from thresher.tuning.options import Library
+from thresher.tuning.timing import Timing
 
 
 class Net(nn.Module):
@@ -31,7 +33,7 @@ class Net(nn.Module):
 
 def prefer(monkeypatch, tuned: float = 1.0, own: float = 2.0) -> None:
     """Torch's kernels win alone; as a whole, the model takes ``tuned`` with them and ``own`` without, 3 untuned."""
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_: machine_of("cpu"))
+    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_of("cpu"))
     monkeypatch.setattr(
         tuner, "turns", lambda calls, rounds: {plan: 1.0 if plan == repr(Library()) else 2.0 for plan in calls}
     )
@@ -42,7 +44,7 @@ def prefer(monkeypatch, tuned: float = 1.0, own: float = 2.0) -> None:
 
 
 def plans() -> list[str]:
-    return [r.plan for r in Records().all() if r.workload != machine_speed.WORKLOAD]
+    return [r.plan for r in Records().all() if r.workload != measure_machine.WORKLOAD]
 
 
 def test_torch_computes_what_it_wins(monkeypatch, tmp_path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher.backends.tvm.converters.convolutions import phases_of
-from thresher.backends.tvm.kernels.registers import register_part
+from thresher.backends.tvm.importing.converters.convolutions import phases_of
+from thresher.backends.tvm.kernels.cpu.registers import register_part
 
 TARGETS = ["cpu", "cpu:x86-64-v3"]  # of AVX2 where this machine has AVX-512
 

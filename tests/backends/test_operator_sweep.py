@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
-from thresher.validation import LOWERING_TOLERANCE, compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import LOWERING_TOLERANCE, compare
 
 CASES: dict[str, tuple[Callable, tuple]] = {}
 

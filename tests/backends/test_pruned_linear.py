@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.backends.tvm.kernels.machine import Machine
-from thresher.backends.tvm.kernels.pruned_linear import STEP, pack, width_of
-from thresher.capture import capture
+from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.kernels.cpu.pruned_linear import STEP, pack, width_of
+from thresher.frontend.capture import capture
 from thresher.ops.pruned_linear import LAYOUTS
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.capture import capture
-from thresher.validation import compare
+from thresher.frontend.capture import capture
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 

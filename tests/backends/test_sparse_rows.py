@@ -15,10 +15,10 @@ from test_cuda import bodies, compiled_code
 from torch import Tensor, nn
 
 import thresher
-from thresher.backends.tvm.kernels.sparse_rows import LEAST, MOST, Problem, fits, source
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.backends.tvm.kernels.cuda.sparse_rows import LEAST, MOST, Problem, fits, source
+from thresher.frontend.capture import capture
 from thresher.passes.sparsity.skip_zeros import SkipZeros
+from thresher.rewriting.manager import Context, PassManager
 
 C_TYPES = {"float32": "float", "float16": "half"}
 CASES = [
@@ -103,6 +103,6 @@ def test_it_is_translated(dtype: torch.dtype) -> None:
 def test_zeros_are_skipped_on_gpus_too() -> None:
     model, x = FFN().half().eval(), torch.randn(2, 64).half()
     manager = PassManager([SkipZeros()])
-    free = lambda layer: thresher.crossover.Crossover(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
+    free = lambda layer: thresher.analysis.cost.break_even.Crossover(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
     manager.run(capture(model, (x,)), Context("cuda:sm_80", crossovers=free))
     assert len(manager.records[0].rewrites) == 1

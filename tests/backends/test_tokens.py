@@ -11,11 +11,11 @@ from test_cuda import compiled_code
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.capture import capture
+from thresher.frontend.capture import capture
 from thresher.ops.tokens import GOES, STAYS, TAKES
-from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
-from thresher.validation import compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 

@@ -12,15 +12,17 @@ from tvm.rpc import base
 from tvm.runtime.vm import VirtualMachine
 
 import thresher
-from thresher import BackendError, InputError, Records, Remote, Tune, driver, machine_speed
-from thresher.analysis.cost import machine_of
-from thresher.backends.tvm import tuner
-from thresher.backends.tvm.search import TRACE
-from thresher.benchmark import Timing
-from thresher.bisect import part
-from thresher.cli import main, remote
+from thresher import BackendError, InputError, Records, Remote, Tune
+from thresher.analysis.cost.cost import machine_of
+from thresher.backends.tvm.plans import tuner
+from thresher.backends.tvm.plans.metaschedule import TRACE
+from thresher.cli.main import main, remote
+from thresher.debugging.bisect import part
+from thresher.driver import compile as driver
+from thresher.driver import measure_machine
+from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import ThresherError
-from thresher.machine_speed import WORKLOAD
+from thresher.tuning.timing import Timing
 
 FAST = Tune(trials=3)
 
@@ -55,7 +57,7 @@ def measured() -> list[thresher.Record]:
 
 
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_: machine_of("cpu"))
+    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_of("cpu"))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ENOUGH", 0.001)

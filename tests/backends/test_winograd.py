@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
-from thresher.backends.tvm.kernels import winograd
-from thresher.backends.tvm.kernels.machine import Machine
+from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.kernels.cpu import winograd
 
 
 class Net(nn.Module):

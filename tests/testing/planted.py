@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import Function
 from torch import Tensor, fx, nn
 
-from thresher.pass_manager import Context, Note, Pass, PassResult
-from thresher.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.lineage import Restore
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Note, Pass, PassResult
 from thresher.testing import Case, settle
-from thresher.unfold import Restore
 
 aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default

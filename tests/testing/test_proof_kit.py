@@ -8,8 +8,8 @@ from planted import CONV_BN, MLP, PLANTED
 from torch import nn
 
 import thresher
-from thresher.pass_manager import Pass
 from thresher.passes import pipelines
+from thresher.rewriting.manager import Pass
 from thresher.testing import (
     Case,
     IndexMapError,

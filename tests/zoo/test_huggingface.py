@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
-from thresher.huggingface import folded_config
-from thresher.validation import compare
+from thresher.exporters.huggingface import folded_config
+from thresher.verification.compare import compare
 
 EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,gain=inf}"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
-from thresher.validation import compare
+from thresher.verification.compare import compare
 
 SIGNAL, CODE, LAYERS = 24, 64, 6
 shrink = torch.ops.thresher.shrink.default

@@ -10,11 +10,11 @@ from architectures import build
 from torch import nn
 
 import thresher
-from thresher.analysis.attention_sites import SOFTMAX, attention_sites, described
-from thresher.capture import capture
+from thresher.analysis.attention.sites import SOFTMAX, attention_sites, described
+from thresher.frontend.capture import capture
 from thresher.models.pretrained import allow_torchvision
-from thresher.pass_manager import PassManager
-from thresher.validation import EXACT_TOLERANCE, compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import EXACT_TOLERANCE, compare
 
 CAPPED = torch.ops.thresher.sparse_attention.default
 TEXT = {

@@ -6,12 +6,12 @@ import pytest
 import torch
 from architectures import build, names, settle, zero_channels
 
-from thresher.capture import capture
 from thresher.errors import CaptureError
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
-from thresher.verify import verify
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
+from thresher.verification.verifier import verify
 
 SAMPLE = [
     ("torchvision", "resnext50_32x4d"),

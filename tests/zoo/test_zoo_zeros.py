@@ -9,13 +9,13 @@ from test_zoo_attention import TEXT, TOKENS, transformers
 from torch import nn
 
 import thresher
-from thresher.capture import capture
-from thresher.crossover import Crossover, Layer
-from thresher.pass_manager import Context, PassManager
-from thresher.passes.sparsity.densities import densities, sites_of
+from thresher.analysis.cost.break_even import Crossover, Layer
+from thresher.frontend.capture import capture
+from thresher.passes.sparsity._densities import densities, sites_of
+from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
-from thresher.passes.sparsity.targets import targets_of
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 Make = Callable[[], tuple[nn.Module, tuple]]
 OPT = {

@@ -1,1 +1,1 @@
-"""Kernels of our own for the CPU: one file per family, each with its computation (TE) and its schedule."""
+"""Kernels of our own, by the kind of target, and what they share."""

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes import pipelines
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
 SDPA, SPARSE = aten.scaled_dot_product_attention.default, torch.ops.thresher.sparse_attention.default

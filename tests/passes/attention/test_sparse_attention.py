@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.analysis.attention_sites import attention_sites, head_weights
-from thresher.analysis.cost import machine_of
-from thresher.calibration import Calibration
-from thresher.capture import capture
+from thresher.analysis.attention.sites import attention_sites, head_weights
+from thresher.analysis.cost.cost import machine_of
+from thresher.approximation.calibration import Calibration
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.ops.sparse_attention import block_mask
-from thresher.pass_manager import Context, PassManager
-from thresher.passes.attention.block_sizes import Blocks
-from thresher.passes.attention.head_errors import HeadErrors, each_head
-from thresher.passes.attention.patterns import attended, planes, shapes
+from thresher.passes.attention._block_sizes import Blocks
+from thresher.passes.attention._head_errors import HeadErrors, each_head
+from thresher.passes.attention._patterns import attended, planes, shapes
 from thresher.passes.attention.sparse_attention import Choice, SparseAttention, errors_of_heads, replace
-from thresher.program import Program
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 SPARSE, SELECT = torch.ops.thresher.sparse_attention.default, torch.ops.thresher.select_blocks.default
 TOKENS, HEADS, WIDTH = 128, 2, 8

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.analysis.attention_sites import SDPA, attention_sites
-from thresher.analysis.cost import machine_of
-from thresher.calibration import Calibration
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.analysis.attention.sites import SDPA, attention_sites
+from thresher.analysis.cost.cost import machine_of
+from thresher.approximation.calibration import Calibration
+from thresher.approximation.search import Candidate
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program, shape_of
 from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
 from thresher.passes.attention.pool_values import PoolValues, Window, mean_of_values, windows_of
 from thresher.passes.attention.pool_values import edit as replace_by_mean
 from thresher.passes.attention.pyramid_attention import PyramidAttention, measure
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.passes.attention.skip_small_weights import SkipSmallWeights
-from thresher.program import Program, shape_of
-from thresher.selection import Candidate
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
 

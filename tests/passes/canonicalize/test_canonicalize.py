@@ -12,11 +12,11 @@ from conftest import Function
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from thresher.capture import capture
-from thresher.pass_manager import PassManager, PassRecord
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes import pipelines
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.rewriting.manager import PassManager, PassRecord
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
 SHRINK, SDPA = torch.ops.thresher.shrink.default, aten.scaled_dot_product_attention.default

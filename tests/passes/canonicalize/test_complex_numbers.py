@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from thresher.capture import capture
-from thresher.pass_manager import PassManager, PassRecord
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program, dtype_of, is_tensor
 from thresher.passes import pipelines
-from thresher.program import Program, dtype_of, is_tensor
-from thresher.validation import compare
+from thresher.rewriting.manager import PassManager, PassRecord
+from thresher.verification.compare import compare
 
 fft = torch.fft
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from thresher.capture import capture
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.ops.shrink import KEEPS
-from thresher.pass_manager import PassManager, PassRecord
 from thresher.passes import pipelines
-from thresher.program import Program
+from thresher.rewriting.manager import PassManager, PassRecord
 
 SHRINK, GROUP = torch.ops.thresher.shrink.default, torch.ops.thresher.group_shrink.default
 T, T2 = 0.4, 0.9

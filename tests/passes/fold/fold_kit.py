@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from thresher.capture import capture
-from thresher.pass_manager import PassManager, PassRecord
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.passes.fold.fold_channels import FoldChannels
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.rewriting.manager import PassManager, PassRecord
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 
 def fold(model: nn.Module, *args: Tensor) -> tuple[Program, PassRecord]:

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from thresher.program import Program, shape_of
+from thresher.ir.program import Program, shape_of
 
 aten = torch.ops.aten
 

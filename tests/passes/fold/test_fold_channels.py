@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thresher import models
-from thresher.analysis.channels import ChannelAnalysis
-from thresher.analysis.cost import count_flops
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.analysis.cost.cost import count_flops
+from thresher.analysis.slices.channels import ChannelAnalysis
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 
 
 @pytest.fixture(autouse=True)

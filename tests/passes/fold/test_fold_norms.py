@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
-from thresher.pass_manager import PassManager
 from thresher.passes import pipelines
-from thresher.validation import compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
 
 DEAD = (0, 3, 4, 7)
 

@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from random_graphs import KINDS, build
 
-from thresher.analysis.cost import count_flops
-from thresher.pass_manager import Context
+from thresher.analysis.cost.cost import count_flops
+from thresher.ir.program import Program
 from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.passes.fold.permute_channels import PermuteChannels
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare
-from thresher.verify import verify
+from thresher.rewriting.manager import Context
+from thresher.verification.compare import EXACT_TOLERANCE, compare
+from thresher.verification.verifier import verify
 
 step = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 59))
 programs = st.builds(

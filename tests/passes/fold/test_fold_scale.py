@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from conftest import Function
 from torch import Tensor, nn
 
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes import pipelines
-from thresher.program import Program
-from thresher.validation import compare
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
 
 aten, SHRINK = torch.ops.aten, torch.ops.thresher.shrink.default
 SCALE = torch.tensor([0.5, 2.0, -1.0, 0.0, 3.0])

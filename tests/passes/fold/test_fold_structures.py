@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from fold_kit import IMAGE, Net, fold, kill, shapes
 from torch import Tensor, nn
 
-from thresher.analysis.cost import count_flops
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.analysis.cost.cost import count_flops
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.passes.fold.fold_channels import FoldChannels
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import thresher
-from thresher.capture import capture
 from thresher.errors import PassError
-from thresher.pass_manager import Context
+from thresher.frontend.capture import capture
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
+from thresher.rewriting.manager import Context
 
 TOKENS = torch.tensor([[3, 7, 0, 11], [5, 3, 3, 19]])
 

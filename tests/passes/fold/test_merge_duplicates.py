@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from fold_kit import Net, fold, shapes
 from torch import Tensor, nn
 
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
+from thresher.rewriting.manager import Context, PassManager
 
 
 def copy_rows(layer: nn.Module, pairs: dict[int, int]) -> None:

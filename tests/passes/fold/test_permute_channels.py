@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from fold_kit import IMAGE, Net, kill
 from torch import Tensor, nn
 
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.passes.fold.permute_channels import PermuteChannels
-from thresher.program import Program
-from thresher.validation import EXACT_TOLERANCE, compare_programs, observe
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
 

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.calibration import Calibration
-from thresher.capture import capture
+from thresher.approximation.calibration import Calibration
+from thresher.approximation.search import Candidate
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.models.vit import ViT
-from thresher.pass_manager import Context, PassManager
 from thresher.passes.layers.drop_sublayers import DropSublayers, branches
-from thresher.program import Program
-from thresher.selection import Candidate
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 
 def vit(weak: int | None = None) -> ViT:

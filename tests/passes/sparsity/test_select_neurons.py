@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.analysis.cost import machine_of
-from thresher.calibration import Calibration
-from thresher.capture import capture
-from thresher.pass_manager import Context, PassManager
+from thresher.analysis.cost.cost import machine_of
+from thresher.approximation.calibration import Calibration
+from thresher.frontend.capture import capture
+from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.select_neurons import SelectNeurons, chosen_neurons, edit, importance
-from thresher.passes.sparsity.targets import targets_of
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
 WIDTH, HIDDEN, BLOCK = 16, 64, 8

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher
-from thresher.analysis.cost import machine_of
+from thresher.analysis.cost.break_even import Crossover, Layer, estimated, measure
+from thresher.analysis.cost.cost import machine_of
 from thresher.backends.base import find_backend
-from thresher.capture import capture
-from thresher.crossover import Crossover, Layer, estimated, measure
-from thresher.pass_manager import Context, PassManager, PassRecord
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights, pattern_of, stored
 from thresher.passes.specialize.channels_last import ChannelsLast
-from thresher.program import Program
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager, PassRecord
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 
@@ -94,7 +94,7 @@ def test_it_stays_dense_where_that_is_faster() -> None:
 
 def test_pruned_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.nn.utils.prune, end to end; what is stored is what is left."""
-    monkeypatch.setattr("thresher.driver.measure", lambda backend, target, layer: by_density(layer))
+    monkeypatch.setattr("thresher.driver.compile.measure", lambda backend, target, layer: by_density(layer))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
     for layer in (model[0], model[2]):

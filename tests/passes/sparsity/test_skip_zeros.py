@@ -12,15 +12,15 @@ from conftest import Function
 from torch import Tensor, nn
 
 import thresher
-from thresher.analysis.cost import machine_of
+from thresher.analysis.cost.break_even import Crossover, Layer, estimated, measure, record, recorded
+from thresher.analysis.cost.cost import machine_of
 from thresher.backends.base import find_backend
-from thresher.capture import capture
-from thresher.crossover import Crossover, Layer, estimated, measure, record, recorded
-from thresher.pass_manager import Context, PassManager
-from thresher.passes.sparsity.densities import densities, listed, sites_of
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
+from thresher.passes.sparsity._densities import densities, listed, sites_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
-from thresher.program import Program
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 
@@ -134,7 +134,7 @@ def test_between_what_was_measured() -> None:
 
 def test_builds_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr("thresher.driver.measure", lambda *a: calls.append(a[2]) or free(a[2]))
+    monkeypatch.setattr("thresher.driver.compile.measure", lambda *a: calls.append(a[2]) or free(a[2]))
     model, x = FFN(False), rand(2, 32)
     compiled = thresher.compile(model, (x,))
     again = thresher.compile(model, (x,))

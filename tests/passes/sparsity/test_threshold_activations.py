@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.calibration import Calibration
-from thresher.capture import capture
-from thresher.crossover import Crossover
+from thresher.analysis.cost.break_even import Crossover
+from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
-from thresher.pass_manager import Context, PassManager
-from thresher.passes.sparsity.targets import targets_of
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program
+from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.threshold_activations import Choice, ThresholdActivations, effects, insert, thresholds
-from thresher.program import Program
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 WIDTH, HIDDEN = 32, 128

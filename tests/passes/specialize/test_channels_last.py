@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.capture import capture
-from thresher.pass_manager import PassManager
+from thresher.frontend.capture import capture
 from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 from thresher.testing import ZOO, settle
 
 IMAGES = {

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.calibration import Calibration
-from thresher.capture import capture
+from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
+from thresher.frontend.capture import capture
+from thresher.ir.program import Program, shape_of
 from thresher.models.vit import ViT
-from thresher.pass_manager import Context, PassManager
-from thresher.passes.tokens.by_place import error_by_place, in_words, kept_by_place
-from thresher.passes.tokens.importance import SIDES
+from thresher.passes.tokens._by_place import error_by_place, in_words, kept_by_place
+from thresher.passes.tokens._importance import SIDES
+from thresher.passes.tokens._streams import read_by_place, streams
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
-from thresher.passes.tokens.streams import read_by_place, streams
-from thresher.program import Program, shape_of
-from thresher.validation import compare
+from thresher.rewriting.manager import Context, PassManager
+from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
 

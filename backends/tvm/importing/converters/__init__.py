@@ -1,0 +1,24 @@
+"""Operators -> Relax, where TVM's stock converter is missing, silently wrong, or slower than a kernel of ours.
+
+One module per family; importing this package fills the tables of ``registry``. Everything here is checked against eager by the
+operator sweep (``tests/backends/test_operator_sweep.py``).
+"""
+
+from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fills the tables)
+    attention,
+    convolutions,
+    elementwise,
+    movement,
+    norms,
+    pools,
+    products,
+    reductions,
+    scatter,
+    selection,
+    sparse_linear,
+    thresholds,
+    tokens,
+)
+from thresher.backends.tvm.importing.converters.registry import converter_of
+
+__all__ = ["converter_of"]

@@ -1,0 +1,328 @@
+"""Elementwise operators, where NaN, parameters or mixed dtypes need care."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from tvm import relax, te, tirx
+
+from thresher.analysis.slices.transfer.base import argument
+from thresher.backends.tvm.importing.converters.registry import (
+    CPU_KERNELS,
+    SEMANTICS,
+    Converter,
+    R,
+    aten,
+    cast,
+    cpu_kernel,
+    result_dtype,
+    semantics,
+)
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cpu import elementwise, generic
+from thresher.backends.tvm.kernels.cpu.generic import BIAS_MAP
+from thresher.ir.program import dtype_of, is_tensor, shape_of
+from thresher.runtime.tensor_spec import dtype_name
+
+#: Functions whose expressions read their argument many times.
+SMOOTH = frozenset(
+    getattr(aten, name).default
+    for name in "exp erf tanh sigmoid silu gelu elu selu celu softplus mish hardswish hardsigmoid".split()
+)
+
+
+def _elementary(function: Callable[[Any], Any]) -> Converter:
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        value = cast(importer, importer.value(node.args[0]), "float32")
+        return importer.emit_te(
+            str(node.target).split(".")[1],
+            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name=_block(node)),
+            value,
+        )
+
+    return convert
+
+
+for _name, _function in elementwise.VECTORISED.items():
+    CPU_KERNELS[getattr(aten, _name).default] = _elementary(_function)
+
+
+def _block(node: fx.Node) -> str:
+    """The name of a kernel's block. Of smooth functions that follow each other every second one is a kernel of its own: TVM puts their
+    expressions into each other wherever the value is read, and four of them take minutes to simplify."""
+    length = 0
+    while is_tensor(node.args[0]) and node.args[0].target in SMOOTH:
+        node, length = node.args[0], length + 1
+    return generic.APART if length % 2 else "T_elementwise"
+
+
+def gelu_of(node: fx.Node) -> Callable[[Any], Any]:
+    return elementwise.gelu_tanh if argument(node, 1, "approximate", "none") == "tanh" else elementwise.gelu
+
+
+@cpu_kernel(aten.gelu.default)
+def gelu_kernel(importer: Importer, node: fx.Node) -> Any:
+    return _elementary(gelu_of(node))(importer, node)
+
+
+def _arithmetic(operation: Callable) -> Converter:
+    """add and sub with their ``alpha``; mixed dtypes are promoted as torch promotes them."""
+
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        dtype = result_dtype(node)
+        a, b = (cast(importer, importer.value(x), dtype) for x in node.args[:2])
+        alpha = argument(node, 2, "alpha", 1)
+        if alpha != 1:
+            b = importer.emit(R.multiply(b, relax.const(alpha, dtype)))
+        return importer.emit(operation(a, b))
+
+    return convert
+
+
+SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add)
+
+
+@cpu_kernel(aten.add.Tensor)
+def add_kernel(importer: Importer, node: fx.Node) -> Any:
+    """A constant image that says the same in its whole interior, or again and again (what folded channels leave behind a padded or a
+    transposed convolution), is stored once: the rest of it would be read from memory at every call."""
+    image = node.args[1]
+    if importer.is_constant(image) and shape_of(image) == shape_of(node) and not node.kwargs and len(node.args) == 2:
+        table, places = compact(importer.array(image))
+        if 2 * table.size <= importer.array(image).size:
+
+            def compute(t: te.Tensor, w: te.Tensor) -> te.Tensor:
+                return te.compute(
+                    t.shape, lambda *i: t(*i) + w(*(f(x) for f, x in zip(places, i)), i[-1]), name=BIAS_MAP
+                )
+
+            return importer.emit_te(
+                "add", compute, importer.value(node.args[0]), importer.weight(table, (image, "compact"))
+            )
+    return SEMANTICS[aten.add.Tensor](importer, node)
+
+
+def compact(array: np.ndarray) -> tuple[np.ndarray, list[Callable[[Any], Any]]]:
+    """A smaller table and, for every dimension, where in it an index is found; the last dimension stays as it is."""
+    places: list[Callable[[Any], Any]] = []
+    for dim in range(array.ndim - 1):
+        seen: dict[bytes, int] = {}
+        slices = [seen.setdefault(part.tobytes(), len(seen)) for part in np.moveaxis(array, dim, 0)]
+        runs = [(len(list(group)), value) for value, group in itertools.groupby(slices)]
+        length, value = max(runs)
+        first = next(i for i in range(len(slices)) if slices[i : i + length] == [value] * length)
+        period = next(p for p in range(1, len(slices) + 1) if slices[p:] == slices[:-p])
+        if len(slices) - length + 1 < period:
+            last = first + length - 1
+            array = np.delete(array, range(first + 1, last + 1), dim)
+            places.append(partial(_beside, first, last))
+        else:
+            array = np.take(array, range(period), dim)
+            places.append(partial(_repeated, period))
+    return np.ascontiguousarray(array), places
+
+
+def _beside(first: int, last: int, index: Any) -> Any:
+    """Where an index is found when those from ``first`` to ``last`` are one."""
+    return te.min(index, first) + te.max(index - last, 0)
+
+
+def _repeated(period: int, index: Any) -> Any:
+    return index % period
+
+
+SEMANTICS[aten.sub.Tensor] = SEMANTICS[aten.sub.Scalar] = _arithmetic(R.subtract)
+
+
+SEMANTICS[aten.mul.Tensor] = SEMANTICS[aten.mul.Scalar] = _arithmetic(lambda a, b: R.multiply(a, b))
+
+
+SEMANTICS[aten.div.Tensor] = SEMANTICS[aten.div.Scalar] = _arithmetic(
+    R.divide
+)  # int / int: the result dtype is floating
+
+
+def _comparison(operation: Callable) -> Converter:
+    def convert(importer: Importer, node: fx.Node) -> Any:
+        values = [torch.empty(0, dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
+        dtype = dtype_name(torch.result_type(*values))
+        return importer.emit(operation(*(cast(importer, importer.value(x), dtype) for x in node.args[:2])))
+
+    return convert
+
+
+for _name, _operation in {
+    "eq": R.equal,
+    "ne": R.not_equal,
+    "lt": R.less,
+    "le": R.less_equal,
+    "gt": R.greater,
+    "ge": R.greater_equal,
+}.items():
+    SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
+
+
+ARITHMETIC = frozenset(
+    overload
+    for name in "round add sub mul div neg _to_copy relu".split()
+    for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
+)
+
+
+def _alone(node: fx.Node) -> bool:
+    """Whether a clamp is a kernel of its own. Of the steps of a quantised model that follow each other with nothing but arithmetic between,
+    every second one is: TVM puts a value that is read twice into both readers, and may not do so with names within names."""
+    rounded, others = 0, int(node.target is not aten.clamp.default)
+    while is_tensor(node.args[0]) and node.args[0].target in (*ARITHMETIC, aten.clamp.default):
+        node = node.args[0]
+        rounded += node.target is aten.round.default
+        others += node.target is aten.relu.default
+    return rounded > 0 and (rounded + others) % 2 == 0
+
+
+def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, alone: bool = False) -> Any:
+    """By comparisons that a NaN passes through (max and min would swallow it)."""
+    dtype = str(x.ty.dtype)
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        def element(value: Any) -> Any:
+            result = value
+            if high is not None:
+                result = tirx.Select(value > tirx.const(high, dtype), tirx.const(high, dtype), result)
+            if low is not None:
+                result = tirx.Select(value < tirx.const(low, dtype), tirx.const(low, dtype), result)
+            return result if low is None or high is None or low <= high else tirx.const(high, dtype)
+
+        return te.compute(t.shape, lambda *i: elementwise.named(t(*i), element), name="T_clamp")
+
+    return importer.emit_te("clamp", compute, x, alone=alone)
+
+
+@semantics(aten.relu.default)
+def relu(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(importer, importer.value(node.args[0]), 0, None, _alone(node))
+
+
+@semantics(aten.relu6.default)
+def relu6(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(importer, importer.value(node.args[0]), 0, 6)
+
+
+@semantics(aten.hardtanh.default)
+def hardtanh(importer: Importer, node: fx.Node) -> Any:
+    return _clamped(
+        importer, importer.value(node.args[0]), argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    )
+
+
+@semantics(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+def clamp(importer: Importer, node: fx.Node) -> Any:
+    value = cast(importer, importer.value(node.args[0]), result_dtype(node))
+    if node.target is aten.clamp_max.default:
+        return _clamped(importer, value, None, node.args[1])
+    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"), _alone(node))
+
+
+@semantics(aten.elu.default)
+def elu(importer: Importer, node: fx.Node) -> Any:
+    alpha, scale, input_scale = (
+        float(argument(node, i, k, 1)) for i, k in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
+    )
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(
+            x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x * _c(input_scale, x)) - _c(1.0, x))
+        ),
+    )
+
+
+@semantics(aten.selu.default)
+def selu(importer: Importer, node: fx.Node) -> Any:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x) - _c(1.0, x))),
+    )
+
+
+@semantics(aten.celu.default)
+def celu(importer: Importer, node: fx.Node) -> Any:
+    alpha = float(argument(node, 1, "alpha", 1.0))
+    return _smooth(
+        importer, node, lambda x, exp: tirx.Select(x > 0, x, _c(alpha, x) * (exp(x * _c(1 / alpha, x)) - _c(1.0, x)))
+    )
+
+
+@semantics(aten.softplus.default)
+def softplus(importer: Importer, node: fx.Node) -> Any:
+    beta, threshold = float(argument(node, 1, "beta", 1)), float(argument(node, 2, "threshold", 20))
+    return _smooth(
+        importer,
+        node,
+        lambda x, exp: tirx.Select(
+            x * _c(beta, x) > _c(threshold, x), x, _log1p(exp(x * _c(beta, x))) * _c(1 / beta, x)
+        ),
+    )
+
+
+def _log1p(e: Any) -> Any:
+    """log(1 + e) for e >= 0."""
+    return tirx.Select(e < _c(1e-4, e), e - e * e * _c(0.5, e), te.log(_c(1.0, e) + e))
+
+
+@semantics(aten.mish.default)
+def mish(importer: Importer, node: fx.Node) -> Any:
+    def element(x: Any, exp: Callable) -> Any:
+        e = exp(tirx.Select(x > _c(20.0, x), _c(20.0, x), x))
+        n = e * (e + _c(2.0, x))
+        return tirx.Select(x > _c(20.0, x), x, x * n / (n + _c(2.0, x)))
+
+    return _smooth(importer, node, element)
+
+
+@semantics(aten.hardswish.default)
+def hardswish(importer: Importer, node: fx.Node) -> Any:
+    return _smooth(importer, node, lambda x, exp: elementwise.hardswish(x))
+
+
+@semantics(aten.hardsigmoid.default)
+def hardsigmoid(importer: Importer, node: fx.Node) -> Any:
+    return _smooth(importer, node, lambda x, exp: te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x))
+
+
+@semantics(aten.leaky_relu.default)
+def leaky_relu(importer: Importer, node: fx.Node) -> Any:
+    slope = float(argument(node, 1, "negative_slope", 0.01))
+    return _smooth(importer, node, lambda x, exp: tirx.Select(x > 0, x, x * _c(slope, x)))
+
+
+@semantics(aten.threshold.default)
+def threshold(importer: Importer, node: fx.Node) -> Any:
+    limit, value = (float(v) for v in node.args[1:3])
+    return _smooth(importer, node, lambda x, exp: tirx.Select(x <= _c(limit, x), _c(value, x), x))
+
+
+def _c(value: float, like: Any) -> Any:
+    return tirx.const(value, like.ty.dtype if hasattr(like, "ty") else like.dtype)
+
+
+def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable], Any]) -> Any:
+    """An elementwise function; ``exp`` is the vectorised one for float32 on the CPU."""
+    value = importer.value(node.args[0])
+    fast = importer.machine is not None and str(value.ty.dtype) == "float32"
+    exp = elementwise.exp if fast else te.exp
+    return importer.emit_te(
+        "elementwise",
+        lambda t: te.compute(
+            t.shape, lambda *i: elementwise.named(t(*i), lambda x: element(x, exp)), name=_block(node)
+        ),
+        value,
+    )

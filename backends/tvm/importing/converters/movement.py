@@ -1,0 +1,142 @@
+"""Operators that move, pick, fill or convert elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import relax, te, tirx, topi
+
+from thresher.analysis.slices.transfer.base import argument
+from thresher.backends.tvm.importing.converters.registry import (
+    R,
+    aten,
+    cast,
+    pad,
+    result_dtype,
+    semantics,
+    sizes,
+)
+from thresher.backends.tvm.importing.importer import Importer
+from thresher.ir.program import dtype_of, shape_of
+
+
+@semantics(aten.select.int)
+def select(importer: Importer, node: fx.Node) -> Any:
+    """One index of a dimension; negative ones count from the end."""
+    x, dim, index = node.args
+    dim = dim % len(shape_of(x))
+    size = shape_of(x)[dim]
+    if isinstance(index, int) and index < 0:
+        if not isinstance(size, int):
+            raise NotImplementedError("a negative index into a dynamic dimension")
+        index += size
+    part = importer.emit(R.strided_slice(importer.value(x), [dim], [index], [index + 1]))
+    return importer.emit(R.squeeze(part, [dim]))
+
+
+@semantics(aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(importer: Importer, node: fx.Node) -> Any:
+    """Dimensions of size 1 go; a free one is taken for larger, as torch.export does."""
+    x, dims = node.args
+    shape = shape_of(x)
+    single = [d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if len(shape)]
+    single = [d for d in single if isinstance(shape[d], int) and shape[d] == 1]
+    return importer.emit(R.squeeze(importer.value(x), single)) if single else importer.value(x)
+
+
+@semantics(aten.index.Tensor)
+def index_tensor(importer: Importer, node: fx.Node) -> Any:
+    """Advanced indexing with integer tensors on leading or adjacent dimensions; negative indices count from the end."""
+    x, indices = node.args
+    places = [d for d, i in enumerate(indices) if i is not None]
+    if any(dtype_of(indices[d]) is torch.bool for d in places) or places != list(range(places[0], places[-1] + 1)):
+        raise NotImplementedError("indexing with boolean masks or with tensors on dimensions apart from each other")
+    arrays = [importer.value(indices[d]) for d in places]
+    first, rank = places[0], max(len(shape_of(indices[d])) for d in places)
+
+    def compute(t: te.Tensor, *index: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            common = i[first : first + rank]
+            picked = []
+            for d, a in zip(places, index):
+                own = common[rank - len(a.shape) :]
+                at = a[
+                    tuple(
+                        tirx.const(0, "int64") if isinstance(s, tirx.IntImm) and int(s) == 1 else c
+                        for s, c in zip(a.shape, own)
+                    )
+                ]
+                picked.append(tirx.Select(at < 0, at + t.shape[d], at).astype("int64"))
+            return t[(*i[:first], *picked, *i[first + rank :])]
+
+        return te.compute([tirx.IntImm("int64", int(s)) for s in sizes(node)], element, name="T_index")
+
+    return importer.builder.emit_te(compute, importer.value(x), *arrays, primfunc_name_hint="index")
+
+
+@semantics(aten.embedding.default)
+def embedding(importer: Importer, node: fx.Node) -> Any:
+    """An index outside the table, where eager raises, reads its first or last row: never memory outside it."""
+    return importer.emit(R.take(importer.value(node.args[0]), importer.value(node.args[1]), axis=0, mode="clip"))
+
+
+@semantics(aten._to_copy.default, aten.to.dtype)
+def to_copy(importer: Importer, node: fx.Node) -> Any:
+    return cast(importer, importer.value(node.args[0]), result_dtype(node))
+
+
+@semantics(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
+def full_like(importer: Importer, node: fx.Node) -> Any:
+    fill = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(
+        node.target, node.args[1] if len(node.args) > 1 else 0
+    )
+    return importer.emit(
+        R.full_like(
+            cast(importer, importer.value(node.args[0]), result_dtype(node)), relax.const(fill, result_dtype(node))
+        )
+    )
+
+
+@semantics(aten.constant_pad_nd.default)
+def constant_pad(importer: Importer, node: fx.Node) -> Any:
+    """Negative amounts crop."""
+    x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0
+    if x in importer.widened or not any(amounts):
+        return importer.value(x)
+    rank = len(shape_of(node))
+    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [
+        (amounts[i], amounts[i + 1]) for i in range(len(amounts) - 2, -1, -2)
+    ]
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        if any(min(p) < 0 for p in pairs):
+            t = topi.strided_slice(
+                t, [max(-a, 0) for a, _ in pairs], [int(s) - max(-b, 0) for s, (_, b) in zip(t.shape, pairs)]
+            )
+        return pad(t, [max(a, 0) for a, _ in pairs], [max(b, 0) for _, b in pairs], fill)
+
+    return importer.emit_te("pad", compute, importer.value(x))
+
+
+@semantics(aten.pixel_shuffle.default)
+def pixel_shuffle(importer: Importer, node: fx.Node) -> Any:
+    """[.., C r r, H, W] -> [.., C, H r, W r]."""
+    r, (*lead, channels, height, width) = int(node.args[1]), sizes(node.args[0])
+    n = len(lead)
+    value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels // (r * r), r, r, height, width)))
+    return importer.emit(
+        R.reshape(importer.emit(R.permute_dims(value, [*range(n), n, n + 3, n + 1, n + 4, n + 2])), sizes(node))
+    )
+
+
+@semantics(aten.pixel_unshuffle.default)
+def pixel_unshuffle(importer: Importer, node: fx.Node) -> Any:
+    """[.., C, H r, W r] -> [.., C r r, H, W]."""
+    r, (*lead, channels, height, width) = int(node.args[1]), sizes(node.args[0])
+    n = len(lead)
+    value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels, height // r, r, width // r, r)))
+    return importer.emit(
+        R.reshape(importer.emit(R.permute_dims(value, [*range(n), n, n + 2, n + 4, n + 1, n + 3])), sizes(node))
+    )

@@ -1,0 +1,171 @@
+"""Everything without a kernel of its own: elementwise chains, movement, pools, reductions.
+
+Chains are inlined into what uses them; the outer loops go over the threads; the innermost loop runs along the dimension that lies
+next to itself in memory, where LLVM vectorises it. A reduction over outer dimensions keeps its sums in a row of registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import s_tir, sym, tirx
+from tvm.s_tir.schedule import ScheduleError
+
+from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
+
+APART = "apart"  # the block of an elementwise function that is fused with nothing
+BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
+TRANSPOSED = 32  # neighbouring results that are computed together where what they need lies in lines across
+MOST = 8  # registers of sums
+SMALL = 4096  # fewer elements than this are not worth waking the other threads
+
+
+def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+    """Inline, then spread over the threads."""
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        if _is_spatial(sch, block) and sch.get_consumers(block):
+            try:
+                sch.compute_inline(block)
+            except ScheduleError:
+                continue  # read in a way that cannot be inlined: it stays a loop of its own
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        _schedule_block(sch, block, machine)
+
+
+def _is_spatial(sch: s_tir.Schedule, block: Any) -> bool:
+    return all(int(v.iter_type) == 0 for v in sch.get(block).iter_vars)
+
+
+def _schedule_block(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
+    kinds = [int(v.iter_type) for v in sch.get(block).iter_vars]
+    loops = sch.get_loops(block)
+    if not loops or len(loops) != len(kinds) or any(kind not in (0, 2) for kind in kinds):
+        return
+    spatial = [loop for loop, kind in zip(loops, kinds) if kind == 0]
+    reduction = [loop for loop, kind in zip(loops, kinds) if kind == 2]
+    total = 1
+    for loop in loops:
+        extent = sch.get(loop).extent
+        total *= int(extent) if hasattr(extent, "value") else SMALL
+    if reduction:
+        _schedule_reduction(sch, block, spatial, reduction, total, machine)
+    elif total >= SMALL and len(spatial) > 1:
+        _schedule_elements(sch, block, spatial, machine)
+    elif total >= SMALL:
+        _parallel_flat(sch, spatial[0], machine)
+
+
+def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: Machine) -> None:
+    """The outer loops over the threads, the innermost in registers. What is read across it is read a cache line at a time."""
+    size = sch.get(loops[-1]).extent
+    known = hasattr(size, "value")
+    across = _read_across(sch, block)
+    if across is not None and known:
+        step, inner = sch.split(loops[-1], [None, min(int(size), TRANSPOSED)])
+        outer = [loop for i, loop in enumerate(loops[:-1]) if i != across]
+        sch.reorder(*outer, step, loops[across], inner)
+        sch.parallel(sch.fuse(*outer, step))
+        return
+    short = known and int(size) < machine.lanes and len(loops) > 2
+    outer = loops[: -2 if short else -1]  # one index to take apart for a few elements would cost more than they do
+    sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+    if known and _reads_along(sch, block):
+        vectorise(sch, loops[-1], machine.lanes)
+
+
+def _reads_along(sch: s_tir.Schedule, block: Any) -> bool:
+    """Whether everything that is read either lies along the last spatial loop, in its order, or is the same for all of it."""
+    *_, last = [v.var for v in sch.get(block).iter_vars if int(v.iter_type) == 0]
+    analyzer = sym.Analyzer()
+
+    def along(region: Any) -> bool:
+        *others, inner = [r.min for r in region]
+        step = inner if _without(inner, last) else analyzer.simplify(inner - last)
+        return all(_without(index, last) for index in (*others, step))
+
+    return all(along(read.region) for read in sch.get(block).reads if read.region)
+
+
+def _read_across(sch: s_tir.Schedule, block: Any) -> int | None:
+    """The number of the loop along which lies what is read, where that is not the last one; None: nothing is, or in parts."""
+    *others, last = [v.var for v in sch.get(block).iter_vars]
+    for read in sch.get(block).reads:
+        if read.region and not _without(read.region[-1].min, *others) and _without(read.region[-1].min, last):
+            found = [i for i, var in enumerate(others) if read.region[-1].min.same_as(var)]
+            if found and not all(_without(r.min, last) for r in read.region):
+                return found[0]
+    return None
+
+
+def _without(expression: Any, *variables: tirx.Var) -> bool:
+    """Whether none of the variables is in the expression."""
+    return not set(variables) & set(tirx.analysis.undefined_vars(tirx.Evaluate(expression), []))
+
+
+def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: Machine) -> None:
+    extent = sch.get(loop).extent
+    if hasattr(extent, "value") and int(extent) % machine.threads == 0:
+        outer, _ = sch.split(loop, [machine.threads, None])
+        sch.parallel(outer)
+    else:
+        outer, _ = sch.split(loop, [None, 1024])
+        sch.parallel(outer)
+
+
+def _schedule_reduction(
+    sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: Machine
+) -> None:
+    if not spatial:
+        sch.decompose_reduction(block, reduction[0])
+        return
+    if len(spatial) > 1 and not _reduces_rows(sch, block):
+        if _reads_along(sch, block) and (width := _row_in_registers(sch, spatial[-1], machine)):
+            _schedule_row(sch, block, len(reduction), width, total, machine)
+            return
+        *outer, inner = spatial
+        sch.reorder(*outer, *reduction, inner)
+        if total >= SMALL:
+            sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+        sch.decompose_reduction(block, reduction[0])
+        return
+    outer = sch.fuse(*spatial) if len(spatial) > 1 else spatial[0]
+    if total >= SMALL:
+        sch.parallel(outer)
+    sch.decompose_reduction(block, reduction[0])
+
+
+def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: Machine) -> None:
+    """``width`` neighbouring results are summed in registers, over the ``reduced`` innermost loops of the block."""
+    result = sch.cache_write(block, 0, "global")
+    *outer, column = sch.get_loops(result)
+    part, row = sch.split(column, [None, width])
+    task = sch.fuse(*outer, part)
+    if total >= SMALL:
+        sch.parallel(task)
+    sch.compute_at(block, task, preserve_unit_loops=True)
+    *_, column = sch.get_loops(block)[:-reduced]
+    steps = sch.get_loops(block)[-reduced:]
+    register, lane = vectorise(sch, column, machine.lanes)
+    sch.reorder(*steps, register, lane)
+    sch.unroll(register)
+    sch.decompose_reduction(block, steps[0])
+    sch.unroll(vectorise(sch, row, machine.lanes)[0])
+
+
+def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: Machine) -> int:
+    """How many neighbouring results keep their sums in registers: a whole number of registers, or parts of them, that divides the row, or
+    a row that is short; 0: the row has no such part."""
+    size = sch.get(loop).extent
+    if not hasattr(size, "value"):
+        return 0
+    part, size, most = register_part(int(size), machine.lanes), int(size), MOST * machine.lanes
+    if not part:
+        return size if size <= most else 0
+    return next(part * r for r in range(most // part, 0, -1) if size % (part * r) == 0)
+
+
+def _reduces_rows(sch: s_tir.Schedule, block: Any) -> bool:
+    """Whether a reduced index runs along the contiguous dimension of what is read."""
+    reduced = {v.var for v in sch.get(block).iter_vars if int(v.iter_type) == 2}
+    return any(read.region and read.region[-1].min in reduced for read in sch.get(block).reads)

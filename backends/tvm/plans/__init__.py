@@ -1,0 +1,1 @@
+"""Which plan each kernel gets, and how plans are measured."""

@@ -1,0 +1,77 @@
+"""Cheaper kinds of attention that a model was trained with: named, and lowered by the same kernels as they are.
+
+windows        batch and windows are one dimension of the site              (Swin; HiLo's Hi-Fi heads; CSWin's stripes)
+pooled keys    keys come from fewer tokens than queries, by a pool or a strided convolution    (PVT; HiLo's Lo-Fi heads)
+pooling        pool(x) - x, or pool(x), in the place of an attention        (PoolFormer)
+channels       queries and keys are channels, tokens are summed over        (XCiT)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from thresher.ir.program import Program, is_tensor, shape_of
+
+if TYPE_CHECKING:
+    from thresher.analysis.attention.sites import AttentionSite
+
+aten = torch.ops.aten
+POOLS = (
+    aten.avg_pool2d.default,
+    aten.avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.mean.dim,
+)
+STRIDED = (aten.conv2d.default, aten.conv1d.default)
+THROUGH = (
+    aten.permute.default, aten.reshape.default, aten.transpose.int, aten.linear.default, aten.layer_norm.default, aten.slice.Tensor,
+    aten.select.int, aten.squeeze.dims, aten.squeeze.dim, aten.unsqueeze.default, aten.gelu.default, aten.group_norm.default,
+    aten.batch_norm.default, aten.cat.default,
+)  # fmt: skip
+
+
+def kind_of(program: Program, site: AttentionSite) -> str:
+    """What kind of attention the model has at a site; empty for the plain one."""
+    batch, _, rows, keys = site.shape
+    first = next((shape_of(n)[0] for n in program.placeholders if is_tensor(n) and shape_of(n)), batch)
+    source = _pooled_by(site.k) if keys < rows else ""
+    if source:
+        return f"pooled keys (by {source})"
+    if isinstance(first, int) and first and batch > first and batch % first == 0:
+        return f"{batch // first} windows"
+    return "channels" if keys == rows == _channels(site) else ""
+
+
+def mixers(program: Program) -> list[fx.Node]:
+    """Averages of neighbouring tokens less the token itself: what PoolFormer has in the place of attention."""
+    return [
+        node
+        for node in program.calls(aten.sub.Tensor)
+        if is_tensor(node.args[0])
+        and node.args[0].target is aten.avg_pool2d.default
+        and node.args[0].args[0] is node.args[1]
+    ]
+
+
+def _pooled_by(node: fx.Node) -> str:
+    """What made the tokens fewer, going back from the keys."""
+    for _ in range(24):
+        if node.target in POOLS:
+            return node.target.__name__.partition(".")[0]
+        if node.target in STRIDED:
+            stride = node.args[3] if len(node.args) > 3 else [1]
+            return "a strided convolution" if max(stride) > 1 else ""
+        if node.target not in THROUGH:
+            return ""
+        node = node.args[0][-1] if node.target is aten.cat.default else node.args[0]
+    return ""
+
+
+def _channels(site: AttentionSite) -> int:
+    """The number of channels of a head, if it is channels that attend: then they are few, and tokens are what is summed over."""
+    rows, summed = site.shape[2], shape_of(site.q)[3]
+    return rows if summed > 2 * rows else -1

@@ -1,1 +1,0 @@
-"""How facts about slices pass through operators, one module per family; ``thresher.analysis.operators`` is the table of them."""

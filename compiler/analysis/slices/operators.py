@@ -1,0 +1,119 @@
+"""The operator table: which row says how facts about slices pass through an operator.
+
+To support an operator, add it here; a new kind of operator gets a row in ``thresher.analysis.slices.transfer``. What is not in the
+table is never cut through, and the report says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import thresher.ops.shrink  # noqa: F401  (registers the operator)
+from thresher.analysis.slices.facts import of_constant
+from thresher.analysis.slices.transfer.attention import Attention, Matmul
+from thresher.analysis.slices.transfer.base import Facts, Row, aten
+from thresher.analysis.slices.transfer.edge_marker import Adapter, adapter
+from thresher.analysis.slices.transfer.elementwise import Choice, Elementwise, Filled, Product, Quotient, Sum
+from thresher.analysis.slices.transfer.mixing import Mixing, Softmax, along, normed, reduced, spatial
+from thresher.analysis.slices.transfer.movement import (
+    Concat,
+    Gather,
+    Movement,
+    Pad,
+    PixelShuffle,
+    Roll,
+    Slice,
+    Written,
+    fix_select,
+    fix_sizes,
+    fix_slice,
+    fix_squeeze,
+)
+from thresher.analysis.slices.transfer.norms import GroupNorm, LayerNorm
+from thresher.analysis.slices.transfer.weighted import Bilinear, Convolution, Embedding, Linear
+from thresher.ir.program import Program
+
+ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone contiguous cos cosh detach alias elu erf erfc exp
+    expm1 floor gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logical_not mish neg
+    reciprocal relu relu6 round rsqrt selu celu sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold
+    trunc bitwise_not isnan isinf lift_fresh_copy _to_copy to masked_fill add sub rsub maximum minimum eq ne lt le gt ge
+    logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor remainder fmod atan2 pow""".split()
+FILLED = "zeros_like ones_like full_like zeros ones full".split()
+MOVEMENT = "permute transpose t unsqueeze flip repeat movedim".split()
+POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    _adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split()
+SOFTMAX, ROWS = ("softmax", "_softmax"), ("log_softmax", "_log_softmax", "cumsum")
+REDUCTIONS = [
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.argmax.default,
+    aten.argmin.default, aten.any.dim, aten.all.dim, aten.prod.dim_int, aten.var.correction,
+]  # fmt: skip
+
+
+def overloads(*names: str) -> list[Any]:
+    """Every overload of the named ATen operators, but for in-place and out variants."""
+    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
+    return [getattr(packet, o) for packet in packets for o in packet.overloads() if "out" not in o]
+
+
+def _table() -> dict[Any, Row]:
+    table: dict[Any, Row] = {
+        torch.ops.thresher.shrink.default: Elementwise(),
+        torch.ops.thresher.group_shrink.default: Mixing(along(1)),
+        aten.where.self: Choice(),
+        aten.index_select.default: Gather(),
+        aten.index_put.default: Written(),
+        adapter: Adapter(),
+        torch.ops.thresher.layer_norm.default: LayerNorm(),
+        torch.ops.thresher.group_norm.default: GroupNorm(),
+    }
+
+    def add(row: Row, *names: str) -> None:
+        table.update(dict.fromkeys(overloads(*names), row))
+
+    add(Elementwise(), *ELEMENTWISE)
+    add(Filled(), *FILLED)
+    add(Product(), "mul")
+    add(Sum(), "add")
+    add(Quotient(), "div")
+    add(Movement(), *MOVEMENT)
+    add(Movement(fix_sizes(1)), "reshape", "view", "expand")
+    add(Movement(fix_select), "select")
+    add(Movement(fix_squeeze), "squeeze")
+    add(Roll(), "roll")
+    add(Concat(), "cat", "stack")
+    add(PixelShuffle(), "pixel_shuffle", "pixel_unshuffle")
+    add(Slice(fix_slice), "slice")
+    add(Pad(), "constant_pad_nd")
+    add(Mixing(spatial), *POOLS)
+    add(Softmax(along(1)), *SOFTMAX)
+    add(Mixing(along(1)), *ROWS)
+    table.update(dict.fromkeys(REDUCTIONS, Mixing(reduced)))
+    table[aten.linalg_vector_norm.default] = Mixing(normed)
+    add(LayerNorm(), "layer_norm", "rms_norm")
+    add(GroupNorm(), "group_norm")
+    add(Linear(), "linear")
+    for dims, suffix in ((1, "1d"), (2, "2d"), (3, "3d")):
+        add(Convolution(dims), f"conv{suffix}")
+        add(Convolution(dims, transposed=True), f"conv_transpose{suffix}")
+    add(Embedding(), "embedding")
+    add(Bilinear(), "bilinear")
+    add(Matmul(), "matmul", "bmm")
+    add(Attention(), "scaled_dot_product_attention")
+    return table
+
+
+TABLE = _table()
+DEFAULT = Row()
+
+
+def row(node: fx.Node) -> Row:
+    """The row of a call: of its operator, or the safe default."""
+    return TABLE.get(node.target, DEFAULT)
+
+
+def facts_of_constants(program: Program) -> Facts:
+    """What is known before anything runs: all of every constant."""
+    return {n: of_constant(program.constants[n.target]) for n in program.graph.nodes if n.op == "get_attr"}

@@ -1,0 +1,177 @@
+"""Products of two computed values, and attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.slices.facts import Known, known, reduce_to, sizes, slices
+from thresher.analysis.slices.ties import Key, Tie, equal, split
+from thresher.analysis.slices.transfer.base import Facts, Row, argument, mask_of
+from thresher.ir.program import is_tensor
+
+
+def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
+    """Per index that ``a`` and ``b`` are contracted over: a is known 0, b is known 0, both are known (whole slices)."""
+    at_a, at_b, size = len(sizes(a)) + dim_a, len(sizes(b)) + dim_b, sizes(a)[dim_a]
+    none = torch.zeros(size, dtype=torch.bool)
+    za = slices(facts[a].zero(), at_a, size, True) if a in facts else none
+    zb = slices(facts[b].zero(), at_b, size, True) if b in facts else none
+    return za, zb, slices(mask_of(a, facts), at_a, size, True) & slices(mask_of(b, facts), at_b, size, True)
+
+
+class Matmul(Row):
+    """matmul and bmm of two computed values: a [..., M, K] @ b [..., K, N]."""
+
+    supported = True
+
+    def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        a, b = node.args[:2]
+        if not is_tensor(a) or not is_tensor(b) or len(sizes(a)) != len(sizes(b)) or len(sizes(a)) < 2:
+            return None
+        return a, b
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        found = self.operands(node)
+        if found is None:
+            return None
+        a, b = found
+        if (a in facts and facts[a].all() and not bool(facts[a].content.any())) or (
+            b in facts and facts[b].all() and not bool(facts[b].content.any())
+        ):
+            return Known(
+                torch.ones([1] * len(sizes(node)), dtype=torch.bool),
+                torch.zeros([1] * len(sizes(node)), dtype=torch.float64),
+            )
+        rows = facts[a].zero().all(-1, keepdim=True) if a in facts else None
+        columns = facts[b].zero().all(-2, keepdim=True) if b in facts else None
+        if rows is None and columns is None:
+            return None
+        mask = rows if columns is None else columns if rows is None else rows | columns
+        return known(mask, torch.zeros([1] * len(sizes(node)), dtype=torch.float64))
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        found = self.operands(node)
+        if found is None:
+            return super().read(node, wanted, facts)
+        a, b = found
+        za, zb, _ = zero_pairs(a, -1, b, -2, facts)
+        read_a = wanted.any(-1, keepdim=True) & ~zb
+        read_b = wanted.any(-2, keepdim=True) & ~za.reshape(-1, 1)
+        return {a: reduce_to(read_a, sizes(a)), b: reduce_to(read_b, sizes(b))}
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        found = self.operands(node)
+        if found is None:
+            return []
+        a, b = found
+        rank, out = len(sizes(node)), sizes(node)
+        result = [equal(node, (a, rank - 1), (b, rank - 2), sizes(a)[-1])]
+        result += [
+            equal(node, (node, rank - 2), (a, rank - 2), out[-2]),
+            equal(node, (node, rank - 1), (b, rank - 1), out[-1]),
+        ]
+        for operand in (a, b):
+            result += [
+                equal(node, (node, d), (operand, d), out[d]) for d in range(rank - 2) if sizes(operand)[d] == out[d]
+            ]
+        return result
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        found = self.operands(node)
+        if found is None:
+            return []
+        a, b = found
+        za, zb, both = zero_pairs(a, -1, b, -2, facts)
+        return [((a, len(sizes(a)) - 1), both & ~za & ~zb)]
+
+
+class Attention(Row):
+    """scaled_dot_product_attention: q [.., H, L, E], k [.., H, S, E], v [.., H, S, F], mask [.., L, S] -> [.., H, L, F].
+
+    A value channel that is the same constant for all keys comes out as that constant, because the weights of a row add to 1.
+    A head whose output is known needs neither its queries nor its keys. All keys stay: also a known one has its weight in the sum.
+    """
+
+    supported = True
+
+    def parts(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
+        q, k, v = node.args[:3]
+        return q, k, v, argument(node, 3, "attn_mask")
+
+    def grouped(self, node: fx.Node) -> int:
+        """Query heads per key head (1 unless enable_gqa)."""
+        q, k = node.args[:2]
+        return sizes(q)[-3] // sizes(k)[-3] if len(sizes(q)) > 2 and sizes(k)[-3] else 1
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        _, _, v, mask = self.parts(node)
+        if v not in facts or (mask is not None and mask.meta["val"].dtype is torch.bool and mask not in facts):
+            return None
+        fact = facts[v]
+        same = fact.mask.all(-2, keepdim=True) & (fact.value == fact.value.narrow(-2, 0, 1)).all(-2, keepdim=True)
+        value = fact.value.narrow(-2, 0, 1)
+        group = self.grouped(node)
+        if group > 1:
+            same, value = (t if t.shape[-3] == 1 else t.repeat_interleave(group, -3) for t in (same, value))
+        return known(same, value)
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        q, k, v, mask = self.parts(node)
+        za, zb, _ = zero_pairs(q, -1, k, -1, facts)
+        row = wanted.any(-1, keepdim=True)
+        heads = row.any(-2, keepdim=True)
+        columns = wanted.any(-2, keepdim=True)
+        group = self.grouped(node)
+        kv_heads, kv_columns = (_merge_heads(t, group) for t in (heads, columns))
+        read: dict[fx.Node, Tensor] = {}
+        for operand, fact in ((q, row & ~zb), (k, kv_heads & ~za), (v, kv_columns), (mask, row)):
+            if operand is not None:  # one value may have several roles
+                fact = reduce_to(fact, sizes(operand))
+                read[operand] = read[operand] | fact if operand in read else fact
+        return read
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        q, k, v, mask = self.parts(node)
+        rank, out, causal = len(sizes(node)), sizes(node), bool(argument(node, 5, "is_causal", False))
+        found = [
+            equal(node, (q, rank - 1), (k, rank - 1), sizes(q)[-1]),
+            equal(node, (node, rank - 1), (v, rank - 1), out[-1]),
+        ]
+        if not causal:
+            found.append(equal(node, (node, rank - 2), (q, rank - 2), out[-2]))
+        for d in range(rank - 2):
+            found.append(equal(node, (node, d), (q, d), out[d]))
+            group = self.grouped(node) if d == rank - 3 else 1
+            for operand in (k, v):
+                if group > 1:
+                    found.append(split(node, (node, d), ((operand, d), (node, "query")), (out[d] // group, group)))
+                elif sizes(operand)[d] == out[d]:
+                    found.append(equal(node, (node, d), (operand, d), out[d]))
+        if mask is not None and not causal:
+            shift = rank - len(sizes(mask))
+            for d, size in enumerate(sizes(mask)[:-1]):
+                if size > 1 and size == out[d + shift]:
+                    found.append(equal(node, (node, d + shift), (mask, d), size))
+        return found
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        q, k, _, _ = self.parts(node)
+        za, zb, both = zero_pairs(q, -1, k, -1, facts)
+        return [((q, len(sizes(q)) - 1), both & ~za & ~zb)]
+
+    def shrink(self, node: fx.Node, plan: Any) -> None:
+        q = node.args[0]
+        last = len(sizes(q)) - 1
+        if argument(node, 6, "scale") is None and not plan.full(q, last):
+            node.update_kwarg("scale", 1.0 / math.sqrt(sizes(q)[-1]))
+
+
+def _merge_heads(fact: Tensor, group: int) -> Tensor:
+    """Facts of query heads -> facts of the key heads they share."""
+    if group == 1 or fact.shape[-3] == 1:
+        return fact
+    return fact.unflatten(-3, (-1, group)).any(-3)

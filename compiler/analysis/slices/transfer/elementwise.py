@@ -1,0 +1,150 @@
+"""Elementwise operators, and the four that can decide a result without knowing every operand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.slices.facts import Known, compress, known, reduce_to, sizes
+from thresher.analysis.slices.ties import Tie, equal
+from thresher.analysis.slices.transfer.base import Facts, Row, evaluate, nothing, tensors
+
+
+class Elementwise(Row):
+    """Each element of the result depends on the elements at the same place of the (broadcast) operands."""
+
+    supported = True
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        operands = tensors(node)
+        if not any(n in facts for n in operands):
+            return None
+        values = {n: facts[n].value if n in facts else nothing(n) for n in operands}
+        masks = [facts[n].mask if n in facts else torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in operands]
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask & other
+        rank = len(sizes(node))
+        mask = mask.reshape([1] * (rank - mask.dim()) + list(mask.shape))
+        zero = self.absorbed(node, facts)
+        if zero is None and not bool(mask.any()):
+            return None
+        value = torch.zeros([1] * rank, dtype=torch.float64)
+        if bool(mask.any()):
+            value = evaluate(node, values)
+        if zero is not None:
+            value = torch.where(zero, torch.zeros((), dtype=value.dtype), value)
+            mask = mask | zero
+        return known(mask, value)
+
+    def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
+        """Where the result is 0 whatever the unknown operands are."""
+        return None
+
+    def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
+        """Where the result depends on ``operand`` at all (None: everywhere)."""
+        return None
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result = {}
+        for operand in tensors(node):
+            relevant = self.relevant(node, operand, facts)
+            result[operand] = reduce_to(wanted if relevant is None else wanted & relevant, sizes(operand))
+        return result
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        out, found = sizes(node), []
+        for operand in tensors(node):
+            shape = sizes(operand)
+            shift = len(out) - len(shape)
+            for dim, size in enumerate(shape):
+                if size == out[dim + shift]:
+                    found.append(equal(node, (node, dim + shift), (operand, dim), size))
+        return found
+
+
+class Filled(Elementwise):
+    """zeros_like, full_like, zeros, full ...: constant, and only the shape of an argument matters."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        value = evaluate(node, {n: torch.empty(sizes(n)) for n in tensors(node)})
+        return known(torch.ones([1] * value.dim(), dtype=torch.bool), compress(value))
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        return {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}
+
+
+class Product(Elementwise):
+    """``a * b``: zero on either side decides."""
+
+    def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
+        zeros = [facts[n].zero() for n in tensors(node) if n in facts]
+        if not zeros:
+            return None
+        zero = zeros[0] | zeros[1] if len(zeros) == 2 else zeros[0]
+        return zero.reshape([1] * (len(sizes(node)) - zero.dim()) + list(zero.shape))
+
+    def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
+        others = [n for n in tensors(node) if n is not operand]
+        return ~facts[others[0]].zero() if others and others[0] in facts else None
+
+
+class Sum(Elementwise):
+    """``a + b``: minus infinity on either side decides (an attention mask, a route that is closed)."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        found = super().known(node, facts)
+        closed = None
+        for n in tensors(node):
+            if n in facts and bool((facts[n].content == -torch.inf).any()):
+                here = facts[n].mask & (facts[n].content == -torch.inf)
+                here = here.reshape([1] * (len(sizes(node)) - here.dim()) + list(here.shape))
+                closed = here if closed is None else closed | here
+        if closed is None or node.kwargs.get("alpha", 1) != 1:
+            return found
+        mask, value = (torch.zeros_like(closed), torch.tensor(0.0)) if found is None else (found.mask, found.value)
+        return known(mask | closed, torch.where(closed, torch.tensor(-torch.inf, dtype=torch.float64), value.double()))
+
+
+class Quotient(Elementwise):
+    """``a / b``: a zero numerator decides."""
+
+    def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
+        numerator = node.args[0]
+        if numerator not in facts:
+            return None
+        zero = facts[numerator].zero()
+        return zero.reshape([1] * (len(sizes(node)) - zero.dim()) + list(zero.shape))
+
+    def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
+        numerator = node.args[0]
+        return ~facts[numerator].zero() if operand is not numerator and numerator in facts else None
+
+
+class Choice(Elementwise):
+    """``where(condition, a, b)``: a known condition picks the operand that matters."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        condition, a, b = node.args
+        if condition not in facts or not facts[condition].all():
+            return super().known(node, facts)
+        picked = facts[condition].value
+        parts = [
+            (facts[n].mask, facts[n].value)
+            if n in facts
+            else (torch.tensor(False), torch.zeros((), dtype=torch.float64))
+            for n in (a, b)
+        ]
+        mask = torch.where(picked, parts[0][0], parts[1][0])
+        value = torch.where(picked, parts[0][1].double(), parts[1][1].double())
+        rank = len(sizes(node))
+        return known(
+            mask.reshape([1] * (rank - mask.dim()) + list(mask.shape)),
+            value.reshape([1] * (rank - value.dim()) + list(value.shape)),
+        )
+
+    def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
+        condition, a, b = node.args
+        if a is b or operand is condition or condition not in facts or not facts[condition].all():
+            return None
+        return facts[condition].value if operand is a else ~facts[condition].value

@@ -1,0 +1,107 @@
+"""Operators that mix elements along some dimensions: pools, reductions, softmax."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.slices.facts import Known, known, sizes
+from thresher.analysis.slices.ties import Tie, equal
+from thresher.analysis.slices.transfer.base import Facts, Row, argument, aten, evaluate
+
+
+class Mixing(Row):
+    """Operators that mix the elements along some dimensions of their first argument and treat the others alike.
+
+    ``dims(node)`` names the mixed ones; ``removed`` says whether they are gone from the result (a reduction without keepdim).
+    """
+
+    supported = True
+
+    def __init__(self, dims: Callable[[fx.Node], tuple[list[int], bool]]):
+        self.dims = dims
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        operand: fx.Node = node.args[0]
+        if operand not in facts:
+            return None
+        mixed, removed = self.dims(node)
+        shape = sizes(operand)
+        mask = facts[operand].mask
+        for dim in mixed:
+            mask = mask.all(dim, keepdim=True)
+        if not bool(mask.any()):
+            return None
+        value = facts[operand].value
+        value = value.expand([shape[d] if d in mixed else value.shape[d] for d in range(len(shape))])
+        value = evaluate(node, {operand: value.contiguous()})
+        if removed:
+            mask = mask.squeeze(mixed)
+        return known(mask, value)
+
+    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        operand: fx.Node = node.args[0]
+        mixed, removed = self.dims(node)
+        for dim in sorted(mixed):
+            wanted = wanted.unsqueeze(dim) if removed else wanted.any(dim, keepdim=True)
+        return {operand: wanted}
+
+    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        operand: fx.Node = node.args[0]
+        mixed, removed = self.dims(node)
+        kept = [d for d in range(len(sizes(operand))) if d not in mixed]
+        places = range(len(kept)) if removed else kept
+        return [equal(node, (node, e), (operand, d), sizes(operand)[d]) for d, e in zip(kept, places)]
+
+
+class Softmax(Mixing):
+    """What is minus infinity before is 0 after, whatever the rest of its row is (unless all of it is minus infinity)."""
+
+    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+        operand: fx.Node = node.args[0]
+        if operand not in facts or not bool((facts[operand].content == -torch.inf).any()):
+            return super().known(node, facts)
+        dim = self.dims(node)[0][0]
+        closed = facts[operand].mask & (facts[operand].content == -torch.inf)
+        whole = closed.expand([s if d == dim else closed.shape[d] for d, s in enumerate(sizes(operand))])
+        return known(whole & ~whole.all(dim, keepdim=True), torch.zeros([1] * closed.dim(), dtype=torch.float64))
+
+
+def spatial(node: fx.Node) -> tuple[list[int], bool]:
+    """Pools and resizes: the last one, two or three dimensions, as the operator's name says."""
+    digit = re.search(r"(\d)d", str(node.target))
+    count, rank = int(digit[1]) if digit else 0, len(sizes(node))
+    return list(range(rank - count, rank)), False
+
+
+def along(position: int) -> Callable[[fx.Node], tuple[list[int], bool]]:
+    """softmax, cumsum: the dimension given as an argument stays in the result."""
+
+    def dims(node: fx.Node) -> tuple[list[int], bool]:
+        return [node.args[position] % len(sizes(node))], False
+
+    return dims
+
+
+def reduced(node: fx.Node) -> tuple[list[int], bool]:
+    """mean, sum, amax ...: the dimensions given as the second argument, gone unless keepdim."""
+    rank = len(sizes(node.args[0]))
+    dims = argument(node, 1, "dim")
+    dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+    keepdim = (
+        bool(argument(node, 2, "keepdim", False))
+        if node.target is not aten.var.correction
+        else bool(node.kwargs.get("keepdim", False))
+    )
+    return sorted(d % rank for d in dims), not keepdim
+
+
+def normed(node: fx.Node) -> tuple[list[int], bool]:
+    """linalg_vector_norm: the dimensions given as the third argument, gone unless keepdim."""
+    rank = len(sizes(node.args[0]))
+    dims = argument(node, 2, "dim")
+    dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+    return sorted(d % rank for d in dims), not argument(node, 3, "keepdim", False)

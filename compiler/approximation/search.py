@@ -1,0 +1,209 @@
+"""How approximate passes choose: candidates, an order, and as much of it as the budget allows.
+
+A candidate replaces something at one place (a head, a layer) and has two numbers: ``error``, the squared relative change it makes there,
+and ``saved``, the seconds it saves by the cost model. Then
+
+1. *sensitivity*: of each group of candidates (one site) a representative part is built and run once; the squared relative L2 error at the
+   model's output over the sum of its errors at the site says what an error there costs. Small independent errors add up in squares.
+2. *order*: of every key the candidates on the upper hull of (predicted error, saved) make steps of falling gain; all steps of all keys,
+   by seconds saved per predicted error, are one path from "nothing" to "everything".
+3. *how far*: bisection over the path, by the model's measured error on the samples that choose, in the budget's metric. What is asked is
+   only whether an error is within a limit, so a larger limit never stops earlier.
+4. *judged*: on the samples that chose nothing. Over the limit means the next smaller limit of a fixed ladder, from 3 on.
+
+The whole is deterministic, and both 3 and 4 are monotone in the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from thresher.approximation.budget import Change, Measured, Spent, rel_l2
+from thresher.approximation.calibration import Calibration
+from thresher.errors import PassError
+from thresher.ir.program import Program
+from thresher.report.svg import coarse
+from thresher.rewriting.manager import Context, Note, Pass, PassResult
+
+LADDER = 1.1  # between limits that are tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One replacement. Of those with the same ``key`` at most one is chosen; those of one ``group`` act at the same place of the model."""
+
+    key: Hashable
+    group: str
+    choice: str  # in words
+    error: float
+    saved: float
+    node: str = ""
+    module: str = ""
+    payload: Any = None
+    mass: Any = None  # for the report: tensors [queries, keys] of what was attended to
+    mask: Any = None  # and of what is looked at
+
+    def note(self) -> Note:
+        return Note(self.node, self.module, self.choice)
+
+
+@dataclass(frozen=True)
+class BoundedPass(Pass):
+    """Base of the approximate passes: a subclass says what could be replaced, and how to replace it."""
+
+    preserves: ClassVar[Literal["exact", "bounded"]] = "bounded"
+
+    def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
+        """What could be replaced, and refusals for what could not."""
+        raise NotImplementedError
+
+    def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
+        """``program`` with the chosen replacements; at most one per key. Must not change ``program``."""
+        raise NotImplementedError
+
+    def checks(self, result: Program, calibration: Calibration) -> list[str]:
+        """What else a user should know of the result, beside its error: sentences for the report."""
+        return []
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        calibration = context.calibration
+        if calibration is None:
+            raise PassError(
+                f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)"
+            )
+        limit = calibration.budget.limit * context.share
+        if limit == 0:
+            return PassResult(program, [], [Note("", "", "the budget is 0: nothing is approximated")])
+        found, refusals = self.candidates(program, context)
+        search = _Search(self, program, calibration, context)
+        chosen = search.run(found, limit)
+        if not chosen:
+            return PassResult(program, [], refusals)
+        result = search.built(chosen)
+        before = calibration.measure(program, calibration.judging).mean
+        judged = search.judged(chosen)
+        changes = [_change(c) for c in chosen]
+        checks = self.checks(result, calibration)
+        calibration.ledger.append(Spent(self.name, before, judged.mean, judged, changes, checks))
+        return PassResult(result, [c.note() for c in chosen], refusals)
+
+
+def _change(c: Candidate) -> Change:
+    mass, mask = ([] if t is None else coarse(t.float().tolist()) for t in (c.mass, c.mask))
+    return Change(c.module, c.choice, c.error, 1e3 * c.saved, mass, mask)
+
+
+@dataclass
+class _Search:
+    rule: BoundedPass
+    program: Program
+    calibration: Calibration
+    context: Context
+    _built: dict[frozenset, Program] = field(default_factory=dict)
+    _searched: dict[frozenset, Measured] = field(default_factory=dict)
+    _judged: dict[frozenset, Measured] = field(default_factory=dict)
+
+    def run(self, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
+        """The candidates that are chosen."""
+        sensitivity = {
+            group: self.sensitivity(group, candidates) for group in dict.fromkeys(c.group for c in candidates)
+        }
+        path = steps([replace(c, error=c.error * sensitivity[c.group]) for c in candidates])
+        for allowed in ladder(limit):
+            chosen = self.farthest(path, allowed)
+            if not chosen or self.judged(chosen).bound <= limit:
+                return chosen
+        return []
+
+    def sensitivity(self, group: str, candidates: Sequence[Candidate]) -> float:
+        """The squared relative error of the model's output, over the errors at the site that make it."""
+        chosen = representatives([c for c in candidates if c.group == group])
+        total = sum(c.error for c in chosen)
+        if not total:
+            return 0.0
+        self.context.progress(f"{self.rule.name}: how sensitive is the model to {group}")
+        samples = self.calibration.choosing[: max(2, len(self.calibration.choosing) // 2)]
+        changed = self.built(chosen)
+        errors = [self.calibration.error(changed, flat, rel_l2) for flat in samples]
+        return sum(e * e for e in errors) / len(errors) / total
+
+    def farthest(self, path: Sequence[Candidate], limit: float) -> list[Candidate]:
+        """As much of the path as stays within the limit on the samples that choose."""
+        low, high = 0, len(path)
+        while low < high:
+            middle = (low + high + 1) // 2
+            self.context.progress(f"{self.rule.name}: measuring {middle} of {len(path)} steps")
+            if self.searched(taken(path[:middle])).bound <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return taken(path[:low])
+
+    def built(self, chosen: Sequence[Candidate]) -> Program:
+        name = frozenset((c.key, c.choice) for c in chosen)
+        if name not in self._built:
+            self._built = {name: self.rule.build(self.program, chosen) if chosen else self.program}
+        return self._built[name]
+
+    def searched(self, chosen: Sequence[Candidate]) -> Measured:
+        return self._measured(self._searched, chosen, self.calibration.choosing)
+
+    def judged(self, chosen: Sequence[Candidate]) -> Measured:
+        return self._measured(self._judged, chosen, self.calibration.judging)
+
+    def _measured(self, known: dict[frozenset, Measured], chosen: Sequence[Candidate], samples: Sequence) -> Measured:
+        name = frozenset((c.key, c.choice) for c in chosen)
+        if name not in known:
+            known[name] = self.calibration.measure(self.built(chosen), samples)
+        return known[name]
+
+
+def ladder(limit: float) -> list[float]:
+    """The limits that are tried: the powers of LADDER from ``limit`` down to a hundredth of it. Fixed rungs, so that a larger budget tries
+    all that a smaller one tries."""
+    first = math.floor(math.log(limit, LADDER) + 1e-9)
+    return [LADDER**i for i in range(first, first - math.ceil(math.log(100, LADDER)), -1)]
+
+
+def hull(candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
+    """The candidates of one key that are worth their error, in order, each with the seconds it saves per error beyond the one before it:
+    the upper concave hull over (error, saved), from (0, 0) on."""
+    corners: list[Candidate] = []
+
+    def gain(of: Candidate, beyond: Candidate | None) -> float:
+        saved, error = of.saved - (beyond.saved if beyond else 0.0), of.error - (beyond.error if beyond else 0.0)
+        return saved / error if error > 0 else math.inf
+
+    for c in sorted(candidates, key=lambda c: (c.error, -c.saved, c.choice)):
+        if c.saved <= (corners[-1].saved if corners else 0.0):
+            continue
+        while corners and gain(c, corners[-1]) >= gain(corners[-1], corners[-2] if len(corners) > 1 else None):
+            corners.pop()
+        corners.append(c)
+    return [(gain(c, corners[i - 1] if i else None), c) for i, c in enumerate(corners)]
+
+
+def steps(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The path: a later candidate of a key replaces the earlier one."""
+    found = []
+    for number, key in enumerate(dict.fromkeys(c.key for c in candidates)):
+        for place, (gain, c) in enumerate(hull([c for c in candidates if c.key == key])):
+            found.append((-gain, number, place, c))
+    return [c for *_, c in sorted(found, key=lambda f: f[:3])]
+
+
+def taken(path: Sequence[Candidate]) -> list[Candidate]:
+    """The candidate that each key ends with after these steps."""
+    return list({c.key: c for c in path}.values())
+
+
+def representatives(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The middle of every key's hull."""
+    found = []
+    for key in dict.fromkeys(c.key for c in candidates):
+        corners = [c for _, c in hull([c for c in candidates if c.key == key])]
+        found += corners[len(corners) // 2 :][:1]
+    return found

@@ -1,0 +1,1 @@
+"""Compiled models, and the file that they are saved in."""

@@ -1,0 +1,1 @@
+"""compile(): from a model to a compiled model, stage by stage."""

@@ -1,0 +1,85 @@
+"""What the machine that is here does in a second, measured with what the backend itself generates, and remembered among the tuning records.
+
+Four small programs, in turn: a product that is bound by arithmetic, an elementwise operator on more than the cache holds, a gather of
+single elements, and a chain of operators too small to take any time but their launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from thresher.analysis.cost.cost import Machine, machine_of
+from thresher.backends.base import Backend
+from thresher.frontend.capture import capture
+from thresher.tuning.records import Record
+from thresher.tuning.timing import interleaved
+
+WORKLOAD = "machine"  # under which the numbers are recorded
+ROWS, WIDTH = 512, 768
+ELEMENTS = 1 << 24
+CHAIN = 64
+
+
+class _Gather(nn.Module):
+    def __init__(self, columns: int):
+        super().__init__()
+        self.register_buffer("index", torch.randperm(columns, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+
+class _Chain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(CHAIN):
+            x = x.softmax(-1)
+        return x
+
+
+def calibrate(backend: Backend, target: str) -> Machine:
+    """Measure; seconds. The tile's width is not measured: it is the kernels'."""
+    wide = torch.randn(ELEMENTS >> 10, 1 << 10)
+    programs = {
+        "product": (nn.Linear(WIDTH, WIDTH, bias=False), torch.randn(ROWS, WIDTH)),
+        "stream": (nn.ReLU(), wide),
+        "gather": (_Gather(wide.shape[1]), wide),
+        "chain": (_Chain(), torch.randn(4, 16)),
+    }
+    calls = {}
+    for name, (module, x) in programs.items():
+        calls[name] = partial(backend.lower(capture(module.eval(), (x,)).rounded(), target).run, [x])
+    took = {name: timing.median / 1e3 for name, timing in interleaved(calls, rounds=5).items()}
+    return dataclasses.replace(
+        machine_of(target),
+        flops=2 * ROWS * WIDTH * WIDTH / took["product"],
+        bandwidth=2 * 4 * ELEMENTS / took["stream"],
+        gathered=4 * ELEMENTS / took["gather"],
+        launch=took["chain"] / CHAIN,
+    )
+
+
+def record(machine: Machine, fingerprint: str) -> Record:
+    """The measured numbers as a record."""
+    return Record.now(
+        fingerprint, WORKLOAD, json.dumps(dataclasses.asdict(machine)), 1e6 * machine.launch, 1e6 * machine.launch
+    )
+
+
+def recorded(plans: Mapping[str, str], target: str) -> Machine:
+    """The numbers on record, else the typical ones."""
+    try:
+        numbers = json.loads(plans[WORKLOAD])
+        flops, bandwidth, gathered, launch = (float(numbers[k]) for k in ("flops", "bandwidth", "gathered", "launch"))
+        if min(flops, bandwidth, gathered, launch) <= 0:
+            return machine_of(target)
+        return dataclasses.replace(
+            machine_of(target), flops=flops, bandwidth=bandwidth, gathered=gathered, launch=launch
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return machine_of(target)

@@ -1,0 +1,1 @@
+"""From a folded model to the files of other libraries."""

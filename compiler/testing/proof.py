@@ -1,0 +1,411 @@
+"""Everything that a pass must hold to, tried on a case in many sizes. Each thing that is wrong is named once, by the check that saw it.
+
+input        the program it was given is as it was, its constants and metadata too
+raises       it does not raise
+well-formed  the result is a program (``Program.verify``): nothing dangles, and shapes and dtypes are what the operators yield
+signature    the model takes and returns what it did: structure, shapes, dtypes
+precision    floating-point numbers are of no type that was not there before
+exact        the result is equal in float64 (1e-9) on the example, random, scaled, zero and negative inputs
+strides      also for inputs that do not lie in memory one after the other
+aliasing     also if one tensor is passed for several inputs
+batch        also for a number of samples that was left free
+dtypes       all of this for the model in float64, float16 and bfloat16
+notes        what it changed, it says, at nodes that exist; what it says, it changed
+repeatable   two applications give the same
+way back     what training does to the result comes back to the original's parameters, or an error says that it cannot
+rest         applied again and again it comes to an end, and stays exact
+near miss    a graph one step off is refused, or rewritten rightly, too (:mod:`thresher.testing.near_miss_graphs`)
+budget       (approximate passes) the error of the result on samples that it did not see keeps within the budget
+idle         (of a case) the pass rewrote nothing in any size: the case tests nothing
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from thresher.approximation.calibration import Calibration
+from thresher.errors import CaptureError, ProgramError
+from thresher.frontend.capture import capture
+from thresher.ir.lineage import unfold
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Context, Pass, PassManager, PassResult, make_pass
+from thresher.testing.cases import Case, described
+from thresher.testing.near_miss_graphs import near_misses
+from thresher.verification.compare import EXACT_TOLERANCE, compare, first_divergence, probes
+
+DTYPES = (torch.float64, torch.float16, torch.bfloat16)
+TRAINED = 1e-4  # relative: the parameters that come back are rounded to float32
+ROUNDS = 10  # applications after which a pass must have come to rest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``check`` is one of the names above; ``where`` the case and its sizes; ``message`` what is wrong."""
+
+    check: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.message}"
+
+
+def prove(item: str | Pass, *cases: Case, **options: Any) -> None:
+    """:func:`examine`, and an ``AssertionError`` with all findings if there are any."""
+    if findings := examine(item, *cases, **options):
+        raise AssertionError("\n".join(map(str, findings)))
+
+
+def examine(
+    item: str | Pass,
+    *cases: Case,
+    first: Sequence[str | Pass] = (),
+    draws: int = 4,
+    misses: int = 60,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    context: Callable[[Program], Context] | None = None,
+    seed: int = 0,
+) -> list[Finding]:
+    """Try a pass on cases and say what is wrong.
+
+    Args:
+        item: the pass, or ``name{option=value}``.
+        cases: models; the pass is expected to rewrite each of them in at least one size.
+        first: passes that run before it (and are not judged).
+        draws: sizes of each case that are tried.
+        misses: graphs one step off that are tried, per case.
+        dtypes: of the models that are tried besides the one in float32.
+        context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
+
+    Returns: one finding for each check and case that failed, the first one found.
+    """
+    chosen = make_pass(item)
+    found: list[Finding] = []
+    for case in cases:
+        trial = _Trial(chosen, case, list(first), context or (lambda program: Context()), seed)
+        seen: dict[str, Finding] = {}
+        for finding in trial.run(draws, misses, dtypes):
+            seen.setdefault(finding.check, finding)
+        found += seen.values()
+    return found
+
+
+@dataclass
+class _Trial:
+    """One pass on one case."""
+
+    item: Pass
+    case: Case
+    first: list[str | Pass]
+    context: Callable[[Program], Context]
+    seed: int
+
+    def run(self, draws: int, misses: int, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
+        active = False
+        for sizes in self.case.draws(draws, self.seed):
+            where = described(self.case, sizes)
+            captured = self.case.program(sizes)
+            program = self._prepared(captured)
+            result, wrong = self._apply(program, where)
+            yield from wrong
+            if result is None:
+                continue
+            yield from self._judge(program, result, where)
+            if not result.rewrites:
+                continue
+            if self.item.preserves == "exact":
+                yield from self._batch(sizes, where)
+                yield from self._way_back(captured, result.program, where)
+            if not active:  # once: what follows does not depend on sizes
+                active = True
+                yield from self._dtypes(sizes, where, dtypes)
+                yield from self._near_misses(program, result, where, misses)
+        if not active:
+            yield Finding("idle", self.case.name, f"{self.item} rewrote nothing, in no size")
+
+    def _prepared(self, program: Program) -> Program:
+        return PassManager(self.first, "off").run(program, self.context(program)) if self.first else program
+
+    def _apply(self, program: Program, where: str) -> tuple[PassResult | None, list[Finding]]:
+        """The result, and what was wrong with the way there."""
+        before = _state(program)
+        try:
+            result = self.item.apply(program, self.context(program))
+        except Exception as error:
+            return None, [Finding("raises", where, f"{type(error).__name__}: {error}")]
+        wrong = [Finding("input", where, words) for words in _touched(before, program)]
+        try:
+            result.program.verify()
+        except Exception as error:
+            wrong.append(Finding("well-formed", where, str(error)))
+            return None, wrong
+        return result, wrong
+
+    # ------------------------------------------------------------------ one program
+
+    def _judge(self, program: Program, result: PassResult, where: str) -> Iterator[Finding]:
+        after = result.program
+        yield from _notes(program, result, where)
+        if not result.rewrites:
+            return
+        if words := _signature_changed(program, after):
+            yield Finding("signature", where, words)
+            return
+        if words := _precision_changed(program, after):
+            yield Finding("precision", where, words)
+        again, _ = self._apply(program, where)
+        if again is not None and (words := _differ(after, again.program)):
+            yield Finding("repeatable", where, words)
+        if self.item.preserves == "exact":
+            yield from self._exact(program, after, where)
+            yield from self._rest(program, after, where)
+        else:
+            yield from self._budget(program, after, where)
+
+    def _exact(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
+        for check, words, flat in _inputs(program):
+            if differs := _divergence(program, after, flat):
+                yield Finding(check, where, f"{words}: {differs}")
+
+    def _rest(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
+        for _ in range(ROUNDS):
+            result, wrong = self._apply(after, where)
+            if result is None:
+                yield from (replace(w, check="rest") for w in wrong)
+                return
+            if not result.rewrites:
+                break
+            after = result.program
+        else:
+            yield Finding("rest", where, f"after {ROUNDS} applications it still rewrites")
+        if differs := _divergence(program, after, program.probe):
+            yield Finding("rest", where, f"applied again it is not exact: {differs}")
+
+    def _budget(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
+        calibration = self.context(program).calibration
+        if not isinstance(calibration, Calibration):
+            yield Finding("budget", where, "an approximate pass needs a context with a calibration")
+            return
+        limit, error = calibration.budget.limit, calibration.measure(after, calibration.judging).mean
+        if not error <= limit:
+            yield Finding(
+                "budget", where, f"the error on samples that chose nothing is {error:.3g}, the budget {limit:.3g}"
+            )
+
+    def _way_back(self, captured: Program, after: Program, where: str) -> Iterator[Finding]:
+        """Every parameter moves a little, as in training; then what comes back is put into the program as it was captured."""
+        state, small = captured.notes.get("state", {}), after.rounded()
+        trained = small.clone()
+        generator = torch.Generator().manual_seed(self.seed)
+        for name in small.trainable():
+            value = small.constants[name]
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            trained.constants[name] = value * (1 + 0.01 * noise)
+        try:
+            found = unfold(state, after.lineage, small.constants, trained.constants)
+        except ProgramError:
+            return
+        except Exception as error:
+            yield Finding("way back", where, f"unfolding raises {type(error).__name__}: {error}")
+            return
+        original = captured.clone()
+        original.constants |= {name: value for name, value in found.items() if name in original.constants}
+        if differs := _divergence(original, trained, captured.probe, TRAINED):
+            yield Finding("way back", where, f"trained and unfolded, the original computes something else: {differs}")
+
+    # ------------------------------------------------------------------ other captures
+
+    def _dtypes(self, sizes: dict[str, Any], where: str, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
+        for dtype in dtypes:
+            place = f"{where} in {str(dtype).removeprefix('torch.')}"
+            try:
+                program = self._prepared(self.case.program(sizes, dtype))
+            except CaptureError:  # the model has no such type
+                continue
+            result, wrong = self._apply(program, place)
+            yield from (replace(w, check="dtypes", message=f"{w.check}: {w.message}") for w in wrong)
+            if result is None or not result.rewrites:
+                continue
+            words = _signature_changed(program, result.program) or _precision_changed(program, result.program)
+            if not words and self.item.preserves == "exact":
+                words = _divergence(program, result.program, program.probe)
+            if words:
+                yield Finding("dtypes", place, words)
+
+    def _batch(self, sizes: dict[str, Any], where: str) -> Iterator[Finding]:
+        """Captured with the first dimension of all inputs free, where the model allows that; run with two more samples."""
+        model, args = self.case.module(sizes)
+        if not args or not all(isinstance(a, Tensor) and a.dim() and len(a) == len(args[0]) > 1 for a in args):
+            return
+        try:
+            program = capture(model, args, dynamic_shapes=_free(model, len(args)))
+        except Exception:  # the model needs just this number
+            return
+        program = self._prepared(program)
+        result, wrong = self._apply(program, where)
+        yield from (replace(w, check="batch", message=f"{w.check}: {w.message}") for w in wrong)
+        if result is not None and result.rewrites:
+            more = [torch.cat([a, a[:2].flip(0)]) for a in args]
+            if differs := _divergence(program, result.program, more):
+                yield Finding("batch", where, f"with {len(more[0])} samples instead of {len(args[0])}: {differs}")
+
+    def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
+        if self.item.preserves != "exact":
+            return
+        for words, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
+            outcome, wrong = self._apply(other, where)
+            for one in wrong:
+                yield Finding("near miss", where, f"where {words}: {one.check}: {one.message}")
+            if outcome is None or not outcome.rewrites:
+                continue
+            if _signature_changed(other, outcome.program):
+                yield Finding("near miss", where, f"where {words}: {_signature_changed(other, outcome.program)}")
+                continue
+            for _, inputs, flat in _inputs(other):
+                if differs := _divergence(other, outcome.program, flat):
+                    yield Finding("near miss", where, f"where {words}: {inputs}: {differs}")
+                    break
+
+
+def _free(model: nn.Module, count: int) -> tuple:
+    """The first dimension of so many inputs, for torch.export: what ``*inputs`` takes is nested."""
+    batch = torch.export.Dim("batch", min=2)
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    shapes = tuple({0: batch} for _ in range(count))
+    single = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.VAR_POSITIONAL), count)
+    return shapes if single >= count else (*shapes[:single], shapes[single:])
+
+
+# ---------------------------------------------------------------------- what is compared
+
+
+def _inputs(program: Program) -> Iterator[tuple[str, str, Sequence[Any]]]:
+    """(check, in words, flat inputs)"""
+    example, random = probes(program)
+    yield "exact", "on the example", example
+    yield "exact", "on random inputs", random
+    yield "exact", "on negative inputs", [_floating(v, lambda t: -t.abs() - 0.5) for v in example]
+    yield "exact", "on zeros", [_floating(v, torch.zeros_like) for v in example]
+    yield "strides", "on inputs with other strides", [_floating(v, _strided) for v in random]
+    tensors = [v for v in example if isinstance(v, Tensor)]
+    if len(tensors) > 1 and len({(t.shape, t.dtype) for t in tensors}) < len(tensors):
+        shared: dict[Any, Tensor] = {}
+        wide = [_floating(v, Tensor.double) for v in example]  # as it is run: a conversion would make copies of it
+        alike = [shared.setdefault((v.shape, v.dtype), v) if isinstance(v, Tensor) else v for v in wide]
+        yield "aliasing", "with one tensor for several inputs", alike
+
+
+def _floating(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _strided(value: Tensor) -> Tensor:
+    """The same numbers, with gaps between them and the dimensions in the other order in memory."""
+    order = list(range(value.dim()))[::-1]
+    gapped = torch.full([*(value.shape[d] for d in order), 2], float("nan"), dtype=value.dtype)[..., 0]
+    return gapped.permute(order).copy_(value)
+
+
+def _divergence(before: Program, after: Program, flat: Sequence[Any], tolerance: float = EXACT_TOLERANCE) -> str:
+    """In words how far two programs are apart in float64; empty where they are equal."""
+    try:
+        wanted = before.run(*flat, dtype=torch.float64)
+    except Exception:  # the model itself cannot be run on this
+        return ""
+    try:
+        found = after.run(*flat, dtype=torch.float64)
+    except Exception as error:
+        return f"the result cannot run: {type(error).__name__}: {error}"
+    difference = compare(wanted, found)
+    if not difference.exceeds(tolerance):
+        return ""
+    node = _first(before, after)
+    return (
+        f"{difference.reason or f'relative error {difference.relative:.1e}'}{f', first at {node.name}' if node else ''}"
+    )
+
+
+def _first(before: Program, after: Program) -> fx.Node | None:
+    try:
+        return first_divergence(before, after, EXACT_TOLERANCE)
+    except Exception:
+        return None
+
+
+def _state(program: Program) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+    return (
+        program.text(),
+        {k: v.clone() for k, v in program.constants.items()},
+        {k: id(v) for k, v in program.notes.items()},
+    )
+
+
+def _touched(before: tuple[str, dict[str, Tensor], dict[str, int]], program: Program) -> Iterator[str]:
+    text, constants, notes = before
+    if program.text() != text:
+        yield "the graph that it was given has changed"
+    if program.constants.keys() != constants.keys():
+        yield f"it added or removed constants: {sorted(program.constants.keys() ^ constants.keys())}"
+    for name in constants.keys() & program.constants.keys():
+        if not _equal(constants[name], program.constants[name]):
+            yield f"it wrote into the constant {name!r} that it was given"
+    if {k: id(v) for k, v in program.notes.items()} != notes:
+        yield "it changed the notes of the program that it was given"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)))
+
+
+def _signature_changed(before: Program, after: Program) -> str:
+    def described(nodes: Sequence[Any]) -> list[str]:
+        return [f"{dtype_of(n)} {tuple(map(str, shape_of(n)))}" if is_tensor(n) else repr(n) for n in nodes]
+
+    if before.in_spec != after.in_spec or before.out_spec != after.out_spec:
+        return "the structure of its inputs or outputs has changed"
+    for what, old, new in (
+        ("takes", before.placeholders, after.placeholders),
+        ("returns", before.output_nodes, after.output_nodes),
+    ):
+        if described(old) != described(new):
+            return f"it {what} {described(new)} instead of {described(old)}"
+    return ""
+
+
+def _precision_changed(before: Program, after: Program) -> str:
+    def types(program: Program) -> dict[torch.dtype, str]:
+        found = ((dtype_of(n), n.name) for n in program.graph.nodes if is_tensor(n))
+        return {t: name for t, name in found if t.is_floating_point or t.is_complex}
+
+    new = types(after).items() - types(before).items()
+    fresh = {t: name for t, name in new if t not in types(before)}
+    return "; ".join(f"{name} is {t}, a type that was not there" for t, name in fresh.items())
+
+
+def _notes(program: Program, result: PassResult, where: str) -> Iterator[Finding]:
+    names = {n.name for n in program.graph.nodes}
+    differs = _differ(program, result.program)
+    if differs and not result.rewrites:
+        yield Finding("notes", where, f"it says nothing of what it changed: {differs}")
+    if result.rewrites and not differs:
+        yield Finding("notes", where, "it says that it rewrote something, and nothing has changed")
+    for note in (*result.rewrites, *result.refusals):
+        if note.node and note.node not in names:
+            yield Finding("notes", where, f"it speaks of the node {note.node!r}, which the program does not have")
+        if not note.message:
+            yield Finding("notes", where, f"its note on {note.node!r} says nothing")
+
+
+def _differ(a: Program, b: Program) -> str:
+    if not a.structurally_equal(b):
+        return "the graphs differ"
+    for x, y in zip(a.graph.nodes, b.graph.nodes):
+        if x.op == "get_attr" and not _equal(a.constants[x.target], b.constants[y.target]):
+            return f"the constant {x.target!r} differs"
+    return ""

@@ -1,0 +1,1 @@
+"""Timing, the records of what was measured, and the options of a measurement."""

@@ -1,0 +1,210 @@
+"""From the softmax of an attention back to the product of queries and keys, through every way of scaling and masking in between.
+
+    scores = cap * tanh((c q k^T + bias) / cap), masked         each part optional, in any order that means this
+
+Read backward from the softmax: adding a tensor is a bias; ``where`` and ``masked_fill`` with a number are a mask; factors are a scale
+(of the biases added before them, too); reshapes must leave every score where it is, but may regroup batch and heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.analysis.slices.transfer.base import argument
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+
+aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+LAYOUTS = (
+    aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.expand.default,
+)  # fmt: skip
+CONVERSIONS = (aten._to_copy.default, aten.to.dtype)
+MASKED = -1e4  # a number no score reaches: what is set to it is masked
+
+
+class NotAttention(Exception):
+    """Why a chain is no attention site, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Added to the scores: ``node`` (a tensor), or ``low`` where the boolean ``node`` is False. ``shape``: that of the scores there."""
+
+    node: fx.Node
+    shape: tuple
+    scale: float = 1.0
+    low: float | None = None
+    inverted: bool = False  # masked where True
+
+
+@dataclass
+class Scores:
+    """What stands between the product and the softmax."""
+
+    product: fx.Node
+    scale: float
+    biases: list[Bias] = field(default_factory=list)
+    factors: list[fx.Node] = field(default_factory=list)  # tensors with one number per head
+    softcap: float | None = None
+
+
+def product_behind(program: Program, softmax: fx.Node) -> Scores:
+    """The scores that ``softmax`` reads; raises :class:`NotAttention`."""
+    found = _Walk(program).run(softmax.args[0])
+    if layout(found.product, softmax.args[0]) != "kept":
+        raise NotAttention("the scores change places between the product and the softmax")
+    return found
+
+
+def layout(source: fx.Node, target: fx.Node) -> str:
+    """How the elements of ``source`` lie in ``target``, which only layout operators made from it (others count as the identity): ``kept``
+    (in order, the last two dimensions the same), ``transposed`` (the last two changed places) or ``mixed``."""
+    path, node = [], target
+    while node is not source:
+        path.append(node)
+        node = node if not node.all_input_nodes else _main(node, source)
+    view = torch.empty(shape_of(source), device="meta")
+    try:
+        for node in reversed(path):
+            if node.target in (aten.reshape.default, aten.view.default):
+                view = view.view(shape_of(node))
+            elif node.target in LAYOUTS:
+                view = node.target(view, *node.args[1:])
+            if view.shape != shape_of(node):
+                return "mixed"
+    except RuntimeError:
+        return "mixed"
+    rows, columns = shape_of(source)[-2:]
+    if view.is_contiguous() and view.shape[-2:] == (rows, columns):
+        return "kept"
+    if view.mT.is_contiguous() and view.shape[-2:] == (columns, rows):
+        return "transposed"
+    return "mixed"
+
+
+def _main(node: fx.Node, source: fx.Node) -> fx.Node:
+    """The argument of ``node`` that comes from ``source``."""
+    return next(a for a in node.all_input_nodes if a is source or _reaches(a, source))
+
+
+def _reaches(node: fx.Node, source: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        one = todo.pop()
+        if one is source:
+            return True
+        if one not in seen and one > source:
+            seen.add(one)
+            todo += one.all_input_nodes
+    return False
+
+
+class _Walk:
+    def __init__(self, program: Program):
+        self.program = program
+
+    def run(self, node: Any, scale: float = 1.0) -> Scores:
+        """The scores that end in ``node``, ``scale`` times."""
+        if not is_tensor(node) or node.op != "call_function":
+            raise NotAttention("the scores are not a scaled product of queries and keys")
+        if len(node.users) > 1:
+            raise NotAttention(f"{node.name}: the scores are used besides the softmax")
+        if node.target in PRODUCTS:
+            return self.product(node, scale)
+        if node.target in LAYOUTS or (node.target in CONVERSIONS and _widens(node)):
+            return self.run(node.args[0], scale)
+        if node.target is aten.add.Tensor and "alpha" not in node.kwargs:
+            return self.sum(node, scale)
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            return self.factor(node, scale)
+        if node.target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            return self.masked(node, scale)
+        raise NotAttention(f"the scores are not a scaled product of queries and keys: {node.target} is between")
+
+    def product(self, node: fx.Node, scale: float) -> Scores:
+        if node.target is not aten.baddbmm.default:
+            return Scores(node, scale)
+        beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
+        bias = [Bias(node.args[0], shape_of(node), scale * beta)] if beta else []
+        return Scores(node, scale * alpha, bias)
+
+    def sum(self, node: fx.Node, scale: float) -> Scores:
+        left, right = node.args[:2]
+        try:
+            found, bias = self.run(left, scale), right
+        except NotAttention:
+            found, bias = self.run(right, scale), left
+        if not is_tensor(bias):
+            return found  # the same number for every key does not change the softmax
+        return self.biased(found, Bias(bias, shape_of(node), scale))
+
+    def biased(self, found: Scores, bias: Bias) -> Scores:
+        if not shape_of(bias.node) or bias.shape[-2:] != shape_of(found.product)[-2:]:
+            raise NotAttention(f"{bias.node.name}: the bias is not added to rows of scores")
+        return replace(found, biases=[*found.biases, bias])
+
+    def factor(self, node: fx.Node, scale: float) -> Scores:
+        x, by = node.args[:2]
+        if "rounding_mode" in node.kwargs:
+            raise NotAttention("the scores are rounded")
+        value = self.number(by)
+        if value is None:
+            return self.scaled_by_tensor(node, scale)
+        inverse = node.target in (aten.div.Tensor, aten.div.Scalar)
+        if not inverse and is_tensor(x) and x.target is aten.tanh.default and len(x.users) == 1:
+            return self.capped(x, value, scale)
+        return self.run(x, scale / value if inverse else scale * value)
+
+    def scaled_by_tensor(self, node: fx.Node, scale: float) -> Scores:
+        """One factor per head, which goes to the queries."""
+        x, by = node.args[:2]
+        if node.target is not aten.mul.Tensor or not is_tensor(by) or not is_tensor(x):
+            raise NotAttention("the scores are scaled by a tensor")
+        if shape_of(by)[-2:] != (1, 1):
+            x, by = by, x
+        if shape_of(by)[-2:] != (1, 1) or len(shape_of(by)) > len(shape_of(x)):
+            raise NotAttention("the scores are scaled by a tensor that is not one number per head")
+        found = self.run(x, scale)
+        if found.biases or found.softcap or shape_of(found.product) != shape_of(node):
+            raise NotAttention("biased scores are scaled by a tensor")
+        return replace(found, factors=[*found.factors, by])
+
+    def capped(self, tanh: fx.Node, cap: float, scale: float) -> Scores:
+        """cap * tanh(x / cap)"""
+        found = self.run(tanh.args[0], cap)
+        if scale != 1.0 or cap <= 0 or found.softcap or found.biases:
+            raise NotAttention("the scores are capped, and not after the scale and before the mask")
+        return replace(found, softcap=cap)
+
+    def masked(self, node: fx.Node, scale: float) -> Scores:
+        fill = node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+        condition, x, other = (node.args[1], node.args[0], node.args[2]) if fill else node.args
+        inverted = fill
+        if not fill and self.number(x) is not None:
+            x, other, inverted = other, x, True
+        low = self.number(other)
+        if low is None or low > MASKED:
+            raise NotAttention(f"{node.name}: scores are replaced by something that is not a large negative number")
+        if scale <= 0:
+            raise NotAttention(f"{node.name}: masked scores are multiplied by a number that is not positive")
+        return self.biased(self.run(x, scale), Bias(condition, shape_of(node), 1.0, low, inverted))
+
+    def number(self, value: Any) -> float | None:
+        """A literal or a constant of one element."""
+        constant = self.program.constant(value)
+        if constant is not None and constant.numel() == 1:
+            return float(constant)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _widens(node: fx.Node) -> bool:
+    return (
+        dtype_of(node).is_floating_point
+        and dtype_of(node.args[0]).is_floating_point
+        and dtype_of(node).itemsize >= dtype_of(node.args[0]).itemsize
+    )

@@ -1,0 +1,90 @@
+"""How many zeros the linear layers of a program meet, on samples: at their inputs, and in what their outputs are multiplied with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from thresher.analysis.cost.break_even import FEW, Kind
+from thresher.approximation.calibration import watch
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+
+aten = torch.ops.aten
+TILE = 7  # rows that share a list, where there are many
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer whose zeros could be skipped: of its input, or of the ``gate`` that its output is multiplied with in ``product``."""
+
+    kind: Kind
+    linear: fx.Node
+    gate: fx.Node | None = None
+    product: fx.Node | None = None
+
+    @property
+    def sparse(self) -> fx.Node:
+        """Where the zeros are."""
+        return self.linear.args[0] if self.gate is None else self.gate
+
+    @property
+    def rows(self) -> int:
+        return math.prod(int(d) for d in shape_of(self.linear)[:-1])
+
+
+@dataclass(frozen=True)
+class Density:
+    """``nonzero``: the part of all elements; ``listed``: the part of the columns that some row of a tile has."""
+
+    nonzero: float
+    listed: float
+
+
+def sites_of(program: Program, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[Site]:
+    """Of constant, finite weights, with static shapes."""
+    found = []
+    for node in program.calls(aten.linear.default):
+        weight = program.constant(node.args[1])
+        static = all(isinstance(d, int) for d in (*shape_of(node), *shape_of(node.args[0])))
+        if weight is None or not static or dtype_of(node) not in dtypes or len(shape_of(node)) < 2:
+            continue
+        if not bool(torch.isfinite(weight).all()):
+            continue  # 0 times infinity is no 0
+        found.append(Site("input", node))
+        product = next(iter(node.users)) if len(node.users) == 1 else None
+        if product is not None and product.target is aten.mul.Tensor:
+            gate = product.args[1] if product.args[0] is node else product.args[0]
+            if is_tensor(gate) and gate is not node and shape_of(gate) == shape_of(node) and gate < node:
+                found.append(Site("gate", node, gate, product))
+    return found
+
+
+def densities(program: Program, sites: Sequence[Site], samples: Sequence[list[Any]]) -> dict[Site, Density]:
+    """Means over the samples."""
+    found = {s: [0.0, 0.0] for s in sites}
+    by_node: dict[fx.Node, list[Site]] = {}
+    for site in sites:
+        by_node.setdefault(site.linear if site.product is None else site.product, []).append(site)
+
+    def see(node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        for site in by_node[node]:
+            x = values[site.sparse]
+            found[site][0] += float((x != 0).double().mean()) / len(samples)
+            found[site][1] += listed(x) / len(samples)
+
+    watch(program, samples, {node: partial(see, node) for node in by_node})
+    return {site: Density(*values) for site, values in found.items()}
+
+
+def listed(x: Tensor) -> float:
+    """The part of the columns of [.., K] that are not 0 in some row of a tile; the mean over the tiles."""
+    rows = (x != 0).flatten(0, -2)
+    tile = len(rows) if len(rows) <= FEW else TILE
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % tile))
+    return float(rows.unflatten(0, (-1, tile)).any(1).double().mean())

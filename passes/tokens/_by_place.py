@@ -1,0 +1,84 @@
+"""What a token reduction does to every place of the input: a mean over samples hides that tokens of some places always go.
+
+(FEATHER, Endo et al., 2024, found criteria that keep little but the bottom of an image.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from thresher.approximation.calibration import Calibration, watch
+from thresher.ir.program import Program
+
+MATCH = torch.ops.thresher.match_tokens.default
+Samples = Sequence[list[Any]]
+
+
+def kept_by_place(program: Program, samples: Samples) -> Tensor:
+    """For each token of the first reduction, in which part of the samples it still has a slot of its own after the last one."""
+    matches = _chain(list(program.calls(MATCH)))
+    kept = torch.zeros(matches[0].meta["val"][2].shape[1])
+    alive, slot = torch.empty(0), torch.empty(0)
+
+    def follow(number: int, values: dict[fx.Node, Any]) -> None:
+        nonlocal alive, slot
+        assign, _, own = values[matches[number]]
+        if number:
+            own = own.gather(1, slot.clamp(min=0)) * alive
+            assign = assign.gather(1, slot.clamp(min=0))
+        alive, slot = own.float(), assign
+        if number == len(matches) - 1:
+            kept.add_(alive.mean(0) / len(samples))
+
+    watch(program, samples, {m: partial(follow, i) for i, m in enumerate(matches)})
+    return kept
+
+
+def _chain(matches: list[fx.Node]) -> list[fx.Node]:
+    """The reductions that follow one another, from the first on."""
+    found = matches[:1]
+    for match in matches[1:]:
+        if match.meta["val"][2].shape == found[-1].meta["val"][1].shape:
+            found.append(match)
+    return found
+
+
+def error_by_place(program: Program, calibration: Calibration, samples: Samples, tokens: int) -> Tensor | None:
+    """The relative L2 error of the first output at each token, if it has them in its second dimension."""
+    reference = calibration.reference(samples[0])
+    if (
+        not reference
+        or not isinstance(reference[0], Tensor)
+        or reference[0].dim() < 3
+        or reference[0].shape[1] != tokens
+    ):
+        return None
+    errors, norms = torch.zeros(tokens), torch.zeros(tokens)
+    for flat in samples:
+        wanted, found = calibration.reference(flat)[0].float(), program.run(*flat)[0].float()
+        errors += (found - wanted).square().transpose(0, 1).flatten(1).sum(1)
+        norms += wanted.square().transpose(0, 1).flatten(1).sum(1)
+    return (errors / norms.clamp(min=1e-30)).sqrt()
+
+
+def in_words(program: Program, calibration: Calibration) -> list[str]:
+    """Both, on the samples that judge; nothing where nothing was reduced."""
+    samples = calibration.judging
+    if not any(program.calls(MATCH)):
+        return []
+    kept = kept_by_place(program, samples)
+    least = int(kept.argmin())
+    words = [
+        f"of {len(kept)} tokens {100 * kept.mean():.0f} % are left, by their place from {100 * kept[least]:.0f} % (token {least}) "
+        f"to {100 * kept.max():.0f} %"
+    ]
+    errors = error_by_place(program, calibration, samples, len(kept))
+    if errors is not None:
+        worst = int(errors.argmax())
+        words.append(f"error by place: {errors.median():.1e}, at worst {errors[worst]:.1e} (token {worst})")
+    return words

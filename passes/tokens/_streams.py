@@ -1,0 +1,83 @@
+"""Where tokens can become fewer: the residual stream behind an attention of tokens to themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thresher.analysis.attention.sites import AttentionSite, attention_sites
+from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.rewriting.manager import Note
+
+aten = torch.ops.aten
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+BETWEEN = (aten.permute.default, aten.reshape.default, aten.linear.default, aten.mul.Tensor, aten.layer_norm.default)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a layer's tokens can become fewer: the value behind its attention, and that attention."""
+
+    value: fx.Node
+    site: AttentionSite
+
+    @property
+    def tokens(self) -> int:
+        return shape_of(self.value)[1]
+
+
+def streams(program: Program) -> tuple[list[Stream], list[Note]]:
+    """The places behind attentions of tokens to themselves, and refusals."""
+    found, refusals = [], []
+    for site in attention_sites(program)[0]:
+        value = _stream_behind(site)
+        if isinstance(value, str):
+            refusals.append(Note.at(site.node, f"its tokens cannot become fewer: {value}"))
+        else:
+            found.append(Stream(value, site))
+    return found, refusals
+
+
+def _stream_behind(site: AttentionSite) -> fx.Node | str:
+    """The residual sum behind an attention, and the norm behind that, if it is all that reads the sum."""
+    batch, _, rows, keys = site.shape
+    if rows != keys:
+        return "queries and keys are different tokens"
+    if site.causal or site.masks_by_place:
+        return "a mask by places"
+    node: fx.Node | None = site.node
+    while node is not None:
+        node = next(iter(node.users)) if len(node.users) == 1 else None
+        if node is None or not is_tensor(node) or node.op == "output":
+            return "no residual sum behind it"
+        if node.target is aten.add.Tensor and all(
+            is_tensor(n) and shape_of(n) == shape_of(node) for n in node.args[:2]
+        ):
+            break
+        if node.target not in BETWEEN:
+            return f"{node.target} stands between it and the residual sum"
+    assert node is not None
+    after = next(iter(node.users)) if len(node.users) == 1 else None
+    if after is not None and after.target in NORMS:
+        node = after
+    if len(shape_of(node)) != 3 or shape_of(node)[:2] != (batch, rows) or dtype_of(node) is not torch.float32:
+        return "the residual sum is not [batch, tokens, channels] in float32"
+    return node
+
+
+def read_by_place(program: Program) -> int:
+    """How many tokens at the front of streams are selected by their number, or stand apart from the others."""
+    lengths, first = {s.tokens for s in streams(program)[0]}, 0
+    for node in program.calls(aten.select.int, aten.slice.Tensor):
+        source = node.args[0]
+        if len(node.args) < 3 or program.constant(source) is not None:
+            continue
+        if shape_of(source)[node.args[1]] not in lengths or node.args[1] % len(shape_of(source)) == 0:
+            continue
+        start, end = node.args[2], node.args[3] if len(node.args) > 3 else 1 << 62
+        split = start + 1 if node.target is aten.select.int else start if start else end
+        if 0 < split <= 8:
+            first = max(first, split)
+    return first
