@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -20,17 +20,21 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_fixtures_measure_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What modules and sessions share is built before the fixtures of a test: it sees no records of this machine either, takes break-even
+    points from the estimate, and does not pause between timings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(timing, "PAUSE", 0.0)
+        patch.setattr(driver, "measure", lambda backend, target, layer: estimated(layer, machine_of(target)))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> None:
-    """No test sees what tuning recorded on this machine, and none leaves records behind."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what tuning recorded in another one."""
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
-
-
-@pytest.fixture(autouse=True)
-def estimated_crossovers(monkeypatch) -> None:
-    """Builds take what zeros save from the estimate: measuring it is tested where it is the subject (``crossover.measure``)."""
-    monkeypatch.setattr(driver, "measure", lambda backend, target, layer: estimated(layer, machine_of(target)))
 
 
 class Function(nn.Module):
