@@ -18,22 +18,22 @@ from thresher.tuning.records import Record
 
 
 @dataclass(frozen=True)
-class Lowering:
+class LoweringOptions:
     """How to lower.
 
     ``strict_rounding``: sums only as the operators define them, in any order; no algorithm that rounds more (Winograd's). ``records``: what
     tuning found fastest, workload -> plan (:meth:`Backend.tune`). ``library``: a plan may be to call torch's own kernel. ``progress`` is
-    told what is being done. ``held``: weights of another model, packed; where kernels can read a weight as it is there, they do.
+    told what is being done. ``shared_weights``: weights of another model, packed; where kernels can read a weight as it is there, they do.
     """
 
     strict_rounding: bool = False
     records: Mapping[str, str] = field(default_factory=dict)
     library: bool = False
     progress: Progress = lambda message: None
-    held: Weights | None = None
+    shared_weights: Weights | None = None
 
 
-DEFAULT = Lowering()
+DEFAULT = LoweringOptions()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class KernelTime:
     milliseconds: float
 
 
-class Lowered(ABC):
+class Executable(ABC):
     """A program in the form a backend runs.
 
     ``memory``: bytes that it takes, by what for (``weights``, ``activations``), as far as the backend knows. ``tuned``:
@@ -80,7 +80,7 @@ class Backend(ABC):
     tunable: ClassVar[bool] = False  # whether it has the three methods about tuning
 
     @abstractmethod
-    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
+    def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
         """Lower ``program`` (already rounded) for ``target``. Raises :class:`BackendError` naming the node it cannot lower."""
 
     def runs_here(self, target: str) -> bool:
@@ -97,14 +97,21 @@ class Backend(ABC):
         """Records that come with the library."""
         return ()
 
-    def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
-        """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands. Returns their
-        number."""
+    def tune(
+        self,
+        program: Program,
+        target: str,
+        options: Tune,
+        lowering_options: LoweringOptions,
+        save: Callable[[Record], None],
+    ) -> int:
+        """Measure the workloads of ``program`` that ``lowering_options.records`` lacks; each record is ``save``d as soon as it stands.
+        Returns their number."""
         raise BackendError(f"the backend {self.name!r} has nothing to tune")
 
     @abstractmethod
-    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
-        """What :meth:`Lowered.save` wrote."""
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Executable:
+        """What :meth:`Executable.save` wrote."""
 
 
 def find_backend(name: str) -> Backend:

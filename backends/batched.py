@@ -6,33 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thresher.backends.base import KernelTime, Lowered
-from thresher.runtime.batching import Pieces
+from thresher.backends.base import Executable, KernelTime
+from thresher.runtime.batching import BatchSplitter
 from thresher.runtime.weight_store import Weights
 
 
-class BatchedLowered(Lowered):
-    """``parts``: what is lowered for each size; the rest as for :class:`Pieces`."""
+class BatchedExecutable(Executable):
+    """``parts``: what is lowered for each size; the rest as for :class:`BatchSplitter`."""
 
-    def __init__(self, parts: Mapping[int, Lowered], batched: Sequence[bool], times: Mapping[int, float]):
+    def __init__(self, parts: Mapping[int, Executable], batched: Sequence[bool], times: Mapping[int, float]):
         self.parts = dict(parts)
-        self.pieces = Pieces({size: part.run for size, part in parts.items()}, batched, times)
+        self.splitter = BatchSplitter({size: part.run for size, part in parts.items()}, batched, times)
         largest = parts[max(parts)]
         self.memory = dict(largest.memory) | {"weights": sum(p.memory.get("weights", 0) for p in parts.values())}
         self.tuned = (sum(p.tuned[0] for p in parts.values()), sum(p.tuned[1] for p in parts.values()))
         self.library = sorted({name for p in parts.values() for name in p.library})
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        return self.pieces(inputs)
+        return self.splitter(inputs)
 
     def constants(self) -> Weights | None:
         return self.parts[max(self.parts)].constants()
 
     def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
         """Of the largest size that the inputs fill."""
-        count = self.pieces.count(inputs)
+        count = self.splitter.count(inputs)
         size = max((s for s in self.parts if s <= count), default=min(self.parts))
-        given = [x[:size] if batched else x for x, batched in zip(inputs, self.pieces.batched)]
+        given = [x[:size] if batched else x for x, batched in zip(inputs, self.splitter.batched)]
         return self.parts[size].profile(given) if count >= size else []
 
     def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
@@ -42,6 +42,6 @@ class BatchedLowered(Lowered):
             sizes[str(size)] = part.save(directory / str(size), weights)
         return {
             "sizes": sizes,
-            "batched": self.pieces.batched,
-            "times": {str(size): self.pieces.times[size] for size in self.parts},
+            "batched": self.splitter.batched,
+            "times": {str(size): self.splitter.times[size] for size in self.parts},
         }

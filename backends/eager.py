@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from thresher.analysis.cost.cost import constant_bytes
-from thresher.backends.base import DEFAULT, Backend, Lowered, Lowering
+from thresher.backends.base import DEFAULT, Backend, Executable, LoweringOptions
 from thresher.errors import BackendError
 from thresher.ir.program import Program
 from thresher.runtime.weight_store import Weights
 
 
-class EagerLowered(Lowered):
+class EagerExecutable(Executable):
     def __init__(self, program: Program):
         self.program, self.memory = program, {"weights": constant_bytes(program)}
 
@@ -29,8 +29,8 @@ class EagerLowered(Lowered):
 class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
 
-    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
-        return EagerLowered(program)
+    def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
+        return EagerExecutable(program)
 
-    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Executable:
         raise BackendError("artifacts of the eager backend do not exist")

@@ -13,7 +13,7 @@ if not TYPE_CHECKING and importlib.util.find_spec("torch") is None:  # then comp
 else:
     import thresher.ops  # noqa: F401  (registers the operators)
     from thresher.approximation.budget import Budget
-    from thresher.approximation.search import BoundedPass, Candidate
+    from thresher.approximation.search import ApproximatePass, Candidate
     from thresher.artifact.bundle import Bundle
     from thresher.artifact.compiled import Compiled
     from thresher.artifact.writer import load
@@ -42,9 +42,9 @@ else:
     from thresher.verification.certificate import Certificate
 
 __all__ = [
+    "ApproximatePass",
     "ArtifactError",
     "BackendError",
-    "BoundedPass",
     "Budget",
     "Bundle",
     "Candidate",

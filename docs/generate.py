@@ -43,7 +43,7 @@ def passes() -> str:
 
 
 def _pass(cls: type[Pass]) -> Iterator[str]:
-    kind = {"exact": "Exact.", "bounded": "Approximate: needs calibration samples and a budget."}[cls.preserves]
+    kind = {"exact": "Exact.", "approximate": "Approximate: needs calibration samples and a budget."}[cls.kind]
     yield from (f"### {cls.name}", "", kind, "")
     for paragraph in (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n"):
         listing = any(line.startswith("    ") for line in paragraph.splitlines())
@@ -60,7 +60,7 @@ def operators() -> str:
     lines = [
         "# Operators", "",
         "Made from the code by `python docs/generate.py`. *Folds*: the rule by which dead channels pass through the operator.",
-        "*Lowered*: by a kernel of ours (CPU, float32, fixed shapes), by a converter of ours (all targets), or by TVM's own.", "",
+        "*Executable*: by a kernel of ours (CPU, float32, fixed shapes), by a converter of ours (all targets), or by TVM's own.", "",
         "| operator | folds | lowered |", "|---|---|---|",
     ]  # fmt: skip
     for target in sorted(known, key=operator_name):

@@ -7,7 +7,7 @@
 W is taken apart where the inputs are: with the Gram matrix G = X^T X of calibration inputs, the best A B for |X W^T - X (A B)^T| is the
 truncated SVD of W G^(1/2) (Yuan et al., ASVD, 2023; Wang et al., SVD-LLM, 2024).
 
-``BoundedPass`` does what all approximate passes share: it measures how much an error at each place costs at the output, orders the
+``ApproximatePass`` does what all approximate passes share: it measures how much an error at each place costs at the output, orders the
 candidates by what they save for it, takes as many as the budget allows, and judges on samples that chose nothing.
 """
 
@@ -25,7 +25,7 @@ from thresher import Budget, Context, Note, Program, register_pass
 from thresher.analysis.cost.cost import seconds_of
 from thresher.analysis.slices.transfer.base import argument
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import dtype_of, module_path
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ PARTS = (0.5, 0.25, 0.125)  # of the full rank
 
 @register_pass
 @dataclass(frozen=True)
-class LowRank(BoundedPass):
+class LowRank(ApproximatePass):
     """Replace weights by products of two narrow ones, within the budget."""
 
     name: ClassVar[str] = "low-rank"

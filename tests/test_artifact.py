@@ -146,7 +146,7 @@ def test_code_for_another_cpu(artifact: Path, monkeypatch) -> None:
 
 def test_a_wrong_result_is_found(artifact: Path) -> None:
     loaded = thresher.load(artifact)
-    loaded.proof.outputs[0] = loaded.proof.outputs[0] + 1.0
+    loaded.reference_run.outputs[0] = loaded.reference_run.outputs[0] + 1.0
     with pytest.raises(ValidationError, match="stored probe"):
         loaded.validate()
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from thresher.analysis.slices.batch_independence import free_batch, mixes, with_batch
+from thresher.analysis.slices.batch_independence import free_batch, why_samples_interact, with_batch
 from thresher.artifact import numpy_reader
 from thresher.cli.main import main
 from thresher.errors import CaptureError, InputError
 from thresher.ir.program import Program
-from thresher.runtime.batching import Pieces
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
+from thresher.runtime.batching import BatchSplitter
 from thresher.testing.zoo import ZOO, settle
 from thresher.verification.compare import compare
 
@@ -48,7 +48,7 @@ def test_the_zoo_computes_each_sample_for_itself(name: str) -> None:
     model, args = ZOO[name]()
     program = freed(settle(model), args)
     program = PassManager(pipelines.exact, "off").run(program)
-    assert free_batch(program) and mixes(program) == ""
+    assert free_batch(program) and why_samples_interact(program) == ""
     two = with_batch(program, 2).verify()
     assert all(isinstance(d, int) for n in two.calls() for d in n.meta["val"].shape)
     assert not compare(program.run(*two.probe, dtype=torch.float64), two.run(*two.probe, dtype=torch.float64)).exceeds(
@@ -81,7 +81,7 @@ MIXERS = {
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_what_mixes_samples_is_not_taken_apart(name: str) -> None:
     program = freed(Wrap(MIXERS[name]), (torch.randn(4, 6),))
-    assert not free_batch(program) or mixes(program)
+    assert not free_batch(program) or why_samples_interact(program)
 
 
 APART = {
@@ -99,7 +99,7 @@ APART = {
 @pytest.mark.parametrize("name", sorted(APART))
 def test_what_does_not_mix_is_taken_apart(name: str) -> None:
     program = freed(Wrap(APART[name]), (torch.rand(4, 6),))
-    assert free_batch(program) and mixes(program) == ""
+    assert free_batch(program) and why_samples_interact(program) == ""
 
 
 # ---------------------------------------------------------------------- pieces
@@ -120,7 +120,7 @@ def test_any_number_of_samples(count: int, times: dict[int, float], kind: str) -
 
         return call
 
-    pieces = Pieces({size: run(size) for size in times}, [True, False], times)
+    pieces = BatchSplitter({size: run(size) for size in times}, [True, False], times)
     x = torch.randint(0, 2, (count, 3))
     given_x = x.numpy() if kind == "numpy" else x.to(getattr(torch, kind))
     shared = np.zeros(2) if kind == "numpy" else torch.zeros(2)
@@ -179,7 +179,7 @@ def test_a_batch_of_one_that_has_another_shape_is_no_piece() -> None:
     compiled = thresher.compile(Squeezed(), (x,), target="cpu", dynamic_shapes={"x": {0: BATCH}})
     assert "has another shape for a batch of 1" in compiled.report.batch
     torch.testing.assert_close(compiled(x[:3]), x[:3] * 2)
-    assert mixes(freed(Squeezed(), (x,)), (2, 8)) == ""
+    assert why_samples_interact(freed(Squeezed(), (x,)), (2, 8)) == ""
 
 
 def test_an_exported_program_has_its_sizes() -> None:

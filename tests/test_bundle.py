@@ -45,7 +45,7 @@ def test_weights_are_stored_and_held_once(pair: dict[str, thresher.Compiled], bu
     alone = pair["many"].save(tmp_path / "many.thresher").stat().st_size
     assert bundle.stat().st_size < 1.15 * alone
     loaded = thresher.load(bundle)
-    held = [{t.data_ptr() for t in map(torch.from_dlpack, m.lowered.module.weights)} for m in loaded.values()]
+    held = [{t.data_ptr() for t in map(torch.from_dlpack, m.executable.module.weights)} for m in loaded.values()]
     assert held[0] == held[1] and len(held[0]) == 4
 
 

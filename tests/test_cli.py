@@ -74,7 +74,7 @@ def test_inspect_a_model(here: Path, capsys) -> None:
 
 def test_passes_lists_options(capsys) -> None:
     assert main(["passes"]) == 0
-    assert "fold-channels{strict=False,round_to=0,slack=0.125,gain=1.25}  [exact]" in capsys.readouterr().out
+    assert "fold-channels{strict=False,round_to=0,slack=0.125,min_improvement=1.25}  [exact]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_memory_is_reported(tmp_path) -> None:
     assert memory["one operator at a time"] == 4 * 16 * 128 * 2  # a value and the one it is made from
     assert 4 * 16 * 128 <= memory["activations"] <= 4 * 16 * 128 * 2
     loaded = thresher.load(compiled.save(tmp_path / "m.thresher") or tmp_path / "m.thresher")
-    assert loaded.lowered.memory == compiled.lowered.memory
+    assert loaded.executable.memory == compiled.executable.memory
     assert "one operator at a time" in str(compiled.report)
 
 
@@ -221,14 +221,14 @@ def test_cuda_is_cross_compiled(arch: str, tmp_path) -> None:
     """Without a GPU: the artifact holds device code, and says that it cannot run here."""
     model, args = ZOO["vit"]()
     compiled = thresher.compile(model.eval(), args, target=f"cuda:{arch}")
-    source = compiled.lowered.device_code()
+    source = compiled.executable.device_code()
     assert source.count("__global__") >= 10
     path = compiled.save(tmp_path / "m.thresher")
     with zipfile.ZipFile(path) as package:
         assert b"__global__" in package.read("main/model.so")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA device"):
-            compiled.lowered.run(list(args))
+            compiled.executable.run(list(args))
         with pytest.raises(BackendError, match="no CUDA driver here"):
             thresher.load(path)
 

@@ -106,8 +106,8 @@ def test_every_size_is_built_once(builds) -> None:
 
 def test_options_reach_the_passes(builds) -> None:
     model, x = mlp(), torch.randn(5, 16)
-    run(model, x, passes=["canonicalize", "fold-channels{gain=0}"], validate="warn")
-    assert builds[0]["validate"] == "warn" and builds[0]["passes"][1] == "fold-channels{gain=0}"
+    run(model, x, passes=["canonicalize", "fold-channels{min_improvement=0}"], validate="warn")
+    assert builds[0]["validate"] == "warn" and builds[0]["passes"][1] == "fold-channels{min_improvement=0}"
     assert "fold-batch-norm" not in [r.name for r in dynamo.built()[0].report.passes]
     with pytest.raises(
         Exception, match="no option 'pases'; its options: backend, batch_sizes, budget, calibration, fallback"
@@ -127,7 +127,11 @@ def test_the_cache_knows_graphs_numbers_and_passes(builds) -> None:
         other[3].bias[0] += 1
     torch.testing.assert_close(run(other, x), other(x), rtol=1e-4, atol=1e-5)
     assert len(builds) == 3
-    assert dynamo.identity("fold-channels") != dynamo.identity("fold-channels{gain=0}") != dynamo.identity("simplify")
+    assert (
+        dynamo.identity("fold-channels")
+        != dynamo.identity("fold-channels{min_improvement=0}")
+        != dynamo.identity("simplify")
+    )
     torch._dynamo.reset()
     assert not dynamo.built()
 

@@ -8,12 +8,12 @@ from torch import nn
 
 import thresher
 from thresher import Records, Tune, capture
-from thresher.analysis.cost.cost import MACHINES, Machine, machine_of, seconds, seconds_of
+from thresher.analysis.cost.cost import MACHINES, MachineModel, machine_model, seconds, seconds_of
 from thresher.backends.base import find_backend
 from thresher.driver import measure_machine
 from thresher.rewriting.manager import Context
 
-SLOW = Machine(1e9, 1e9, 1e8, 1e-3, 16)
+SLOW = MachineModel(1e9, 1e9, 1e8, 1e-3, 16)
 
 
 def test_measured_numbers_are_of_this_machine() -> None:
@@ -40,7 +40,7 @@ def test_measured_once_and_used(monkeypatch) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"flops": 1}', '{"width": "x"}', '{"flops": -1}'])
 def test_damaged_numbers_are_not_used(text: str) -> None:
-    assert measure_machine.recorded({measure_machine.WORKLOAD: text}, "cpu") == machine_of("cpu")
+    assert measure_machine.recorded({measure_machine.WORKLOAD: text}, "cpu") == machine_model("cpu")
 
 
 def test_passes_see_the_machine() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import thresher
 from thresher.artifact.numpy_reader import load
 from thresher.errors import InputError
-from thresher.runtime.pytree import Structure
+from thresher.runtime.pytree import PyTree
 from thresher.testing import ZOO, settle
 
 ROOT = Path(__file__).parents[1]
@@ -131,9 +131,9 @@ def test_what_needs_torch_says_so(tmp_path: Path) -> None:
 def test_containers_of_others_become_dictionaries() -> None:
     from torch.utils._pytree import tree_flatten, treespec_dumps
 
-    spec = Structure.read(treespec_dumps(tree_flatten({"a": (1, [2]), "b": 3})[1]))
+    spec = PyTree.read(treespec_dumps(tree_flatten({"a": (1, [2]), "b": 3})[1]))
     assert spec.assemble(iter([1, 2, 3])) == {"a": (1, [2]), "b": 3}
-    other = Structure.read(
+    other = PyTree.read(
         json.dumps(
             [
                 1,

@@ -17,7 +17,7 @@ import thresher
 from thresher import Budget
 from thresher.approximation.budget import METRICS, Change, Spent
 from thresher.approximation.calibration import Calibration
-from thresher.approximation.search import BoundedPass, Candidate, hull, ladder, steps, taken
+from thresher.approximation.search import ApproximatePass, Candidate, hull, ladder, steps, taken
 from thresher.errors import InputError, PassError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -126,7 +126,7 @@ class Sums(nn.Module):
 
 
 @dataclass(frozen=True)
-class Damp(BoundedPass):
+class Damp(ApproximatePass):
     """Multiply weights by 1 - e: the error is known, and the saving whatever we say."""
 
     name: ClassVar[str] = "damp"

@@ -16,19 +16,19 @@ from typing import Any, ClassVar
 import numpy as np
 import tvm
 
-from thresher.backends.base import DEFAULT, Backend, KernelTime, Lowered, Lowering
+from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build
 from thresher.backends.tvm.cpu import (
-    Machine,
+    CpuInfo,
+    cpu_info,
     cpu_name,
     llvm_target,
-    machine_of,
     missing_features,
     triple_of,
 )
 from thresher.backends.tvm.importing.importer import Importer, architecture
 from thresher.backends.tvm.importing.provenance import Kernels
-from thresher.backends.tvm.plans.plan_selection import Choices
+from thresher.backends.tvm.plans.plan_selection import PlanSelector
 from thresher.backends.tvm.plans.tuner import tune
 from thresher.backends.tvm.runtime import TVMModule, load_code
 from thresher.errors import BackendError
@@ -48,22 +48,22 @@ class Loaded:
     """Compiled code from an artifact, and its bytes, to save it again."""
 
     library: Any
-    code: bytes
+    data: bytes
 
 
-class TVMLowered(Lowered):
+class TVMExecutable(Executable):
     """Compiled code and its weights."""
 
     def __init__(
         self,
-        executable: Any,
+        code: Any,
         weights: list[np.ndarray],
         device: str,
         cpu: str,
         activations: int | None,
     ):
-        """``executable``: fresh from the compiler, or :class:`Loaded`."""
-        self.executable, self.weights, self.device, self.cpu = executable, weights, device, cpu
+        """``code``: fresh from the compiler, or :class:`Loaded`."""
+        self.code, self.weights, self.device, self.cpu = code, weights, device, cpu
         self.placed: dict[tuple[int, str], Any] = {}
         self.memory = {"weights": sum(w.nbytes for w in weights)}
         if activations is not None:
@@ -104,7 +104,7 @@ class TVMLowered(Lowered):
 
     def device_code(self) -> str:
         """The generated device source (CUDA C++) of a module compiled for a GPU."""
-        host = (self._library if isinstance(self.executable, Loaded) else self.executable.mod).imports[0]
+        host = (self._library if isinstance(self.code, Loaded) else self.code.mod).imports[0]
         return "\n".join(m.inspect_source() for m in host.imports)
 
     def constants(self) -> Weights:
@@ -114,14 +114,14 @@ class TVMLowered(Lowered):
 
     @property
     def _library(self) -> Any:
-        return self.executable.library if isinstance(self.executable, Loaded) else self.executable
+        return self.code.library if isinstance(self.code, Loaded) else self.code
 
     def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
-        if isinstance(self.executable, Loaded):
-            (directory / CODE).write_bytes(self.executable.code)
+        if isinstance(self.code, Loaded):
+            (directory / CODE).write_bytes(self.code.data)
         else:
             _check_room(directory)
-            self.executable.export_library(str(directory / CODE), fcompile=_linker(self.cpu))
+            self.code.export_library(str(directory / CODE), fcompile=_linker(self.cpu))
         return {
             "device": self.device,
             "cpu": self.cpu,
@@ -155,16 +155,23 @@ class TVMBackend(Backend):
     name: ClassVar[str] = "tvm"
     tunable: ClassVar[bool] = True
 
-    def lower(self, program: Program, target: str, how: Lowering = DEFAULT) -> Lowered:
+    def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
         """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
         where, machine, cpu = resolve_target(target)
-        how.progress("importing into TVM")
-        choices = Choices(how.records, how.library)
-        importer = Importer(program, machine, how.strict_rounding, choices, arch=architecture(where), held=how.held)
+        lowering_options.progress("importing into TVM")
+        choices = PlanSelector(lowering_options.records, lowering_options.library)
+        importer = Importer(
+            program,
+            machine,
+            lowering_options.strict_rounding,
+            choices,
+            arch=architecture(where),
+            shared_weights=lowering_options.shared_weights,
+        )
         module, weights = importer.run()
-        how.progress("generating code")
+        lowering_options.progress("generating code")
         built = build(module, where, machine, choices, importer.builder.origin)
-        lowered = TVMLowered(
+        lowered = TVMExecutable(
             built.executable, weights, "cpu" if machine is not None else "cuda", cpu, built.activations
         )
         lowered.tuned, lowered.library = (len(choices.taken), len(choices.sites)), choices.called
@@ -183,23 +190,30 @@ class TVMBackend(Backend):
     def shipped(self) -> Sequence[Record]:
         return read_lines(SHIPPED)
 
-    def tune(self, program: Program, target: str, options: Tune, how: Lowering, save: Callable[[Record], None]) -> int:
+    def tune(
+        self,
+        program: Program,
+        target: str,
+        options: Tune,
+        lowering_options: LoweringOptions,
+        save: Callable[[Record], None],
+    ) -> int:
         where, machine, _ = resolve_target(target)
-        return tune(program, where, machine, self.fingerprint(target), options, how, save)
+        return tune(program, where, machine, self.fingerprint(target), options, lowering_options, save)
 
-    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Lowered:
+    def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Executable:
         if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
             raise BackendError(
                 "this artifact was compiled for CUDA, and TVM finds no CUDA driver here; load it where a GPU is"
             )
         arrays = weights.find(manifest["weights"])
         loaded = Loaded(load_code(code), code)
-        lowered = TVMLowered(loaded, arrays, manifest["device"], manifest["cpu"], manifest.get("activations"))
+        lowered = TVMExecutable(loaded, arrays, manifest["device"], manifest["cpu"], manifest.get("activations"))
         lowered.library, lowered.placed = manifest.get("library", []), weights.placed
         return lowered
 
 
-def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]:
+def resolve_target(target: str) -> tuple[tvm.target.Target, CpuInfo | None, str]:
     """The TVM target, the CPU's description (None for a GPU) and the LLVM name of the (host) CPU."""
     kind, _, detail = target.partition(":")
     if kind == "cpu":
@@ -208,7 +222,7 @@ def resolve_target(target: str) -> tuple[tvm.target.Target, Machine | None, str]
             raise BackendError(
                 f"unknown CPU in target {target!r}: give the name LLVM has for it, for instance cpu:x86-64-v3 or cpu:neoverse-n1"
             )
-        machine = machine_of(cpu)
+        machine = cpu_info(cpu)
         return llvm_target(cpu, **{"num-cores": machine.threads}), machine, cpu
     if kind == "cuda" and re.fullmatch(r"sm_\d+a?", detail):
         host = {"kind": "llvm", "mcpu": "x86-64-v3"}

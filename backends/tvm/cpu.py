@@ -29,7 +29,7 @@ STACK = 1024  # bytes: smaller buffers within a kernel are on the stack, where L
 
 
 @dataclass(frozen=True)
-class Machine:
+class CpuInfo:
     """``lanes`` float32 elements per vector register, ``registers`` of them, ``threads`` workers, ``cache`` bytes of L2 per core."""
 
     lanes: int = 8
@@ -85,16 +85,16 @@ def missing_features(cpu: str) -> list[str]:
     return sorted(features(cpu) - features(cpu_name())) if cpu else []
 
 
-def machine_of(cpu: str, threads: int | None = None) -> Machine:
+def cpu_info(cpu: str, threads: int | None = None) -> CpuInfo:
     """The registers of an LLVM CPU name, with the cache of this machine if it is this machine's; ``threads`` defaults to what this
     process may use."""
     threads = threads or int(os.environ.get("TVM_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
-    cache = (cache_size() if cpu == cpu_name() else None) or Machine.cache
+    cache = (cache_size() if cpu == cpu_name() else None) or CpuInfo.cache
     if "avx512f" in features(cpu):
-        return Machine(16, 32, threads, cache)
+        return CpuInfo(16, 32, threads, cache)
     if "neon" in features(cpu):
-        return Machine(4, 32, threads, cache)
-    return Machine(8, 16, threads, cache)
+        return CpuInfo(4, 32, threads, cache)
+    return CpuInfo(8, 16, threads, cache)
 
 
 @functools.cache

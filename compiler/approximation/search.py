@@ -51,10 +51,10 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class BoundedPass(Pass):
+class ApproximatePass(Pass):
     """Base of the approximate passes: a subclass says what could be replaced, and how to replace it."""
 
-    preserves: ClassVar[Literal["exact", "bounded"]] = "bounded"
+    kind: ClassVar[Literal["exact", "approximate"]] = "approximate"
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         """What could be replaced, and refusals for what could not."""
@@ -98,7 +98,7 @@ def _change(c: Candidate) -> Change:
 
 @dataclass
 class _Search:
-    rule: BoundedPass
+    rule: ApproximatePass
     program: Program
     calibration: Calibration
     context: Context

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from thresher.artifact.bundle import MAIN, Bundle
-from thresher.backends.base import Lowered
+from thresher.backends.base import Executable
 from thresher.errors import ValidationError
 from thresher.ir.signature import Signature
 from thresher.report.data import Check, Report
@@ -19,7 +19,7 @@ from thresher.verification.compare import EXACT_TOLERANCE, LOWERING_TOLERANCE, c
 
 
 @dataclass(frozen=True)
-class Proof:
+class ReferenceRun:
     """Example inputs (flat) and what the eager model said to them: with these a module proves itself wherever it runs. ``steps``: see
     :func:`thresher.verification.compare.steps`."""
 
@@ -38,26 +38,36 @@ class Compiled:
     def __init__(
         self,
         signature: Signature,
-        lowered: Lowered,
+        executable: Executable,
         report: Report,
         text: str,
-        proof: Proof,
+        reference_run: ReferenceRun,
         certificate: Certificate | None = None,
     ):
-        self.signature, self.lowered, self.report, self.text, self.proof = signature, lowered, report, text, proof
+        self.signature, self.executable, self.report, self.text, self.reference_run = (
+            signature,
+            executable,
+            report,
+            text,
+            reference_run,
+        )
         self.certificate = certificate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.signature.flatten(args, kwargs)
-        return self.signature.assemble(self.lowered.run(self.signature.check(leaves)))
+        return self.signature.assemble(self.executable.run(self.signature.check(leaves)))
 
     def validate(self) -> list[Check]:
         """Prove it here: the stored probe inputs against the outputs that the eager model gave when this was built.
 
         Raises :class:`ValidationError` with the numbers if they differ.
         """
-        outputs = self.signature.with_literals(self.lowered.run(self.signature.check(self.proof.inputs)))
-        checks = [check_outputs("compiled = eager, stored probe", self.proof.outputs, outputs, self.proof.steps)]
+        outputs = self.signature.with_literals(self.executable.run(self.signature.check(self.reference_run.inputs)))
+        checks = [
+            check_outputs(
+                "compiled = eager, stored probe", self.reference_run.outputs, outputs, self.reference_run.steps
+            )
+        ]
         if failed := [c for c in checks if not c.passed]:
             raise ValidationError(
                 "; ".join(f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed)

@@ -61,7 +61,9 @@ def _graphs(a: str, b: str) -> Iterator[str]:
 def _outputs(a: Compiled, b: Compiled) -> Iterator[str]:
     """On the inputs that the first one carries as its proof."""
     try:
-        one, other = (c.signature.with_literals(c.lowered.run(c.signature.check(a.proof.inputs))) for c in (a, b))
+        one, other = (
+            c.signature.with_literals(c.executable.run(c.signature.check(a.reference_run.inputs))) for c in (a, b)
+        )
     except ThresherError as error:
         yield f"outputs: not compared ({error})"
         return

@@ -19,9 +19,9 @@ from safetensors.numpy import load as load_arrays
 from thresher.artifact.bundle import MAIN, Bundle
 from thresher.backends.tvm.runtime import TVMModule, load_code
 from thresher.errors import ArtifactError, InputError, ValidationError
-from thresher.runtime.batching import Pieces, Run
-from thresher.runtime.format import MEMBERS, WEIGHTS, check_fit, parts, read, reading
-from thresher.runtime.pytree import Structure
+from thresher.runtime.batching import BatchSplitter, Run
+from thresher.runtime.format import MEMBERS, WEIGHTS, check_fit, code_members, read, reading
+from thresher.runtime.pytree import PyTree
 from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec, check_shape
 from thresher.runtime.weight_store import Weights
 
@@ -41,7 +41,7 @@ class Model:
             for s in signature["inputs"]
         )
         self.outputs = signature["outputs"]
-        self.takes, self.gives = Structure.read(signature["in_spec"]), Structure.read(signature["out_spec"])
+        self.takes, self.gives = PyTree.read(signature["in_spec"]), PyTree.read(signature["out_spec"])
         self.module, self.text, self.report = module, members["program.txt"].decode(), members["report.json"].decode()
         self._proof = entry["proof"], members["proof.safetensors"]
 
@@ -111,7 +111,7 @@ def load(path: str | Path) -> Model | Bundle[Model]:
 
 def _loaded(path: Path, name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Model:
     lowered, modules = entry["lowered"], []
-    for code, part in parts(lowered).items():
+    for code, part in code_members(lowered).items():
         if entry["backend"] != "tvm" or part.get("library"):
             needs = "is a torch program" if entry["backend"] != "tvm" else "calls torch's own kernels"
             raise ArtifactError(
@@ -123,7 +123,7 @@ def _loaded(path: Path, name: str, entry: dict[str, Any], members: dict[str, byt
     if "sizes" not in lowered:
         return Model(entry, own, modules[0])
     times = {int(size): float(time) for size, time in lowered["times"].items()}
-    return Model(entry, own, Pieces(dict(zip(map(int, lowered["sizes"]), modules)), lowered["batched"], times))
+    return Model(entry, own, BatchSplitter(dict(zip(map(int, lowered["sizes"]), modules)), lowered["batched"], times))
 
 
 def _error(reference: np.ndarray, found: np.ndarray) -> float:

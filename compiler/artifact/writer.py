@@ -27,10 +27,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from thresher.artifact.bundle import MAIN, Bundle
-from thresher.artifact.compiled import Compiled, Proof
+from thresher.artifact.compiled import Compiled, ReferenceRun
 from thresher.atomic_files import new_zip
-from thresher.backends.base import Lowered, find_backend
-from thresher.backends.batched import BatchedLowered
+from thresher.backends.base import Executable, find_backend
+from thresher.backends.batched import BatchedExecutable
 from thresher.errors import ArtifactError
 from thresher.ir.signature import Signature
 from thresher.report.data import Report
@@ -39,9 +39,9 @@ from thresher.runtime.format import (
     MAGIC,
     WEIGHTS,
     check_fit,
+    code_members,
     digest,
     members_of,
-    parts,
     read,
     reading,
     versions,
@@ -85,8 +85,8 @@ def _package(manifest: dict[str, Any], directory: Path, path: Path) -> None:
 def _write_entry(compiled: Compiled, directory: Path, weights: Weights) -> dict[str, Any]:
     """Its members, and what the manifest says of it."""
     directory.mkdir()
-    lowered = compiled.lowered.save(directory, weights)
-    tensors, proof = _proof_members(compiled.proof)
+    lowered = compiled.executable.save(directory, weights)
+    tensors, proof = _proof_members(compiled.reference_run)
     (directory / "proof.safetensors").write_bytes(save_tensors(tensors))
     (directory / "program.txt").write_text(compiled.text)
     (directory / "report.json").write_text(compiled.report.to_json())
@@ -127,18 +127,20 @@ def _loaded(name: str, entry: dict[str, Any], members: dict[str, bytes], weights
         [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in entry["proof"][side]]
         for side in ("inputs", "outputs")
     )
-    proof = Proof(inputs, outputs, float(entry["proof"]["steps"]))
+    proof = ReferenceRun(inputs, outputs, float(entry["proof"]["steps"]))
     backend, said = find_backend(entry["backend"]), entry["lowered"]
-    codes = {code: backend.load(members[f"{name}/{code}"], part, weights) for code, part in parts(said).items()}
+    codes = {code: backend.load(members[f"{name}/{code}"], part, weights) for code, part in code_members(said).items()}
     if "sizes" in said:
         sizes = dict(zip(map(int, said["sizes"]), codes.values()))
-        lowered: Lowered = BatchedLowered(sizes, said["batched"], {int(s): float(t) for s, t in said["times"].items()})
+        lowered: Executable = BatchedExecutable(
+            sizes, said["batched"], {int(s): float(t) for s, t in said["times"].items()}
+        )
     else:
         (lowered,) = codes.values()
     return Compiled(signature, lowered, report, members[f"{name}/program.txt"].decode(), proof)
 
 
-def _proof_members(proof: Proof) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _proof_members(proof: ReferenceRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors for safetensors, and the lists that say which leaf is which tensor or which literal."""
     tensors: dict[str, Tensor] = {}
     lists: dict[str, Any] = {"steps": proof.steps}

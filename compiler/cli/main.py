@@ -430,7 +430,7 @@ def _bench(options: argparse.Namespace) -> int:
     calls = {}
     for path in options.artifacts:
         for name, loaded in load_all(path).items():
-            calls[name] = partial(loaded.lowered.run, loaded.signature.check(loaded.proof.inputs))
+            calls[name] = partial(loaded.executable.run, loaded.signature.check(loaded.reference_run.inputs))
     found = interleaved(calls, rounds=options.rounds)
     first = next(iter(found.values()))
     if options.json:
@@ -498,7 +498,7 @@ def _passes(options: argparse.Namespace) -> int:
 def _usage(cls: type[Pass]) -> str:
     """``name{option=default,...}  [exact]``"""
     fields = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
-    return f"{cls.name}{'{' + fields + '}' if fields else ''}  [{cls.preserves}]"
+    return f"{cls.name}{'{' + fields + '}' if fields else ''}  [{cls.kind}]"
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def first_wrong_operator(program: Program, backend: Backend, target: str) -> str
     for node in program.calls():
         if not is_tensor(node):
             continue
-        alone = part(program, [node], values, {node})
+        alone = extract_subprogram(program, [node], values, {node})
         try:
             outputs = backend.lower(alone, target).run([v for v in alone.probe if isinstance(v, Tensor)])
         except BackendError as error:
@@ -32,7 +32,7 @@ def first_wrong_operator(program: Program, backend: Backend, target: str) -> str
     return ""
 
 
-def part(
+def extract_subprogram(
     program: Program, outputs: Sequence[fx.Node], values: dict[fx.Node, Any], inside: set[fx.Node] | None = None
 ) -> Program:
     """A program that computes some nodes by the calls ``inside`` (default: all that it needs). What they read else are its inputs."""

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from thresher.artifact.compiled import check_outputs
 from thresher.atomic_files import replacing, write_text
 from thresher.backends.base import Backend, find_backend
-from thresher.debugging.bisect import part
+from thresher.debugging.bisect import extract_subprogram
 from thresher.driver.compile import Model, Passes, resolve_passes
 from thresher.frontend.capture import capture
 from thresher.ir import printer
@@ -89,7 +89,7 @@ def blame(
     """
     program = capture(model, args, kwargs or {})
     for item in map(make_pass, resolve_passes(passes)):
-        if item.preserves != "exact":
+        if item.kind != "exact":
             continue
         if pass_fails(item, program):
             return _of_pass(item, program)
@@ -168,7 +168,7 @@ def shrunk(program: Program, fails: Fails) -> Program:
         middle = (low + high) // 2
         low, high = (low, middle) if fails(_until(program, calls[: middle + 1], values)) else (middle + 1, high)
     small = program
-    if calls and fails(part(program, [calls[low]], values)):
+    if calls and fails(extract_subprogram(program, [calls[low]], values)):
         small = _fewer_calls(program, calls[low], values, fails)
     return _one_sample(small, fails)
 
@@ -176,20 +176,20 @@ def shrunk(program: Program, fails: Fails) -> Program:
 def _until(program: Program, calls: Sequence[fx.Node], values: dict[fx.Node, Any]) -> Program:
     """The first calls of a program; its outputs are those that none of them reads."""
     inside = set(calls)
-    return part(program, [n for n in calls if not inside & set(n.users)], values)
+    return extract_subprogram(program, [n for n in calls if not inside & set(n.users)], values)
 
 
 def _fewer_calls(program: Program, output: fx.Node, values: dict[fx.Node, Any], fails: Fails) -> Program:
     """As few steps before the output as it takes; of those, what can be an input is one."""
     depth, everything = 1, _behind(output, len(program.graph.nodes))
     inside = _behind(output, depth)
-    while len(inside) < len(everything) and not fails(part(program, [output], values, inside)):
+    while len(inside) < len(everything) and not fails(extract_subprogram(program, [output], values, inside)):
         depth += 1
         inside = _behind(output, depth)
     for node in sorted(inside - {output}):
-        if is_tensor(node) and fails(part(program, [output], values, inside - {node})):
+        if is_tensor(node) and fails(extract_subprogram(program, [output], values, inside - {node})):
             inside = inside - {node}
-    return part(program, [output], values, inside)
+    return extract_subprogram(program, [output], values, inside)
 
 
 def _behind(node: fx.Node, depth: int) -> set[fx.Node]:

@@ -15,28 +15,34 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from thresher.analysis.attention.sites import described
-from thresher.analysis.cost.break_even import Crossover, Layer, estimated, measure, record, recorded
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure, record, recorded
 from thresher.analysis.cost.cost import constant_bytes, count_flops, seconds
 from thresher.analysis.cost.peak_memory import peak_bytes
-from thresher.analysis.slices.batch_independence import free_batch, free_symbols, mixes, resized, with_batch
+from thresher.analysis.slices.batch_independence import (
+    free_batch,
+    free_symbols,
+    resized,
+    why_samples_interact,
+    with_batch,
+)
 from thresher.approximation.budget import Budget
 from thresher.approximation.calibration import Calibration
-from thresher.artifact.compiled import Compiled, Proof, check_outputs
-from thresher.backends.base import Backend, Lowered, Lowering, find_backend
-from thresher.backends.batched import BatchedLowered
+from thresher.artifact.compiled import Compiled, ReferenceRun, check_outputs
+from thresher.backends.base import Backend, Executable, LoweringOptions, find_backend
+from thresher.backends.batched import BatchedExecutable
 from thresher.driver import measure_machine
 from thresher.driver.fold_variants import variants
 from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
 from thresher.frontend.capture import capture, eval_mode
 from thresher.frontend.masks import Masks, apply_masks
-from thresher.ir.program import Program, SmallModule, is_tensor, module_path
+from thresher.ir.program import FoldedModule, Program, is_tensor, module_path
 from thresher.passes import pipelines
 from thresher.progress import Progress, show_progress
 from thresher.report.data import Check, Figures, Kernel, Report
-from thresher.report.graph_diff import compare, lines
+from thresher.report.graph_diff import graph_lines, mark_differences
 from thresher.rewriting.manager import Context, Pass, PassManager
-from thresher.tuning.options import Library, Tune
+from thresher.tuning.options import TorchKernel, Tune
 from thresher.tuning.records import Record, Records
 from thresher.tuning.timing import interleaved
 from thresher.verification.compare import probes, steps, undecided
@@ -80,8 +86,8 @@ def compile(
         backend: ``tvm``, or ``eager`` for the reference.
         dynamic_shapes: as in ``torch.export.export``.
         batch_sizes: where ``dynamic_shapes`` frees the first dimension and no sample reads another, code is made for batches of these
-            sizes, and a batch of any size is computed in pieces of them (:class:`thresher.runtime.batching.Pieces`). Otherwise, or with
-            ``()``, the code is for any size, by TVM's own schedules, which are slow.
+            sizes, and a batch of any size is computed in pieces of them (:class:`thresher.runtime.batching.BatchSplitter`). Otherwise, or
+            with ``()``, the code is for any size, by TVM's own schedules, which are slow.
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.frontend.masks`. The reference is then the masked model.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
@@ -119,7 +125,7 @@ def compile(
             model, tuple(args), kwargs or {}, target, backend, strict_rounding, tune, library == "auto", step
         )
         if share is not None:
-            build.how = replace(build.how, held=share.lowered.constants())
+            build.how = replace(build.how, shared_weights=share.executable.constants())
         build.batch_sizes = tuple(sorted(set(batch_sizes)))
         build.capture(dynamic_shapes)
         build.calibrate(calibration, budget)
@@ -147,7 +153,7 @@ def rewrite(
     verify: Literal["each", "final", "off"] = "final",
     calibration: Iterable[Any] | None = None,
     budget: Budget | None = None,
-) -> SmallModule:
+) -> FoldedModule:
     """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does.
 
     ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.program.notes["certificate"]`` the proof of the fold, and
@@ -237,7 +243,7 @@ class _Build:
         self.records = Records(tune.records if isinstance(tune, Tune) else None)
         self.recording = tune != "never"
         plans = known_plans(self.backend, target, self.records) if self.recording else {}
-        self.how = Lowering(strict_rounding, plans, library, step)
+        self.how = LoweringOptions(strict_rounding, plans, library, step)
         if (
             isinstance(tune, Tune)
             and tune.remote is None
@@ -280,7 +286,7 @@ class _Build:
         manager = PassManager(passes, verify)
         context = Context(self.target, self.step, self.machine, self.calibration)
         self.rewritten = manager.run(self.captured, context).rounded()
-        approximated = any(r.status == "changed" and r.preserves == "bounded" for r in manager.records)
+        approximated = any(r.status == "changed" and r.kind == "approximate" for r in manager.records)
         self.exact = manager.exact.rounded() if approximated and manager.exact is not None else None
         self.pass_records = manager.records
         self._timed("passes", start)
@@ -288,7 +294,7 @@ class _Build:
     def lower(self) -> None:
         start = time.perf_counter()
         self.specialized = {size: self._specialize(p) for size, p in self._programs().items()}
-        self.lowered: Lowered = self._lowered(self.how)
+        self.lowered: Executable = self._lowered(self.how)
         self._timed("lower", start)
 
     def _programs(self) -> dict[int, Program]:
@@ -296,7 +302,7 @@ class _Build:
         self.mixed = ""
         if self.backend.name != "tvm" or not self.batch_sizes or not free_batch(self.rewritten):
             return {0: self.rewritten}
-        self.mixed = mixes(self.rewritten, self.batch_sizes)
+        self.mixed = why_samples_interact(self.rewritten, self.batch_sizes)
         if self.mixed:
             return {0: self.rewritten}
         return {size: with_batch(self.rewritten, size) for size in self.batch_sizes}
@@ -305,18 +311,18 @@ class _Build:
         if self.backend.name != "tvm":
             return program
         manager = PassManager(pipelines.specialize, "off")
-        context = Context(self.target, self.step, self.machine, self.calibration, crossovers=self.crossover)
+        context = Context(self.target, self.step, self.machine, self.calibration, find_break_even=self.break_even)
         program = manager.run(program, context).rounded()
         program.notes["zeros"] = context.zeros
         return program
 
-    def _lowered(self, how: Lowering) -> Lowered:
+    def _lowered(self, how: LoweringOptions) -> Executable:
         """``specialized``, lowered; for several sizes of batches the smaller ones read the weights of the largest where they can."""
         if set(self.specialized) == {0}:
             return self.backend.lower(self.specialized[0], self.target, how)
         largest, *smaller = sorted(self.specialized, reverse=True)
         parts = {largest: self.backend.lower(self.largest, self.target, how)}
-        how = replace(how, held=how.held or parts[largest].constants())
+        how = replace(how, shared_weights=how.shared_weights or parts[largest].constants())
         parts |= {size: self.backend.lower(self.specialized[size], self.target, how) for size in smaller}
         device = self.target.partition(":")[0]
         given = {size: p.signature(device).check(list(p.probe)) for size, p in self.specialized.items()}
@@ -327,14 +333,14 @@ class _Build:
             times = {size: found[str(size)].median for size in parts}
         else:
             times = {size: 1e3 * seconds(p, self.machine) for size, p in self.specialized.items()}
-        return BatchedLowered(parts, batched, times)
+        return BatchedExecutable(parts, batched, times)
 
     @property
     def largest(self) -> Program:
         """The specialized program, for the largest batch where there are several."""
         return self.specialized[max(self.specialized)]
 
-    def crossover(self, layer: Layer) -> Crossover:
+    def break_even(self, layer: Layer) -> BreakEven:
         """What a layer takes dense and skipping zeros: on record, else measured, if that can be done here, and put on record."""
         found = recorded(layer, self.how.records)
         if found is not None or not self.runnable:
@@ -370,7 +376,7 @@ class _Build:
         self.rewritten, self.specialized, self.lowered = built[best]
         if best == "exact":
             self.exact = None
-            for record in (r for r in self.pass_records if r.status == "changed" and r.preserves == "bounded"):
+            for record in (r for r in self.pass_records if r.status == "changed" and r.kind == "approximate"):
                 record.status, record.failure = "reverted", "measured: not faster than the exact model"
         self._timed("approximation", start)
 
@@ -391,7 +397,7 @@ class _Build:
             self._keep_fastest(before, made)
         self._timed("tune", start)
 
-    def _keep_fastest(self, before: Lowered, made: Sequence[Record]) -> None:
+    def _keep_fastest(self, before: Executable, made: Sequence[Record]) -> None:
         """The tuned build against the untuned one, and against itself without torch's kernels; what loses is withdrawn from the records."""
         hows = {"tuned": self.how, "untuned": replace(self.how, records={})}
         contenders = {"tuned": self.lowered}
@@ -405,9 +411,9 @@ class _Build:
         best = min(self.tuning, key=self.tuning.__getitem__)
         self.lowered, self.how = contenders[best], hows[best]
         if best != "tuned":
-            self.records.put([r.untuned() for r in made if best == "untuned" or r.plan == repr(Library())])
+            self.records.put([r.untuned() for r in made if best == "untuned" or r.plan == repr(TorchKernel())])
 
-    def _race(self, contenders: dict[str, Lowered], **how: Any) -> dict[str, float]:
+    def _race(self, contenders: dict[str, Executable], **how: Any) -> dict[str, float]:
         """Milliseconds of each on the example inputs, in turn."""
         flat = self.captured.signature(self.target.partition(":")[0]).check(list(self.captured.probe))
         timings = interleaved({name: partial(lowered.run, flat) for name, lowered in contenders.items()}, **how)
@@ -528,8 +534,8 @@ class _Build:
         return f"first operator that diverges: {found}" if found else "no single operator diverges when lowered alone"
 
     def _batch(self) -> str:
-        if isinstance(self.lowered, BatchedLowered):
-            sizes = (f"{s} ({self.lowered.pieces.times[s]:.2f} ms)" for s in sorted(self.lowered.parts))
+        if isinstance(self.lowered, BatchedExecutable):
+            sizes = (f"{s} ({self.lowered.splitter.times[s]:.2f} ms)" for s in sorted(self.lowered.parts))
             return f"any size, in pieces of {' and '.join(sizes)}"
         return f"any size at once, by TVM's own schedules: {self.mixed}" if self.mixed else ""
 
@@ -546,8 +552,8 @@ class _Build:
 
     def finish(self, certified: bool) -> Compiled:
         before = replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
-        graph = {"before": lines(self.captured), "after": lines(self.rewritten)}
-        compare(graph["before"], graph["after"])
+        graph = {"before": graph_lines(self.captured), "after": graph_lines(self.rewritten)}
+        mark_differences(graph["before"], graph["after"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
@@ -560,6 +566,6 @@ class _Build:
         )  # fmt: skip
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe
-        proof = Proof(list(flat), self.eager(flat), steps(self.rewritten, flat))
+        proof = ReferenceRun(list(flat), self.eager(flat), steps(self.rewritten, flat))
         certificate = self.rewritten.notes.get("certificate") if certified else None
         return Compiled(signature, self.lowered, report, self.rewritten.text(), proof, certificate)

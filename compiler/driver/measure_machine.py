@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from thresher.analysis.cost.cost import Machine, machine_of
+from thresher.analysis.cost.cost import MachineModel, machine_model
 from thresher.backends.base import Backend
 from thresher.frontend.capture import capture
 from thresher.tuning.records import Record
@@ -42,7 +42,7 @@ class _Chain(nn.Module):
         return x
 
 
-def calibrate(backend: Backend, target: str) -> Machine:
+def calibrate(backend: Backend, target: str) -> MachineModel:
     """Measure; seconds. The tile's width is not measured: it is the kernels'."""
     wide = torch.randn(ELEMENTS >> 10, 1 << 10)
     programs = {
@@ -56,7 +56,7 @@ def calibrate(backend: Backend, target: str) -> Machine:
         calls[name] = partial(backend.lower(capture(module.eval(), (x,)).rounded(), target).run, [x])
     took = {name: timing.median / 1e3 for name, timing in interleaved(calls, rounds=5).items()}
     return dataclasses.replace(
-        machine_of(target),
+        machine_model(target),
         flops=2 * ROWS * WIDTH * WIDTH / took["product"],
         bandwidth=2 * 4 * ELEMENTS / took["stream"],
         gathered=4 * ELEMENTS / took["gather"],
@@ -64,22 +64,22 @@ def calibrate(backend: Backend, target: str) -> Machine:
     )
 
 
-def record(machine: Machine, fingerprint: str) -> Record:
+def record(machine: MachineModel, fingerprint: str) -> Record:
     """The measured numbers as a record."""
     return Record.now(
         fingerprint, WORKLOAD, json.dumps(dataclasses.asdict(machine)), 1e6 * machine.launch, 1e6 * machine.launch
     )
 
 
-def recorded(plans: Mapping[str, str], target: str) -> Machine:
+def recorded(plans: Mapping[str, str], target: str) -> MachineModel:
     """The numbers on record, else the typical ones."""
     try:
         numbers = json.loads(plans[WORKLOAD])
         flops, bandwidth, gathered, launch = (float(numbers[k]) for k in ("flops", "bandwidth", "gathered", "launch"))
         if min(flops, bandwidth, gathered, launch) <= 0:
-            return machine_of(target)
+            return machine_model(target)
         return dataclasses.replace(
-            machine_of(target), flops=flops, bandwidth=bandwidth, gathered=gathered, launch=launch
+            machine_model(target), flops=flops, bandwidth=bandwidth, gathered=gathered, launch=launch
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        return machine_of(target)
+        return machine_model(target)

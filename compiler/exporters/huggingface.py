@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from thresher.ir.program import SmallModule
+from thresher.ir.program import FoldedModule
 
 FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_size")
 
 
-def folded_config(config: Any, small: SmallModule) -> tuple[Any, list[str]]:
+def folded_config(config: Any, small: FoldedModule) -> tuple[Any, list[str]]:
     """A copy of ``config`` with the widths of ``small``, and a sentence for each width that it cannot say.
 
     With no sentences, ``type(model)(config)`` has the shapes of ``small.program.constants``, under the same names.

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from thresher.errors import CaptureError
-from thresher.frontend.fast_decompositions import quick_export
+from thresher.frontend.fast_decompositions import fast_decompositions
 from thresher.frontend.onnx.reader import read_onnx
 from thresher.ir.program import Program, copy_origin
 
@@ -121,7 +121,7 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: give an nn.Module, an ExportedProgram, or the path of a .pt2 or .onnx file"
         )
-    with _quiet(), quick_export():
+    with _quiet(), fast_decompositions():
         exported = exported.run_decompositions(_decompositions())
     return _from_exported(exported, name)
 

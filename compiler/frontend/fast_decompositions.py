@@ -22,7 +22,7 @@ give_kernel = OperatorBase.py_impl
 
 
 @contextlib.contextmanager
-def quick_export() -> Iterator[None]:
+def fast_decompositions() -> Iterator[None]:
     """For the time of the block. In several threads at once the first that ends makes the others slower, no more."""
     if list_operators is not None:
         list_operators()  # no operator is registered meanwhile: once is enough

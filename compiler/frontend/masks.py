@@ -22,7 +22,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from thresher.analysis.slices.operators import facts_of_constants, row
+from thresher.analysis.slices.operators import facts_of_constants, rule_of
 from thresher.analysis.slices.ties import Equal, Key
 from thresher.errors import InputError
 from thresher.frontend.capture import capture
@@ -126,7 +126,7 @@ class _Coupled:
         self.rigid: dict[Key, str] = {}
         facts = facts_of_constants(program)
         for node in program.calls():
-            ties = row(node).ties(node, facts) if is_tensor(node) else []
+            ties = rule_of(node).constraints(node, facts) if is_tensor(node) else []
             if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
                 result = getitem_users(node)[0]
                 affine = [(n, 0) for n in node.args[1:5] if n is not None]

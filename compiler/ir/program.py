@@ -320,7 +320,7 @@ class Program:
 
     # ------------------------------------------------------------------ leaving
 
-    def to_module(self) -> SmallModule:
+    def to_module(self) -> FoldedModule:
         """An ``nn.Module`` that computes the same on the user's structure, with trainable parameters.
 
         What was no parameter, and what a fold computed from several (bias maps), is a buffer.
@@ -332,7 +332,7 @@ class Program:
         }
         graph = program.graph
         output = program.output
-        module = SmallModule(root, graph, class_name=_class_name(self.name))
+        module = FoldedModule(root, graph, class_name=_class_name(self.name))
         module.program = self
         for name, value in root.items():  # fx registers what it copies as buffers unless told otherwise
             owner, _, leaf = name.rpartition(".")
@@ -346,12 +346,12 @@ class Program:
         return module
 
 
-class SmallModule(fx.GraphModule):
+class FoldedModule(fx.GraphModule):
     """What :func:`thresher.rewrite` returns: a trainable module, and the way back to the original's shapes."""
 
     program: Program
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SmallModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
         """A module of its own on the same program: fx's copy would be a plain GraphModule that has forgotten the way back."""
         module = self.program.to_module()
         module.load_state_dict(self.state_dict())

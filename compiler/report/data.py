@@ -264,7 +264,7 @@ def _pass_row(record: PassRecord) -> tuple[str, ...]:
     result = record.status + (f": {record.failure}" if record.failure else "")
     error = "" if record.error is None else f"{record.error:.1e}"
     counts = str(len(record.rewrites)), str(len(record.refusals))
-    return record.name, result, record.preserves, *counts, error, f"{record.seconds:.2f}"
+    return record.name, result, record.kind, *counts, error, f"{record.seconds:.2f}"
 
 
 def _ledger_row(spent: Spent) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def _zeros_row(line: dict[str, Any]) -> tuple[str, ...]:
         line["kind"],
         *parts,
         *times,
-        f"{100 * line['crossover']:.0f} %",
+        f"{100 * line['break_even']:.0f} %",
         "skips" if line["chosen"] else "dense",
     )
 

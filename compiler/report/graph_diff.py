@@ -30,7 +30,7 @@ class Line:
     other: dict[str, Any] = field(default_factory=dict)
 
 
-def lines(program: Program) -> list[Line]:
+def graph_lines(program: Program) -> list[Line]:
     """The inputs and the calls, in the order in which they are computed."""
     computed: set[fx.Node] = set()  # constants, and what is made of nothing else: a masked weight
     found = []
@@ -59,7 +59,7 @@ def _shape(node: fx.Node) -> list[str]:
     return [str(d) for d in first.shape] if isinstance(first, Tensor) else []
 
 
-def compare(before: Sequence[Line], after: Sequence[Line]) -> None:
+def mark_differences(before: Sequence[Line], after: Sequence[Line]) -> None:
     """Mark the lines of both sides: what is the same, what is smaller or larger, what is gone and what is new.
 
     A line is the same where name and operator are; else where a module has one line with weights left over on each side.

@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from thresher.analysis.cost.break_even import Crossover, Layer, estimated
-from thresher.analysis.cost.cost import Machine, machine_of
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
+from thresher.analysis.cost.cost import MachineModel, machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError, ProgramError, ThresherError
 from thresher.ir.program import Program, module_path, source_line
@@ -58,22 +58,22 @@ class PassResult:
 class Context:
     """What a pass may look at besides the program. ``machine``: what the target does in a second; default: a typical one.
     ``calibration`` is there for approximate passes, and ``share``: the part of the budget that may be spent after this one.
-    ``crossovers``: what a layer takes dense and skipping zeros; default: estimated. ``zeros``: what passes found of them, for the report,
-    changed or not."""
+    ``find_break_even``: what a layer takes dense and skipping zeros; default: estimated. ``zeros``: what passes found of them, for the
+    report, changed or not."""
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
-    machine: Machine = None  # type: ignore[assignment]
+    machine: MachineModel = None  # type: ignore[assignment]
     calibration: Calibration | None = None
     share: float = 1.0
-    crossovers: Callable[[Layer], Crossover] | None = None
+    find_break_even: Callable[[Layer], BreakEven] | None = None
     zeros: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.machine = self.machine or machine_of(self.target)
+        self.machine = self.machine or machine_model(self.target)
 
-    def crossover(self, layer: Layer) -> Crossover:
-        return estimated(layer, self.machine) if self.crossovers is None else self.crossovers(layer)
+    def break_even(self, layer: Layer) -> BreakEven:
+        return estimated(layer, self.machine) if self.find_break_even is None else self.find_break_even(layer)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Pass:
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
-    preserves: ClassVar[Literal["exact", "bounded"]] = "exact"
+    kind: ClassVar[Literal["exact", "approximate"]] = "exact"
     target_ops: ClassVar[tuple[Any, ...]] = ()  # where none of these occurs, the pass is skipped; empty: always run
 
     def apply(self, program: Program, context: Context) -> PassResult:
@@ -173,7 +173,7 @@ class PassRecord:
     refusals: list[Note] = field(default_factory=list)
     error: float | None = None  # relative float64 error where it was measured
     failure: str = ""
-    preserves: str = "exact"
+    kind: str = "exact"
 
 
 @dataclass
@@ -202,8 +202,8 @@ class PassManager:
     def _run_stages(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
         """Exact passes that follow each other are checked together, approximate ones run each with its share of the budget."""
         done: list[PassRecord] = []
-        approximate, spent = sum(p.preserves == "bounded" for p in chain), 0
-        for exact, group in itertools.groupby(chain, lambda p: p.preserves == "exact"):
+        approximate, spent = sum(p.kind == "approximate" for p in chain), 0
+        for exact, group in itertools.groupby(chain, lambda p: p.kind == "exact"):
             if exact:
                 program = self._run_and_check(list(group), program, context, len(done))
                 done += self.records
@@ -240,7 +240,7 @@ class PassManager:
             context.progress(f"pass {item.name}")
             start = time.perf_counter()
             if item.target_ops and not any(True for _ in program.calls(*item.target_ops)):
-                self.records.append(PassRecord(item.name, 0.0, "skipped", preserves=item.preserves))
+                self.records.append(PassRecord(item.name, 0.0, "skipped", kind=item.kind))
                 continue
             record, after = self._apply(item, program, context, before)
             record.seconds = time.perf_counter() - start
@@ -253,7 +253,7 @@ class PassManager:
         self, item: Pass, program: Program, context: Context, before: Observed | None
     ) -> tuple[PassRecord, Program]:
         fingerprint = _fingerprint(program)
-        record = PassRecord(item.name, 0.0, "unchanged", preserves=item.preserves)
+        record = PassRecord(item.name, 0.0, "unchanged", kind=item.kind)
         try:
             result = item.apply(program, context)
             record.rewrites, record.refusals = result.rewrites, result.refusals

@@ -17,7 +17,7 @@ import numpy as np
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
-class Pieces:
+class BatchSplitter:
     """``runs``: what computes a batch of each size; ``batched``: for every input, whether it has a sample for each of the batch (its first
     dimension); ``times``: milliseconds of each size."""
 

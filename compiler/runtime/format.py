@@ -104,7 +104,7 @@ def check_fit(path: Path, manifest: dict[str, Any]) -> None:
         raise ArtifactError(f"{path} was built for {built['machine']} processors, this is {here['machine']}")
     from thresher.backends.tvm.cpu import missing_features
 
-    for cpu in {p.get("cpu", "") for e in manifest["entries"].values() for p in parts(e["lowered"]).values()}:
+    for cpu in {p.get("cpu", "") for e in manifest["entries"].values() for p in code_members(e["lowered"]).values()}:
         if missing := missing_features(cpu):
             raise ArtifactError(
                 f"{path} was built for the CPU {cpu!r}; this one lacks {', '.join(missing)}: "
@@ -112,7 +112,7 @@ def check_fit(path: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def parts(lowered: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def code_members(lowered: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the manifest says of an entry's code, by the name of the code: one, or one for each size of batches."""
     if "sizes" not in lowered:
         return {CODE: lowered}
@@ -121,7 +121,7 @@ def parts(lowered: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def members_of(entry: str, lowered: dict[str, Any]) -> set[str]:
     """The members of an entry."""
-    return {f"{entry}/{member}" for member in (*MEMBERS, *parts(lowered))}
+    return {f"{entry}/{member}" for member in (*MEMBERS, *code_members(lowered))}
 
 
 def versions() -> dict[str, str]:

@@ -13,23 +13,23 @@ SEQUENCES: dict[str, type] = {"builtins.tuple": tuple, "builtins.list": list}
 
 
 @dataclass(frozen=True)
-class Structure:
+class PyTree:
     """``kind`` None is a leaf; dictionaries, and containers that are not known here, have ``keys``."""
 
     kind: str | None
     keys: tuple[Any, ...] | None
-    parts: tuple[Structure, ...]
+    parts: tuple[PyTree, ...]
 
     @staticmethod
-    def read(text: str) -> Structure:
+    def read(text: str) -> PyTree:
         """What ``torch.utils._pytree.treespec_dumps`` wrote."""
-        return Structure._of(json.loads(text)[1])
+        return PyTree._of(json.loads(text)[1])
 
     @staticmethod
-    def _of(raw: dict[str, Any]) -> Structure:
+    def _of(raw: dict[str, Any]) -> PyTree:
         context = json.loads(raw["context"]) if raw["context"] else None
         keys = tuple(context) if isinstance(context, list) and raw["type"] not in SEQUENCES else None
-        return Structure(raw["type"], keys, tuple(Structure._of(p) for p in raw["children_spec"]))
+        return PyTree(raw["type"], keys, tuple(PyTree._of(p) for p in raw["children_spec"]))
 
     def flatten(self, value: Any, place: str = "the arguments") -> Iterator[Any]:
         """The leaves of ``value``, which must be nested like this."""

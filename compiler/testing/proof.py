@@ -119,7 +119,7 @@ class _Trial:
             yield from self._judge(program, result, where)
             if not result.rewrites:
                 continue
-            if self.item.preserves == "exact":
+            if self.item.kind == "exact":
                 yield from self._batch(sizes, where)
                 yield from self._way_back(captured, result.program, where)
             if not active:  # once: what follows does not depend on sizes
@@ -162,7 +162,7 @@ class _Trial:
         again, _ = self._apply(program, where)
         if again is not None and (words := _differ(after, again.program)):
             yield Finding("repeatable", where, words)
-        if self.item.preserves == "exact":
+        if self.item.kind == "exact":
             yield from self._exact(program, after, where)
             yield from self._rest(program, after, where)
         else:
@@ -233,7 +233,7 @@ class _Trial:
             if result is None or not result.rewrites:
                 continue
             words = _signature_changed(program, result.program) or _precision_changed(program, result.program)
-            if not words and self.item.preserves == "exact":
+            if not words and self.item.kind == "exact":
                 words = _divergence(program, result.program, program.probe)
             if words:
                 yield Finding("dtypes", place, words)
@@ -256,7 +256,7 @@ class _Trial:
                 yield Finding("batch", where, f"with {len(more[0])} samples instead of {len(args[0])}: {differs}")
 
     def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
-        if self.item.preserves != "exact":
+        if self.item.kind != "exact":
             return
         for words, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
             outcome, wrong = self._apply(other, where)

@@ -1,4 +1,4 @@
-"""``Tune``: how much to measure, and where the records go. What is measured is the backend's business, but for one plan: ``Library``."""
+"""``Tune``: how much to measure, and where the records go. What is measured is up to the backend, but for one plan: ``TorchKernel``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Library:
+class TorchKernel:
     """The plan of a site that torch computes. What another version of torch would take is not known."""
 
     torch: str = torch.__version__
@@ -37,7 +37,7 @@ class Tune:
         again: measure workloads that have a record, too.
         remote: measure on this device instead of here.
         search: schedules that MetaSchedule tries for every kernel that has no plans of ours (minutes for a model); 0: none.
-        gain: a plan must beat the untuned one by this fraction, on samples of its own, to be recorded.
+        min_speedup: a plan must beat the untuned one by this fraction, on samples of its own, to be recorded.
     """
 
     trials: int = 16
@@ -46,7 +46,7 @@ class Tune:
     again: bool = False
     remote: Remote | None = None
     search: int = 0
-    gain: float = 0.03
+    min_speedup: float = 0.03
 
     def __post_init__(self) -> None:
         if not 2 <= self.trials <= 32:
@@ -55,5 +55,5 @@ class Tune:
             raise InputError(
                 f"search must be a number of schedules, and they are measured here, not on a remote device: {self.search}"
             )
-        if not 0 <= self.gain < 1:
-            raise InputError(f"gain must be a fraction between 0 and 1, not {self.gain}")
+        if not 0 <= self.min_speedup < 1:
+            raise InputError(f"min_speedup must be a fraction between 0 and 1, not {self.min_speedup}")

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, shape_of
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, attend, site_errors
@@ -42,7 +42,7 @@ class Pooling:
 
 @register_pass
 @dataclass(frozen=True)
-class PoolKeys(BoundedPass):
+class PoolKeys(ApproximatePass):
     """Attend to means of neighbouring keys and values, within the budget."""
 
     name: ClassVar[str] = "pool-keys"

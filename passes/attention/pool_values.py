@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, shape_of
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, site_errors
@@ -44,7 +44,7 @@ class Window:
 
 @register_pass
 @dataclass(frozen=True)
-class PoolValues(BoundedPass):
+class PoolValues(ApproximatePass):
     """Replace attentions by means of neighbouring values, within the budget."""
 
     name: ClassVar[str] = "pool-values"

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites, head_weights
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, dtype_of, shape_of
 from thresher.ops.select_blocks import listed
 from thresher.ops.sparse_attention import block_lists
@@ -42,7 +42,7 @@ FOLLOWED = (1, 2, 4)  # groups that are selected by the input
 
 
 @dataclass(frozen=True)
-class Choice:
+class PyramidPattern:
     """What one head looks at: the blocks of the groups that are ``near``, bool [query blocks, groups], and of the ``keep`` groups that
     promise most for the input; and, with ``means``, the means of all others."""
 
@@ -93,24 +93,24 @@ class Pyramid:
         few = site.shape[3] < 2 * self.factor * self.blocks.k
         return f"{site.shape[3]} keys are too few" if few else cannot_skip(site, target)
 
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, PyramidPattern]:
         """What a head may look at, by name."""
         site, group = self.site, self.in_groups.k
         middle = (torch.arange(self.rows) * self.blocks.q + self.blocks.q // 2) * site.shape[3] // site.shape[2]
         away = (middle[:, None] // group - torch.arange(self.groups)).abs()
         nothing = torch.zeros(self.rows, self.groups, dtype=torch.bool)
-        found = {f"means of {self.factor} keys": Choice(nothing)}
+        found = {f"means of {self.factor} keys": PyramidPattern(nothing)}
         for r in (r for r in NEAR if 2 * r + 1 < self.groups):
             around = f"the {(2 * r + 1) * group} keys around"
-            found[f"{around}, means of {self.factor} of the others"] = Choice(away <= r)
-            found[around] = Choice(away <= r, means=False)
+            found[f"{around}, means of {self.factor} of the others"] = PyramidPattern(away <= r)
+            found[around] = PyramidPattern(away <= r, means=False)
         if self.columns % self.factor == 0:
             for keep in (n for n in FOLLOWED if n < self.groups):
                 words = f"the {keep * group} most promising keys, means of {self.factor} of the others"
-                found[words] = Choice(nothing, keep=keep)
+                found[words] = PyramidPattern(nothing, keep=keep)
         return found
 
-    def grid(self, choice: Choice, scores: Tensor | None = None) -> Tensor:
+    def grid(self, choice: PyramidPattern, scores: Tensor | None = None) -> Tensor:
         """What one head sees, bool [query blocks, key blocks + mean blocks], for the scores [1, 1, query blocks, groups] of one input."""
         near = choice.near
         if choice.keep and scores is not None:
@@ -124,7 +124,7 @@ class Pyramid:
 
 @register_pass
 @dataclass(frozen=True)
-class PyramidAttention(BoundedPass):
+class PyramidAttention(ApproximatePass):
     """Heads look at near keys, and at means of the others, within the budget."""
 
     name: ClassVar[str] = "pyramid-attention"
@@ -198,10 +198,10 @@ def of_site(pyramid: Pyramid, measured: HeadErrors, mass: Tensor, context: Conte
     return made
 
 
-def replace(program: Program, pyramid: Pyramid, choices: dict[int, Choice]) -> None:
+def replace(program: Program, pyramid: Pyramid, choices: dict[int, PyramidPattern]) -> None:
     """The site over its keys and their means; heads without a choice look at all keys."""
     site, blocks, node = pyramid.site, pyramid.blocks, pyramid.site.node
-    everything = Choice(torch.ones(pyramid.rows, pyramid.groups, dtype=torch.bool), means=False)
+    everything = PyramidPattern(torch.ones(pyramid.rows, pyramid.groups, dtype=torch.bool), means=False)
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return program.insert_call(node, target, args, kwargs, node)
@@ -221,7 +221,7 @@ def replace(program: Program, pyramid: Pyramid, choices: dict[int, Choice]) -> N
     node.replace_all_uses_with(call(ops.sparse_attention.default, *args))
 
 
-def _lists(program: Program, pyramid: Pyramid, of_heads: Sequence[Choice]) -> list[fx.Node]:
+def _lists(program: Program, pyramid: Pyramid, of_heads: Sequence[PyramidPattern]) -> list[fx.Node]:
     """Blocks and counts over the pyramid; if one head follows the input, those of all come from a selection of groups, in which what is
     near is forced."""
     site = pyramid.site

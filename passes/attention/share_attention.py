@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, shape_of
 from thresher.passes.attention._site_errors import Values, attend, site_errors
 from thresher.rewriting.manager import Context, Note, register_pass
@@ -27,7 +27,7 @@ SAMPLES = 8
 
 @register_pass
 @dataclass(frozen=True)
-class ShareAttention(BoundedPass):
+class ShareAttention(ApproximatePass):
     """Take the queries and keys of the layer before, within the budget."""
 
     name: ClassVar[str] = "share-attention"

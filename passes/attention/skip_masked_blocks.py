@@ -36,7 +36,7 @@ class SkipMaskedBlocks(Pass):
 
     name: ClassVar[str] = "skip-masked-blocks"
     target_ops: ClassVar[tuple] = (SDPA,)
-    gain: float = 0.9  # at most this part of the dense cost may be left, else nothing is changed
+    max_remaining_cost: float = 0.9  # at most this part of the dense cost may be left, else nothing is changed
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
@@ -55,7 +55,7 @@ class SkipMaskedBlocks(Pass):
             return ""
         allowed = needed(mask, shape_of(q)[2], shape_of(k)[2])
         (block_q, block_k), grid, cost = best_blocks(allowed, SIZES[:1] if target.startswith("cuda") else SIZES)
-        if cost > self.gain:
+        if cost > self.max_remaining_cost:
             return ""
         blocks, counts = (
             program.add_constant(t, f"{node.name}_{name}", like=node, fixed=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program
 from thresher.ops.sparse_attention import masked_scores, negligible
 from thresher.passes.attention._block_sizes import Blocks, cannot_skip, tiles_of
@@ -32,7 +32,7 @@ ASKING = 0.02  # of an attention: looking for the largest score of every block
 
 @register_pass
 @dataclass(frozen=True)
-class SkipSmallWeights(BoundedPass):
+class SkipSmallWeights(ApproximatePass):
     """Leave out blocks of small attention weights, within the budget."""
 
     name: ClassVar[str] = "skip-small-weights"

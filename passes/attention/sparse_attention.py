@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites, head_weights
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program
 from thresher.ops.select_blocks import in_best_groups, listed
 from thresher.ops.sparse_attention import block_lists
@@ -42,7 +42,7 @@ SAMPLES = 8  # that the heads' errors are measured on
 
 
 @dataclass(frozen=True)
-class Choice:
+class HeadPattern:
     """What one head looks at: blocks that it always lists, and besides, as the input has it, the most promising until ``keep`` are listed
     or those listed promise ``mass`` of all (from 1 on: whatever they promise), of the ``groups`` most promising groups (0: of all)."""
 
@@ -54,7 +54,7 @@ class Choice:
 
 @register_pass
 @dataclass(frozen=True)
-class SparseAttention(BoundedPass):
+class SparseAttention(ApproximatePass):
     """Heads look at fewer blocks of keys, within the budget."""
 
     name: ClassVar[str] = "sparse-attention"
@@ -85,31 +85,31 @@ class SparseAttention(BoundedPass):
         ]
         return made, refusals
 
-    def choices(self, site: AttentionSite, blocks: Blocks, mass: Tensor) -> dict[str, list[Choice]]:
+    def choices(self, site: AttentionSite, blocks: Blocks, mass: Tensor) -> dict[str, list[HeadPattern]]:
         """Per name a choice for every head."""
         heads, rows, columns = mass.shape
-        found: dict[str, list[Choice]] = {}
+        found: dict[str, list[HeadPattern]] = {}
         if self.static:
             for name, grid in static_patterns(mass, *site.shape[2:], blocks.q, blocks.k).items():
-                found[name] = [Choice(g) for g in grid.expand(heads, rows, columns)]
+                found[name] = [HeadPattern(g) for g in grid.expand(heads, rows, columns)]
         if self.selected and not site.masks_by_place:  # else the means of blocks cannot be told
             nothing = torch.zeros(rows, columns, dtype=torch.bool)
             for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
                 words, groups = f"the {keep} most promising of {columns} blocks", 2 * -(-keep // GROUP)
                 if keep < columns:
-                    found[words] = [Choice(nothing, keep)] * heads
+                    found[words] = [HeadPattern(nothing, keep)] * heads
                 if columns >= MANY and groups * GROUP < columns:
                     in_groups = f"{words}, in the {groups} most promising groups of {GROUP}"
-                    found[in_groups] = [Choice(nothing, keep, groups=groups)] * heads
+                    found[in_groups] = [HeadPattern(nothing, keep, groups=groups)] * heads
             for promise in PROMISES:
-                found[f"blocks that promise {100 * promise:g} %"] = [Choice(nothing, columns, promise)] * heads
+                found[f"blocks that promise {100 * promise:g} %"] = [HeadPattern(nothing, columns, promise)] * heads
         return found
 
     def of_site(
         self,
         site: AttentionSite,
         blocks: Blocks,
-        choices: dict[str, list[Choice]],
+        choices: dict[str, list[HeadPattern]],
         measured: HeadErrors,
         mass: Tensor,
         context: Context,
@@ -143,10 +143,10 @@ class SparseAttention(BoundedPass):
         return work.clean()
 
 
-def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict[int, Choice]) -> None:
+def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict[int, HeadPattern]) -> None:
     """The site over the lists of its heads; heads without a choice list everything."""
     rows, columns = blocks.rows(site), blocks.columns(site)
-    everything = Choice(torch.ones(rows, columns, dtype=torch.bool))
+    everything = HeadPattern(torch.ones(rows, columns, dtype=torch.bool))
     of_heads = [choices.get(h, everything) for h in range(site.shape[1])]
     always = torch.stack([c.always for c in of_heads])[None]
     if any(c.keep for c in of_heads):
@@ -177,7 +177,7 @@ def _mass(
 
 def errors_of_heads(
     program: Program, sites: Sequence[AttentionSite], blocks: dict[fx.Node, Blocks],
-    choices: dict[fx.Node, dict[str, list[Choice]]], samples: Sequence[list[Any]],
+    choices: dict[fx.Node, dict[str, list[HeadPattern]]], samples: Sequence[list[Any]],
 ) -> dict[fx.Node, HeadErrors]:  # fmt: skip
     """The squared error of every choice and head at its site, and how many blocks it lists on average."""
     found = {s.node: HeadErrors(head_weights(program, s)) for s in sites}
@@ -199,7 +199,7 @@ def errors_of_heads(
     return found
 
 
-def _grid(choice: Choice, scores: Tensor | None, coarse: Tensor | None, b: int, h: int) -> Tensor:
+def _grid(choice: HeadPattern, scores: Tensor | None, coarse: Tensor | None, b: int, h: int) -> Tensor:
     if not choice.keep or scores is None:
         return choice.always
     own = scores[b : b + 1, h : h + 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thresher.analysis.slices.channels import ChannelAnalysis
 from thresher.analysis.slices.facts import sizes, slices
-from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.operators import rule_of
 from thresher.ir.program import Program
 from thresher.verification.certificate import Reason, Step, indices_of
 
@@ -52,7 +52,7 @@ class Claims:
                 zero = constant & slices(mask & (content == 0), dim, size, every=True) if mask.dim() > dim else constant
                 sources = tuple(n.name for n in node.all_input_nodes)
                 users = tuple(n.name for n in node.users)
-                rule = type(row(node)).__name__
+                rule = type(rule_of(node)).__name__
                 for kind, which, names in (
                     ("zero", gone & zero, sources),
                     ("constant", gone & constant & ~zero, sources),

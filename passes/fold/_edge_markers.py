@@ -5,7 +5,7 @@ are given. The dead channels of one side need not be computed for that:
 
     x + f(y)  with f(y) = c on the indices D      ->      x + scatter(f_narrow(y), c)
 
-and an operator that does not read all that is kept for others may be given what it reads. ``insert`` puts an :func:`adapter` on
+and an operator that does not read all that is kept for others may be given what it reads. ``insert`` puts an :func:`edge_marker` on
 every such edge, ``choose`` keeps those whose saving is worth the elements they move, by the target's figures, and ``realise``
 writes the others away and these as padding, slice or gather.
 """
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost.cost import Machine, flops_of
+from thresher.analysis.cost.cost import MachineModel, flops_of
 from thresher.analysis.slices.channels import ChannelAnalysis
 from thresher.analysis.slices.facts import sizes, slices
-from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.ties import Key, equal
-from thresher.analysis.slices.transfer.edge_marker import adapter
+from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.program import BIAS_MAP, Program, dtype_of, is_tensor
 
@@ -36,7 +36,7 @@ Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
 
 
 def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
-    """Put an adapter on every edge that holds dead indices, and on every edge that carries more than its reader reads.
+    """Put a marker on every edge that holds dead indices, and on every edge that carries more than its reader reads.
 
     Behind one holder there may be another: until nothing new is found.
     """
@@ -51,7 +51,7 @@ def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
 
 def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
     for node in list(analysis.program.calls()):
-        operator = row(node)
+        operator = rule_of(node)
         if not isinstance(operator, Weighted):
             continue
         channel, source = operator.channel(node), node.args[0]
@@ -61,33 +61,33 @@ def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
             if bool((analysis.keep[(source, channel)] & ~needed).any()):
                 yield source, node, channel
         for key in keys:
-            if bool(analysis.held(key).any()):
+            if bool(analysis.kept_dead(key).any()):
                 yield from _edges_of(analysis.blame.get(key), analysis)
 
 
 def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edge]:
     """The edges into and out of ``holder`` that carry held indices."""
-    if holder is None or holder.target is adapter:
+    if holder is None or holder.target is edge_marker:
         return
     pairs = [(source, holder) for source in holder.all_input_nodes]
     if holder.op == "call_function":
         pairs += [(holder, user) for user in holder.users]
     for source, user in pairs:
-        if not is_tensor(source) or user.target in NARROWING or user.target is adapter:
+        if not is_tensor(source) or user.target in NARROWING or user.target is edge_marker:
             continue
         for dim in range(len(sizes(source))):
-            if _adaptable(source, dim) and bool(analysis.held((source, dim)).any()):
+            if _adaptable(source, dim) and bool(analysis.kept_dead((source, dim)).any()):
                 yield source, user, dim
 
 
 def _adaptable(source: fx.Node, dim: int) -> bool:
     value = source.meta["val"]
-    computed = source.op == "call_function" and source.target is not adapter and value.is_floating_point()
+    computed = source.op == "call_function" and source.target is not edge_marker and value.is_floating_point()
     return computed and not isinstance(value.shape[dim], torch.SymInt) and not _adapted(source)
 
 
 def _adapted(source: fx.Node) -> bool:
-    """Whether an earlier fold made the value by an adapter: another one behind it would do the same again."""
+    """Whether an earlier fold made the value by an edge_marker: another one behind it would do the same again."""
     if source.target is aten.add.Tensor and isinstance(source.args[1], fx.Node) and source.args[1].op == "get_attr":
         source = source.args[0]
     return source.target in (aten.index_select.default, aten.constant_pad_nd.default)
@@ -96,15 +96,17 @@ def _adapted(source: fx.Node) -> bool:
 # ---------------------------------------------------------------------- choosing
 
 
-def choose(analysis: ChannelAnalysis, markers: list[fx.Node], machine: Machine, gain: float) -> ChannelAnalysis:
-    """The analysis with the adapters closed that do not save ``gain`` times what they cost.
+def choose(
+    analysis: ChannelAnalysis, markers: list[fx.Node], machine: MachineModel, min_improvement: float
+) -> ChannelAnalysis:
+    """The analysis with the adapters closed that do not save ``min_improvement`` times what they cost.
 
     Adapters of one value stand or fall together. What one saves is seen with all others in place; closing some changes the others,
     so it is done in rounds.
     """
     shut: set[fx.Node] = set()
     while True:
-        costs = _Costs(analysis, machine, gain)
+        costs = _Costs(analysis, machine, min_improvement)
         groups: dict[Key, list[fx.Node]] = defaultdict(list)
         for marker in markers:
             if marker not in shut:
@@ -120,19 +122,19 @@ class _Costs:
     """Seconds that each coupled set costs at its present width: the arithmetic of the weighted operators at its ends, and the traffic of
     the values in it."""
 
-    def __init__(self, analysis: ChannelAnalysis, machine: Machine, gain: float):
-        self.analysis, self.machine, self.gain = analysis, machine, gain
+    def __init__(self, analysis: ChannelAnalysis, machine: MachineModel, min_improvement: float):
+        self.analysis, self.machine, self.min_improvement = analysis, machine, min_improvement
         self.component = analysis.components()
         self.seconds: dict[int, float] = defaultdict(float)
         for node in analysis.program.calls():
-            if not is_tensor(node) or node.target is adapter:
+            if not is_tensor(node) or node.target is edge_marker:
                 continue
             shape = sizes(node)
             moved = self.bytes(node) / machine.bandwidth
             narrow = {self.component[(node, d)] for d in range(len(shape)) if not analysis.full(node, d)}
             for number in narrow:
                 self.seconds[number] += moved
-            operator = row(node)
+            operator = rule_of(node)
             if isinstance(operator, Weighted):
                 ends = {self.component[(n, operator.channel(node))] for n in (node, node.args[0])}
                 for number in ends:
@@ -166,7 +168,7 @@ class _Costs:
         saved = self.grown(home, narrow, union)
         saved += sum(self.grown(number, kept, union) for number, kept in readers.items())
         variants = {tuple(keep[(m, dim)].nonzero().reshape(-1).tolist()): m for m in group}
-        return saved > self.gain * sum(self.adapting(m) for m in variants.values())
+        return saved > self.min_improvement * sum(self.adapting(m) for m in variants.values())
 
     def grown(self, component: int, kept: Tensor, union: Tensor) -> float:
         """What the set would cost more if it kept all of ``union``."""
@@ -201,15 +203,15 @@ def _run(places: Tensor) -> tuple[int, int] | None:
 
 
 def realise(program: Program, analysis: ChannelAnalysis) -> None:
-    """Replace every adapter by what leads from the indices that are kept before it to those that are kept behind it."""
+    """Replace every marker by what leads from the indices that are kept before it to those that are kept behind it."""
     made: dict[tuple, fx.Node] = {}
-    for marker in list(program.calls(adapter)):
+    for marker in list(program.calls(edge_marker)):
         source, dim = marker.args
         here, there = analysis.keep[(source, dim)], analysis.keep[(marker, dim)]
         key = (source, dim, tuple(there.nonzero().reshape(-1).tolist()))
         if key not in made:
             made[key] = source if torch.equal(here, there) else _write(program, analysis, marker)
-        if made[key] is not source:  # to an adapter behind it, what stands here now is what the adapter was
+        if made[key] is not source:  # to a marker after it, what stands here now is what the marker was
             for d in range(len(sizes(marker))):
                 analysis.keep[(made[key], d)] = analysis.keep[(marker, d)]
             if marker in analysis.facts:

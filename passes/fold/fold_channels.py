@@ -25,9 +25,9 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.channels import ChannelAnalysis, known_facts
 from thresher.analysis.slices.facts import sizes, take
-from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.transfer.base import Facts, argument
-from thresher.analysis.slices.transfer.edge_marker import adapter
+from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.analysis.slices.transfer.elementwise import Elementwise
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.lineage import Restore, moved
@@ -50,7 +50,7 @@ class FoldChannels(Pass):
     strict: bool = False
     round_to: int = 0  # keep dead channels up to a multiple of this (0: the target's tile, 1: never) ...
     slack: float = 0.125  # ... where that is at most this fraction more: a part-filled tile costs as much as a full one
-    gain: float = (
+    min_improvement: float = (
         1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
     )
 
@@ -79,11 +79,11 @@ class FoldChannels(Pass):
         facts, constants, claims = _replace_known_values(work)
         analysis, machine = ChannelAnalysis.of(work, facts), context.machine
         markers: list[fx.Node] = []
-        if self.gain < float("inf"):
+        if self.min_improvement < float("inf"):
             analysis, markers = _edge_markers.insert(analysis)
-            analysis = _edge_markers.choose(analysis, markers, machine, self.gain)
+            analysis = _edge_markers.choose(analysis, markers, machine, self.min_improvement)
         refusals = _refusals(analysis)
-        outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := row(n), Weighted)]
+        outputs = [(n, r.channel(n)) for n in work.calls() if isinstance(r := rule_of(n), Weighted)]
         multiples = (
             [self.round_to] if self.round_to else [machine.width, machine.width // 2]
         )  # a tile, else half of one
@@ -101,7 +101,7 @@ class FoldChannels(Pass):
 
 @dataclass
 class _Round:
-    """``again``: what is left of a dead dimension, an argument less or an adapter may let the next round cut more."""
+    """``again``: what is left of a dead dimension, an argument less or an edge marker may let the next round cut more."""
 
     program: Program
     rewrites: list[Note]
@@ -155,7 +155,7 @@ def _needs(user: fx.Node, facts: dict) -> bool:
 
 def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` gives the same result when ``node`` is narrow: another operand already has the full shape."""
-    if not isinstance(row(user), Elementwise):
+    if not isinstance(rule_of(user), Elementwise):
         return False
     return any(is_tensor(n) and n is not node and shape_of(n) == shape_of(user) for n in user.all_input_nodes)
 
@@ -189,7 +189,7 @@ class _Plan:
             if is_tensor(node) and any(
                 not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))
             ):
-                row(node).shrink(node, self)
+                rule_of(node).narrow(node, self)
         _edge_markers.realise(self.program, self.analysis)
         for node in list(self.program.graph.nodes):
             if (
@@ -264,7 +264,7 @@ def _describe(analysis: ChannelAnalysis) -> list[Note]:
     """One note per weighted operator whose outputs or inputs get fewer, one for each other narrowed value that stands alone."""
     notes = []
     for node in analysis.program.calls():
-        operator = row(node)
+        operator = rule_of(node)
         if not isinstance(operator, Weighted):
             continue
         channel = operator.channel(node)
@@ -283,10 +283,10 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
     """Dead outputs of weighted operators that a tie keeps."""
     held: dict[tuple[fx.Node, fx.Node | None], tuple[int, int]] = {}
     for node in analysis.program.calls():
-        operator = row(node)
+        operator = rule_of(node)
         if isinstance(operator, Weighted):
             key = (node, operator.channel(node))
-            count = int(analysis.held(key).sum())
+            count = int(analysis.kept_dead(key).sum())
             if count:
                 held[node, analysis.blame.get(key)] = count, analysis.keep[key].numel()
     notes = []
@@ -298,6 +298,6 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
 def _holder(node: fx.Node | None) -> str:
     if node is None:
         return "another use of the value"
-    while node.target is adapter:  # closed: what it would move costs more than the dead channels
+    while node.target is edge_marker:  # closed: what it would move costs more than the dead channels
         node = next(iter(node.users))
     return f"{node.name} ({node.target})"

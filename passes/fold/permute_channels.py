@@ -21,10 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thresher.analysis.cost.cost import Machine, flops_of
+from thresher.analysis.cost.cost import MachineModel, flops_of
 from thresher.analysis.slices.channels import ChannelAnalysis
 from thresher.analysis.slices.facts import sizes, slices, take
-from thresher.analysis.slices.operators import row
+from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.ties import Equal, Key
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.lineage import moved
@@ -39,15 +39,17 @@ class PermuteChannels(Pass):
 
     name: ClassVar[str] = "permute-channels"
     requires: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
-    gain: float = 1.25  # only for what would save this many times what adding or taking a range costs; inf: never
+    min_improvement: float = (
+        1.25  # only for what would save this many times what adding or taking a range costs; inf: never
+    )
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        if self.gain == float("inf"):
+        if self.min_improvement == float("inf"):
             return PassResult(program)
         analysis = ChannelAnalysis.of(program)
         sets = _coupled_sets(analysis)
         orders: dict[int, Tensor] = {}
-        for number, partial_dead in _one_sided(analysis, context.machine, self.gain).items():
+        for number, partial_dead in _one_sided(analysis, context.machine, self.min_improvement).items():
             if number in sets:
                 order = _order(partial_dead)
                 if not torch.equal(order, torch.arange(order.numel())):
@@ -93,22 +95,22 @@ def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
     return {number: keys for number, keys in members.items() if number not in rigid}
 
 
-def _one_sided(analysis: ChannelAnalysis, machine: Machine, gain: float) -> dict[int, list[Tensor]]:
-    """Per coupled set, what single operators could do without, those that save most first; only what is worth an adapter at all."""
+def _one_sided(analysis: ChannelAnalysis, machine: MachineModel, min_improvement: float) -> dict[int, list[Tensor]]:
+    """Per coupled set, what single operators could do without, those that save most first; only what is worth an edge marker at all."""
     component = analysis.components()
     found: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
     for node in analysis.program.calls():
-        operator = row(node)
+        operator = rule_of(node)
         if not isinstance(operator, Weighted) or node not in analysis.read:
             continue
         channel, source = operator.channel(node), node.args[0]
         needed = slices(analysis.needed(source, node), channel, analysis.keep[(source, channel)].numel(), every=False)
         unread = analysis.keep[(source, channel)] & ~needed
-        for key, dead in (((node, channel), analysis.held((node, channel))), ((source, channel), unread)):
+        for key, dead in (((node, channel), analysis.kept_dead((node, channel))), ((source, channel), unread)):
             if bool(dead.any()):
                 seconds = flops_of(node) * float(dead.float().mean()) / machine.flops
                 moved_bytes = 2 * math.prod(sizes(key[0])) * dtype_of(key[0]).itemsize
-                if seconds > gain * (moved_bytes / machine.bandwidth + machine.launch):
+                if seconds > min_improvement * (moved_bytes / machine.bandwidth + machine.launch):
                     found[component[key]].append((seconds, dead))
     return {number: [d for _, d in sorted(sets, key=lambda s: -s[0])] for number, sets in found.items()}
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, is_tensor, module_path, shape_of
 from thresher.rewriting.manager import Context, Note, register_pass
 
@@ -42,7 +42,7 @@ class Branch:
 
 @register_pass
 @dataclass(frozen=True)
-class DropSublayers(BoundedPass):
+class DropSublayers(ApproximatePass):
     """Remove residual branches, within the budget."""
 
     name: ClassVar[str] = "drop-sublayers"

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from thresher.analysis.cost.cost import seconds
 from thresher.analysis.slices.transfer.base import argument
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.ir.program import Program, shape_of
 from thresher.passes.sparsity._targets import Target, targets_of
 from thresher.rewriting.manager import Context, Note, register_pass
@@ -36,7 +36,7 @@ SAMPLES = 8
 
 @register_pass
 @dataclass(frozen=True)
-class SelectNeurons(BoundedPass):
+class SelectNeurons(ApproximatePass):
     """Use a part of the neurons of gated layers, chosen by the input, within the budget."""
 
     name: ClassVar[str] = "select-neurons"

@@ -108,7 +108,7 @@ def best(
     outputs, inputs = weight.shape
     tried = []
     for layout, density in layouts.items():
-        times = context.crossover(Layer(layout, _rows(node), inputs, outputs, cold))
+        times = context.break_even(Layer(layout, _rows(node), inputs, outputs, cold))
         tried.append((times.at(density), density, layout, times))
     seconds, density, layout, times = min(tried, key=lambda t: t[0])
     nonzero, faster = float((weight != 0).double().mean()), times.worth(density)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.cost.break_even import CACHED, FEW, Crossover, Layer
+from thresher.analysis.cost.break_even import CACHED, FEW, BreakEven, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.program import Program, module_path, shape_of
@@ -40,7 +40,7 @@ class Skipped:
     saved: float
     dense: float
     sparse: float
-    crossover: float
+    break_even: float
     measured: bool
     chosen: bool
 
@@ -62,7 +62,7 @@ class SkipZeros(Pass):
         samples = [list(work.probe)] if calibration is None else calibration.choosing[:SAMPLES]
         found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
         cold = constant_bytes(work) > CACHED
-        judged = [Judged(s, d, context.crossover(_layer(s, cold))) for s, d in found.items()]
+        judged = [Judged(s, d, context.break_even(_layer(s, cold))) for s, d in found.items()]
         notes, lines, done = [], [], set()
         for one in sorted(judged, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
             chosen = one.times.worth(one.density.listed) and one.site.linear not in done
@@ -81,7 +81,7 @@ class Judged:
 
     site: Site
     density: Density
-    times: Crossover
+    times: BreakEven
 
     @property
     def sparse(self) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from thresher.analysis.cost.break_even import CACHED
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.errors import PassError
 from thresher.ir.program import Program, dtype_of
 from thresher.passes.sparsity._densities import listed
@@ -38,7 +38,7 @@ ELEMENTS = 1 << 20  # of a value, that quantiles are made of
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class ThresholdRule:
     """A threshold, a number or one per channel; or how many stay."""
 
     kind: str
@@ -63,7 +63,7 @@ class Choice:
 
 @register_pass
 @dataclass(frozen=True)
-class ThresholdActivations(BoundedPass):
+class ThresholdActivations(ApproximatePass):
     """Let small activations be 0, within the budget."""
 
     name: ClassVar[str] = "threshold-activations"
@@ -90,7 +90,7 @@ class ThresholdActivations(BoundedPass):
         found = effects(program, targets, choices, samples)
         cold, made, refusals = constant_bytes(program) > CACHED, [], []
         for target in targets:
-            times = [context.crossover(layer) for layer in target.layers(cold)]
+            times = [context.break_even(layer) for layer in target.layers(cold)]
             own = []
             for choice in choices[target]:
                 error, dense = found[target][choice]
@@ -113,7 +113,7 @@ class ThresholdActivations(BoundedPass):
         return work.clean()
 
 
-def insert(program: Program, target: Target, choice: Choice) -> None:
+def insert(program: Program, target: Target, choice: ThresholdRule) -> None:
     """The threshold before the readers of a value."""
     value, place = target.value, min(target.readers)
 
@@ -139,7 +139,7 @@ def thresholds(
     samples: Sequence[list[Any]],
     kinds: Sequence[str],
     densities: Sequence[float],
-) -> dict[Target, list[Choice]]:
+) -> dict[Target, list[ThresholdRule]]:
     """The choices for each target: quantiles over the samples."""
     seen: dict[Target, list[Tensor]] = {t: [] for t in targets}
     scales: dict[Target, list[Tensor]] = {t: [] for t in targets}
@@ -161,17 +161,17 @@ def _choices(
     scales: list[Tensor],
     kinds: Sequence[str],
     densities: Sequence[float],
-) -> list[Choice]:
+) -> list[ThresholdRule]:
     found = []
     for density in densities:
         if "number" in kinds:
-            found.append(Choice("number", density, _quantile(rows, 1 - density)))
+            found.append(ThresholdRule("number", density, _quantile(rows, 1 - density)))
         if "channel" in kinds:
             scale = _scale(program, target, scales)
-            found.append(Choice("channel", density, _quantile(rows * scale, 1 - density) / scale))
+            found.append(ThresholdRule("channel", density, _quantile(rows * scale, 1 - density) / scale))
         if "top-k" in kinds:
             count = max(1, round(density * rows.shape[1]))
-            found.append(Choice("top-k", density, None, count))
+            found.append(ThresholdRule("top-k", density, None, count))
     return found
 
 
@@ -193,8 +193,11 @@ def _quantile(x: Tensor, part: float) -> Tensor:
 
 
 def effects(
-    program: Program, targets: Sequence[Target], choices: dict[Target, list[Choice]], samples: Sequence[list[Any]]
-) -> dict[Target, dict[Choice, tuple[float, float]]]:
+    program: Program,
+    targets: Sequence[Target],
+    choices: dict[Target, list[ThresholdRule]],
+    samples: Sequence[list[Any]],
+) -> dict[Target, dict[ThresholdRule, tuple[float, float]]]:
     """For every choice the squared relative error behind the layers that read the value, and the part of the columns that are listed."""
     errors = {t: [0.0] * len(choices[t]) for t in targets}
     parts = {t: [0.0] * len(choices[t]) for t in targets}

@@ -26,7 +26,7 @@ from torch import fx
 from thresher.analysis.attention.sites import SDPA
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import Calibration, watch
-from thresher.approximation.search import BoundedPass, Candidate
+from thresher.approximation.search import ApproximatePass, Candidate
 from thresher.errors import PassError
 from thresher.ir.program import Program, module_path
 from thresher.passes.tokens._by_place import in_words
@@ -44,7 +44,7 @@ SAMPLES = 8
 
 @register_pass
 @dataclass(frozen=True)
-class ReduceTokens(BoundedPass):
+class ReduceTokens(ApproximatePass):
     """Merge or drop tokens from layer to layer, within the budget."""
 
     name: ClassVar[str] = "reduce-tokens"

@@ -34,7 +34,7 @@ def half(model: nn.Module, args: tuple, dtype: torch.dtype = torch.float16) -> t
 
 
 def compiled_code(model: nn.Module, args: tuple, arch: str = "sm_90") -> str:
-    return thresher.compile(model.eval(), args, target=f"cuda:{arch}", verify="off").lowered.device_code()
+    return thresher.compile(model.eval(), args, target=f"cuda:{arch}", verify="off").executable.device_code()
 
 
 def bodies(source: str) -> dict[str, str]:
@@ -95,7 +95,7 @@ def test_weights_are_not_transposed_at_run_time() -> None:
 def test_static_launches_become_a_graph() -> None:
     model, args = ZOO["vit"]()
     compiled = thresher.compile(model.eval(), args, target="cuda:sm_90", verify="off")
-    assert "cuda_graph.run_or_capture" in compiled.lowered.executable.as_text()
+    assert "cuda_graph.run_or_capture" in compiled.executable.code.as_text()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_tiles_are_measured_recorded_and_used(monkeypatch: pytest.MonkeyPatch) -
     def threads(tune: Any) -> set[str]:
         compiled = thresher.compile(model, args, target="cuda:sm_90", verify="off", tune=tune)
         assert compiled.report.tuned[1] == 1
-        return set(re.findall(r"__launch_bounds__\((\d+)\)", compiled.lowered.device_code()))
+        return set(re.findall(r"__launch_bounds__\((\d+)\)", compiled.executable.device_code()))
 
     assert "512" in threads("never")
     assert threads(Tune()) == threads("recorded") == {"128"}

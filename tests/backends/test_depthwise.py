@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.depthwise import Window, tasks
 from thresher.verification.compare import compare
 
@@ -60,10 +60,10 @@ def test_a_long_sequence() -> None:
     st.integers(1, 150),
     st.integers(1, 7),
     st.integers(1, 3),
-    st.sampled_from([Machine(8, 16, 2), Machine(16, 32, 8), Machine(4, 32, 1)]),
+    st.sampled_from([CpuInfo(8, 16, 2), CpuInfo(16, 32, 8), CpuInfo(4, 32, 1)]),
 )
 def test_tasks_cover_the_result(
-    batch: int, height: int, width: int, registers: int, taps: int, stride: int, machine: Machine
+    batch: int, height: int, width: int, registers: int, taps: int, stride: int, machine: CpuInfo
 ) -> None:
     window = Window((stride, stride), (1, 1), (0, 0))
     for task in tasks((batch, height, width), registers * machine.lanes, (taps, taps), window, machine, 16):

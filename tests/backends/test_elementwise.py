@@ -94,7 +94,7 @@ def test_a_bias_map_is_part_of_the_convolution_and_stored_once() -> None:
     x = torch.randn(1, 8, 32, 32)
     compiled = thresher.compile(model, (x,), tune="never")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    sizes = {w.shape for w in compiled.lowered.weights}
+    sizes = {w.shape for w in compiled.executable.weights}
     assert (1, 3, 3, 16) in sizes and (1, 30, 30, 16) not in sizes
 
 

@@ -25,7 +25,7 @@ from thresher.backends.tvm.backend import resolve_target
 from thresher.backends.tvm.codegen.relax_pipeline import context_of, fuse, schedule
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cuda.schedules import TILES
-from thresher.backends.tvm.plans.plan_selection import Choices
+from thresher.backends.tvm.plans.plan_selection import PlanSelector
 
 TARGET = resolve_target("cuda:sm_80")[0]
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')
@@ -136,7 +136,7 @@ def test_every_kernel_computes_what_it_did_before_it_was_scheduled(dtype: torch.
     model, args = half(Mixed().eval(), (torch.randn(2, 3, 16, 16),), dtype)
     program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, args)).rounded()
     module = Importer(program, None, arch=80).run()[0]
-    before, after = fuse(module, TARGET, None), schedule(module, TARGET, None, Choices())
+    before, after = fuse(module, TARGET, None), schedule(module, TARGET, None, PlanSelector())
     scheduled, on_cores = functions(after), 0
     assert len(scheduled) >= 12
     for name, function in functions(before).items():
@@ -152,10 +152,10 @@ def test_every_tile_is_right(tile: object, tmp_path: Path) -> None:
     model, args = half(nn.Sequential(nn.Linear(150, 70), nn.ReLU()).eval(), (torch.randn(40, 150),))
     program = PassManager(pipelines.specialize, "off").run(capture(model, args)).rounded()
     module = Importer(program, None, arch=80).run()[0]
-    asked = Choices()
+    asked = PlanSelector()
     schedule(module, TARGET, None, asked)
     ((workload, _),) = asked.sites.items()
-    after = schedule(module, TARGET, None, Choices({workload: repr(tile)}))
+    after = schedule(module, TARGET, None, PlanSelector({workload: repr(tile)}))
     (name,) = [n for n in functions(after) if "matmul" in n]
     code = compared(functions(fuse(module, TARGET, None))[name], functions(after)[name], tmp_path)
     assert f"__launch_bounds__({32 * tile.warps[0] * tile.warps[1]})" in code and MMA in code
@@ -182,7 +182,7 @@ def test_selected_blocks_are_right(masked: bool, tmp_path: Path) -> None:
     model, args = half(Select(), (torch.randn(1, 4, 100, 8), torch.randn(1, 2, 90, 8)))
     program = PassManager([*pipelines.exact], "off").run(capture(model, (*args, torch.rand(1, 1, 1, 90) > 0.3)))
     module = Importer(program, None, arch=80).run()[0]
-    before, after = functions(fuse(module, TARGET, None)), functions(schedule(module, TARGET, None, Choices()))
+    before, after = functions(fuse(module, TARGET, None)), functions(schedule(module, TARGET, None, PlanSelector()))
     assert {"rank", "before", "pyramid_entries"} <= {n.rstrip("0123456789") for n in after}
     for name, function in before.items():
         (tmp_path / name).mkdir()

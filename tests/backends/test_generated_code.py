@@ -23,7 +23,7 @@ def source(model: nn.Module, x: torch.Tensor, kind: str, target: str = "cpu") ->
     def llvm(module: Any) -> Any:
         return next((i for i in module.imports if i.kind == "llvm"), None) or llvm(module.imports[0])
 
-    return str(llvm(compiled.lowered.executable.mod).inspect_source(kind))
+    return str(llvm(compiled.executable.code.mod).inspect_source(kind))
 
 
 @pytest.mark.parametrize("channels", [5, 29])

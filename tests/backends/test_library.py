@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Records, Tune
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.cost import machine_model
 from thresher.backends.tvm.plans import tuner
 from thresher.driver import compile as driver
 from thresher.driver import measure_machine
-from thresher.tuning.options import Library
+from thresher.tuning.options import TorchKernel
 from thresher.tuning.timing import Timing
 
 
@@ -33,9 +33,9 @@ class Net(nn.Module):
 
 def prefer(monkeypatch, tuned: float = 1.0, own: float = 2.0) -> None:
     """Torch's kernels win alone; as a whole, the model takes ``tuned`` with them and ``own`` without, 3 untuned."""
-    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_of("cpu"))
+    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_model("cpu"))
     monkeypatch.setattr(
-        tuner, "turns", lambda calls, rounds: {plan: 1.0 if plan == repr(Library()) else 2.0 for plan in calls}
+        tuner, "turns", lambda calls, rounds: {plan: 1.0 if plan == repr(TorchKernel()) else 2.0 for plan in calls}
     )
     times = {"tuned": tuned, "untuned": 3.0, "tuned, without torch": own}
     monkeypatch.setattr(
@@ -52,9 +52,9 @@ def test_torch_computes_what_it_wins(monkeypatch, tmp_path) -> None:
     model, x = Net().eval(), torch.randn(1, 3, 19, 17)
     compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
     assert len(compiled.report.library) == len(plans()) == compiled.report.tuned[0] == 6
-    assert set(plans()) == {repr(Library())}
+    assert set(plans()) == {repr(TorchKernel())}
     loaded = thresher.load(compiled.save(tmp_path / "m.thresher"))
-    assert list(loaded.lowered.library) == compiled.report.library
+    assert list(loaded.executable.library) == compiled.report.library
     with torch.no_grad():
         for found in (compiled(x), loaded(x)):
             for y, expected in zip(found, model(x)):
@@ -68,7 +68,7 @@ def test_never_means_never(monkeypatch) -> None:
     thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
     for tune in ("recorded", Tune(trials=2)):
         compiled = thresher.compile(model, (x,), target="cpu", tune=tune, library="never", validate="off", verify="off")
-        assert compiled.report.library == [] and "thresher.library" not in compiled.lowered.executable.as_text()
+        assert compiled.report.library == [] and "thresher.library" not in compiled.executable.code.as_text()
     assert plans().count("") == 5  # attention has no other plan
 
 
@@ -87,7 +87,7 @@ def test_of_another_version(monkeypatch) -> None:
     model, x = nn.Linear(16, 24).eval(), torch.randn(6, 16)
     thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
     records = Records()
-    records.put([thresher.Record.now(r.target, r.workload, "Library(torch='1.0')", 1, 1) for r in records.all()])
+    records.put([thresher.Record.now(r.target, r.workload, "TorchKernel(torch='1.0')", 1, 1) for r in records.all()])
     assert thresher.compile(model, (x,), target="cpu").report.library == []
 
 

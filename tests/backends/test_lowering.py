@@ -100,7 +100,7 @@ class Narrow(nn.Module):
 def test_a_narrow_addend_is_added_in_the_product(target: str, narrow: int, wide: int, kernel: int, bias: bool) -> None:
     model, x = Narrow(narrow, wide, kernel, bias).eval(), torch.randn(1, wide, 14, 13)
     compiled = thresher.compile(model, (x,), target=target, verify="off", tune="never", strict_rounding=True)
-    words = [line.split() for line in compiled.lowered.executable.as_text().splitlines() if "call" in line]
+    words = [line.split() for line in compiled.executable.code.as_text().splitlines() if "call" in line]
     kernels = [name for _, name, *_ in words if not name.startswith("vm.")]
     (product,) = [name for name in kernels if "conv" in name]
     assert product.startswith("fused_conv_add_add" if bias else "fused_conv_add_")

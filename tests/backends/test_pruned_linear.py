@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thresher.backends.tvm import TVMBackend
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.pruned_linear import STEP, pack, width_of
 from thresher.frontend.capture import capture
 from thresher.ops.pruned_linear import LAYOUTS
@@ -88,7 +88,7 @@ def test_what_is_pruned_is_not_read(layout: str, rows: int) -> None:
 
 
 def test_what_is_stored() -> None:
-    weight, machine = np.zeros((64, 48), np.float32), Machine(lanes=8, registers=16, threads=2)
+    weight, machine = np.zeros((64, 48), np.float32), CpuInfo(lanes=8, registers=16, threads=2)
     weight[:32, 3], weight[5, 16:24] = 1.0, 2.0
     rows, panels, runs = (pack(weight, layout, machine) for layout in ("rows", "panels", "runs"))
     assert rows.values.shape == (32 * 8 + 8, 1) and rows.start[-1] == len(rows.values)
@@ -103,7 +103,7 @@ def test_what_is_stored() -> None:
 def test_threads_have_equal_shares() -> None:
     weight = np.ones((128, 64), np.float32)
     weight[64:] = 0
-    packed = pack(weight, "rows", Machine(threads=2))
+    packed = pack(weight, "rows", CpuInfo(threads=2))
     first = packed.start[packed.shares[1]]
     assert first == pytest.approx(packed.start[-1] / 2, rel=0.05)
 

@@ -103,6 +103,6 @@ def test_it_is_translated(dtype: torch.dtype) -> None:
 def test_zeros_are_skipped_on_gpus_too() -> None:
     model, x = FFN().half().eval(), torch.randn(2, 64).half()
     manager = PassManager([SkipZeros()])
-    free = lambda layer: thresher.analysis.cost.break_even.Crossover(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
-    manager.run(capture(model, (x,)), Context("cuda:sm_80", crossovers=free))
+    free = lambda layer: thresher.analysis.cost.break_even.BreakEven(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
+    manager.run(capture(model, (x,)), Context("cuda:sm_80", find_break_even=free))
     assert len(manager.records[0].rewrites) == 1

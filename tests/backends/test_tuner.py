@@ -13,11 +13,11 @@ from tvm.runtime.vm import VirtualMachine
 
 import thresher
 from thresher import BackendError, InputError, Records, Remote, Tune
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.cost import machine_model
 from thresher.backends.tvm.plans import tuner
 from thresher.backends.tvm.plans.metaschedule import TRACE
 from thresher.cli.main import main, remote
-from thresher.debugging.bisect import part
+from thresher.debugging.bisect import extract_subprogram
 from thresher.driver import compile as driver
 from thresher.driver import measure_machine
 from thresher.driver.measure_machine import WORKLOAD
@@ -57,7 +57,7 @@ def measured() -> list[thresher.Record]:
 
 
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_of("cpu"))
+    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_model("cpu"))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ENOUGH", 0.001)
@@ -90,7 +90,7 @@ def test_every_plan_of_every_kernel_is_right(model: nn.Module, x: Tensor, monkey
     seen: list[str] = []
 
     def compare(self, program, workload, site, fingerprint):
-        alone = part(program, [site.subject], tuner.values_of(site), {site.subject})
+        alone = extract_subprogram(program, [site.subject], tuner.values_of(site), {site.subject})
         (wanted,) = alone.run(*alone.probe)
         given = self.candidates(program, workload, site)
         for plan in given.plans[:8]:
@@ -142,7 +142,7 @@ def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
     monkeypatch.setattr(
         driver, "interleaved", lambda calls, rounds: {"untuned": Timing(1.0, 1, 1), "tuned": Timing(1.1, 1, 1)}
     )
-    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=8, gain=0.0))
+    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=8, min_speedup=0.0))
     assert compiled.report.tuned[0] == 0
     assert [r.plan for r in measured()] == [""] * 4
 
@@ -208,8 +208,8 @@ def test_bad_arguments(monkeypatch) -> None:
         Tune(trials=1)
     with pytest.raises(InputError, match="not on a remote device"):
         Tune(search=8, remote=Remote("127.0.0.1", 1, "board"))
-    with pytest.raises(InputError, match="gain"):
-        Tune(gain=1.5)
+    with pytest.raises(InputError, match="min_speedup"):
+        Tune(min_speedup=1.5)
     with pytest.raises(ThresherError, match="HOST:PORT:KEY"):
         remote("somewhere")
     model, x = example()

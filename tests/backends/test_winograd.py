@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import winograd
 
 
@@ -60,13 +60,13 @@ def test_equal_to_eager(
         expected = model.double()(x.double())
     error = (compiled(x) - expected).abs().max() / expected.abs().max()
     assert float(error) < (2e-6 if m == 2 else 2e-5)
-    assert compiled.lowered.weights[0].shape[0] == (m + 2) ** 2
+    assert compiled.executable.weights[0].shape[0] == (m + 2) ** 2
 
 
 def test_strict_rounding_does_without(monkeypatch) -> None:
     always(monkeypatch, 4)
     model, x = Net(16, 16, 1, True).eval(), torch.randn(1, 16, 8, 8)
-    assert thresher.compile(model, (x,), target="cpu", strict_rounding=True).lowered.weights[0].ndim != 4
+    assert thresher.compile(model, (x,), target="cpu", strict_rounding=True).executable.weights[0].ndim != 4
 
 
 def test_built_again_where_the_rounding_is_too_much(monkeypatch) -> None:
@@ -98,7 +98,7 @@ def test_the_transforms_are_a_convolution(m: int) -> None:
 
 def test_chosen_where_it_saves() -> None:
     """Wide layers on large images; not where filters outweigh the image, nor where most of a register would be padding."""
-    machine = Machine(8, 16, 2, 1 << 19)
+    machine = CpuInfo(8, 16, 2, 1 << 19)
 
     def chosen(size: int, inputs: int, outputs: int) -> int:
         plans, faster = winograd.plans(lambda m: winograd.Tiling(m, 1, size, size), inputs, outputs, machine)

@@ -58,7 +58,7 @@ def twins(n: int, c: int) -> tuple[nn.Module, tuple]:
         ("complex-numbers", Case("spectrum", spectrum, n=(2, 3), c=(6, 7)), ()),
         ("merge-duplicates", Case("twins", twins, n=(2, 3), c=(4, 6)), pipelines.canonicalize),
         ("fold-batch-norm", CONV_BN, ()),
-        ("fold-channels{gain=0,round_to=1}", MLP, pipelines.canonicalize),
+        ("fold-channels{min_improvement=0,round_to=1}", MLP, pipelines.canonicalize),
         ("canonicalize-threshold", Case("shrink", lambda n: (nn.Softshrink(0.3), (torch.randn(n, 5),)), n=(2, 3)), ()),
     ],
 )  # fmt: skip

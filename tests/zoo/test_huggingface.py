@@ -11,7 +11,7 @@ import thresher
 from thresher.exporters.huggingface import folded_config
 from thresher.verification.compare import compare
 
-EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,gain=inf}"]
+EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,min_improvement=inf}"]
 
 
 def pruned(counts: list[int]) -> tuple[nn.Module, tuple]:

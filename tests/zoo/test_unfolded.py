@@ -20,7 +20,7 @@ shrink = torch.ops.thresher.shrink.default
 
 
 def kernels(compiled: thresher.Compiled) -> list[str]:
-    text = compiled.lowered.executable.as_text()
+    text = compiled.executable.code.as_text()
     return [name for name in re.findall(r"call\s+(\w+)", text) if not name.startswith("vm")]
 
 

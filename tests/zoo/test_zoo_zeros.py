@@ -9,7 +9,7 @@ from test_zoo_attention import TEXT, TOKENS, transformers
 from torch import nn
 
 import thresher
-from thresher.analysis.cost.break_even import Crossover, Layer
+from thresher.analysis.cost.break_even import BreakEven, Layer
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity._densities import densities, sites_of
 from thresher.passes.sparsity._targets import targets_of
@@ -38,8 +38,8 @@ MODELS: dict[str, tuple[Make, int, int]] = {
 }  # fmt: skip
 
 
-def free(layer: Layer) -> Crossover:
-    return Crossover(1.0, (0.01, 1.0), (0.01, 1.0))
+def free(layer: Layer) -> BreakEven:
+    return BreakEven(1.0, (0.01, 1.0), (0.01, 1.0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -52,6 +52,6 @@ def test_zeros_are_found_and_skipped(name: str) -> None:
     assert len({s.linear for s in often if s.kind == "input"}) == layers
     assert len([t for t in targets_of(program) if t.kind == "gate"]) == gates
     manager = PassManager([SkipZeros()])
-    result = manager.run(program, Context(crossovers=free))
+    result = manager.run(program, Context(find_break_even=free))
     assert bool(manager.records[0].rewrites) == any(d.listed < 0.84 for d in often.values())  # what is worth it
     assert not compare(program.run(*program.probe), result.run(*program.probe)).exceeds(1e-5)

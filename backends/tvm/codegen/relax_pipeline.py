@@ -15,13 +15,13 @@ from tvm.relax.backend.cuda import pipeline as cuda_pipeline
 
 from thresher.backends.tvm.codegen.intrinsics import import_intrinsics
 from thresher.backends.tvm.codegen.tir_pipeline import pipeline_of
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.importing.importer import OPAQUE
 from thresher.backends.tvm.importing.provenance import Kernels, kernels
 from thresher.backends.tvm.kernels.blocks import block_names
 from thresher.backends.tvm.kernels.cpu import attention, batched, depthwise, gemm, generic, rows, winograd
 from thresher.backends.tvm.kernels.cuda import schedules as cuda_schedules
-from thresher.backends.tvm.plans.plan_selection import Choices
+from thresher.backends.tvm.plans.plan_selection import PlanSelector
 from thresher.errors import BackendError
 
 FUSABLE = {
@@ -67,7 +67,7 @@ def _keeps_shape(function: tirx.PrimFunc) -> bool:
     return all(have in ("1", want) for shape in inputs for have, want in zip(reversed(shape), reversed(output)))
 
 
-def schedule_kernels(mod: tvm.IRModule, machine: Machine, choices: Choices) -> tvm.IRModule:
+def schedule_kernels(mod: tvm.IRModule, machine: CpuInfo, choices: PlanSelector) -> tvm.IRModule:
     """Give every kernel its schedule, by the blocks it holds. Not a TVM pass: an error must reach the caller as ours."""
     scheduled = {}
     for name, function in mod.functions_items():
@@ -142,8 +142,8 @@ class Built:
 def build(
     mod: tvm.IRModule,
     target: tvm.target.Target,
-    machine: Machine | None,
-    choices: Choices,
+    machine: CpuInfo | None,
+    choices: PlanSelector,
     origin: dict[str, str] | None = None,
 ) -> Built:
     """Compile for the CPU (``machine`` given) or for CUDA. ``origin``: the node that each variable of ``mod`` was emitted for."""
@@ -158,7 +158,7 @@ def build(
     return Built(built, counted.bytes, kernels(separate, fused, origin or {}))
 
 
-def context_of(machine: Machine | None) -> tvm.transform.PassContext:
+def context_of(machine: CpuInfo | None) -> tvm.transform.PassContext:
     """What TVM's passes are told. CUDA: no storage rewriting, which breaks the accumulators of products that sum in float32
     (shared/design/tvm-cuda.md)."""
     if machine is not None:
@@ -167,17 +167,21 @@ def context_of(machine: Machine | None) -> tvm.transform.PassContext:
     return tvm.transform.PassContext(opt_level=3, config=config)
 
 
-def _stock(machine: Machine | None) -> Any:
+def _stock(machine: CpuInfo | None) -> Any:
     """TVM's own passes for the kind of target."""
     return cuda_pipeline if machine is None else relax.backend.cpu_generic.pipeline
 
 
-def schedule(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
+def schedule(
+    mod: tvm.IRModule, target: tvm.target.Target, machine: CpuInfo | None, choices: PlanSelector
+) -> tvm.IRModule:
     """Fused, and every kernel with its schedule."""
     return _scheduled(fuse(mod, target, machine), target, machine, choices)
 
 
-def _scheduled(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None, choices: Choices) -> tvm.IRModule:
+def _scheduled(
+    mod: tvm.IRModule, target: tvm.target.Target, machine: CpuInfo | None, choices: PlanSelector
+) -> tvm.IRModule:
     with target, tvm.transform.PassContext(opt_level=3):
         if machine is not None:
             return schedule_kernels(mod, machine, choices)
@@ -185,13 +189,13 @@ def _scheduled(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | 
         return s_tir.dlight.ApplyDefaultSchedule(*cuda_schedules.rules(choices))(mod)
 
 
-def fuse(mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None) -> tvm.IRModule:
+def fuse(mod: tvm.IRModule, target: tvm.target.Target, machine: CpuInfo | None) -> tvm.IRModule:
     """Operators as kernels, and what follows a kernel as part of it."""
     return _fuse_kernels(_fuse_operators(mod, target, machine)[1], target)
 
 
 def _fuse_operators(
-    mod: tvm.IRModule, target: tvm.target.Target, machine: Machine | None
+    mod: tvm.IRModule, target: tvm.target.Target, machine: CpuInfo | None
 ) -> tuple[tvm.IRModule, tvm.IRModule]:
     """Every operator as a kernel of its own, and then in groups, each to become one kernel."""
     passes = [

@@ -18,7 +18,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 
 CUTS, IDLE, SUMS = (f"thresher.{word}" for word in ("cuts", "idle", "sums"))  # the annotations of loops
 CPU = "thresher_cpu"  # the name of the pipeline
@@ -165,7 +165,7 @@ def phases() -> tvm.transform.Sequential:
     )
 
 
-def pipeline_of(machine: Machine | None) -> str:
+def pipeline_of(machine: CpuInfo | None) -> str:
     """The name of the phases for the CPU, or of TVM's (None: a GPU)."""
     return CPU if machine is not None else "default"
 

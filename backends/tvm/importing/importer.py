@@ -19,10 +19,10 @@ from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.importing.provenance import NamingBuilder
 from thresher.backends.tvm.plans import torch_kernels
-from thresher.backends.tvm.plans.plan_selection import Choices, workload_of
+from thresher.backends.tvm.plans.plan_selection import PlanSelector, workload_of
 from thresher.errors import BackendError
 from thresher.ir.program import Program, is_tensor, module_path, source_line
 from thresher.runtime.tensor_spec import dtype_name
@@ -43,33 +43,33 @@ class Importer:
     """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
     as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured; ``apart``: every weight is an argument of its
     own, because a remote device takes no arrays of tensors; ``arch``: the number of a GPU's architecture (80 for sm_80), 0 for others;
-    ``held``: as in :class:`Lowering`."""
+    ``shared_weights``: as in :class:`LoweringOptions`."""
 
     def __init__(
         self,
         program: Program,
-        machine: Machine | None,
+        machine: CpuInfo | None,
         strict_rounding: bool = False,
-        choices: Choices | None = None,
+        choices: PlanSelector | None = None,
         apart: bool = False,
         arch: int = 0,
-        held: Weights | None = None,
+        shared_weights: Weights | None = None,
     ):
         self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
-        self.choices = Choices() if choices is None else choices
+        self.choices = PlanSelector() if choices is None else choices
         self.stock = ExportedProgramImporter()
         self.builder = NamingBuilder()
         self.stock.block_builder = self.builder
         self.env: dict[fx.Node, Any] = self.stock.env
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if apart else [relax.Var("weights", relax.ObjectType())]
-        self.apart, self.arch, self.held = apart, arch, held
+        self.apart, self.arch, self.shared_weights = apart, arch, shared_weights
         self.symbols: dict[str, tirx.Var] = {}
         self._shared: dict[Any, relax.Var] = {}
         self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding behind them adds
 
     @property
-    def cpu(self) -> Machine:
+    def cpu(self) -> CpuInfo:
         """The CPU that kernels of ours are made for."""
         assert self.machine is not None, "CPU kernels are chosen for CPU targets only"
         return self.machine

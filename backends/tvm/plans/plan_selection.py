@@ -18,7 +18,7 @@ from tvm import s_tir, tirx
 from thresher.backends.tvm.plans import metaschedule
 from thresher.backends.tvm.plans.metaschedule import KERNEL, TRACE
 from thresher.runtime.tensor_spec import dtype_name
-from thresher.tuning.options import Library
+from thresher.tuning.options import TorchKernel
 
 MOST = 32  # plans that a family proposes at most
 
@@ -38,7 +38,7 @@ class Site:
     plans: Plans
 
 
-class Choices:
+class PlanSelector:
     """Chooses for one program; ``records``: workload -> the text of its plan; ``library``: whether a plan may be to call torch;
     ``search``: whether kernels without plans of ours count as sites, too. ``sites``, ``taken`` and ``called`` tell afterwards what was
     asked for, which records were used, and which nodes torch computes."""
@@ -53,7 +53,7 @@ class Choices:
     def by_library(self, workload: str, node: fx.Node) -> bool:
         """Whether torch computes ``node``, which it can: where that is on record as fastest."""
         self.sites.setdefault(workload, Site(node, lambda limit: [Own()]))
-        if self.records.get(workload) != repr(Library()):
+        if self.records.get(workload) != repr(TorchKernel()):
             return False
         self.taken.add(workload)
         self.called.append(node.name)

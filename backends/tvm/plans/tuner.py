@@ -29,17 +29,17 @@ from tvm import relax, tirx
 from tvm.runtime.vm import VirtualMachine
 
 from thresher.analysis.cost.cost import constant_bytes
-from thresher.backends.base import Lowering
+from thresher.backends.base import LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build, context_of, schedule
 from thresher.backends.tvm.codegen.tir_pipeline import pipeline_of
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.importing.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.plans import metaschedule, torch_kernels
-from thresher.backends.tvm.plans.plan_selection import MOST, Choices, Site
-from thresher.debugging.bisect import part
+from thresher.backends.tvm.plans.plan_selection import MOST, PlanSelector, Site
+from thresher.debugging.bisect import extract_subprogram
 from thresher.errors import BackendError
 from thresher.ir.program import Program, dtype_of, shape_of
-from thresher.tuning.options import Library, Remote, Tune
+from thresher.tuning.options import Remote, TorchKernel, Tune
 from thresher.tuning.records import Record
 
 FOOTPRINT = 64 << 20  # bytes of weights that certainly leave the cache
@@ -51,27 +51,27 @@ ENOUGH = 0.25  # seconds of a workload's first comparison, about
 def tune(
     program: Program,
     target: tvm.target.Target,
-    machine: Machine | None,
+    machine: CpuInfo | None,
     fingerprint: str,
     options: Tune,
-    how: Lowering,
+    lowering_options: LoweringOptions,
     save: Callable[[Record], None],
 ) -> int:
-    """Measure the workloads of ``program`` that ``how.records`` lacks; each record is ``save``d as soon as it stands. Without ``machine``
-    for a GPU."""
+    """Measure the workloads of ``program`` that ``lowering_options.records`` lacks; each record is ``save``d as soon as it stands.
+    Without ``machine`` for a GPU."""
     with runner_of(options.remote, "cpu" if machine is not None else "cuda") as runner:
-        by_library = machine is not None and how.library and options.remote is None
-        bench = Bench(target, machine, how.strict_rounding, options, runner, by_library)
+        by_library = machine is not None and lowering_options.library and options.remote is None
+        bench = Bench(target, machine, lowering_options.strict_rounding, options, runner, by_library)
         choices = bench.sites(program)
         sites = choices.sites
-        known = {w for w, plan in how.records.items() if choices.library or plan != repr(Library())}
+        known = {w for w, plan in lowering_options.records.items() if choices.library or plan != repr(TorchKernel())}
         sites = {w: s for w, s in sites.items() if options.again or w not in known}
         start = time.perf_counter()
         for number, (workload, site) in enumerate(sites.items()):
             if options.seconds is not None and time.perf_counter() - start > options.seconds:
-                how.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
+                lowering_options.progress(f"stopped after {options.seconds:.0f} s: {number} of {len(sites)} workloads")
                 return number
-            how.progress(f"tuning {number + 1} of {len(sites)}: {workload.partition(' ')[0]}")
+            lowering_options.progress(f"tuning {number + 1} of {len(sites)}: {workload.partition(' ')[0]}")
             save(bench.measure(program, workload, site, fingerprint))
     return len(sites)
 
@@ -90,21 +90,21 @@ class Bench:
     """Where and how kernels are measured: each as a program of one operator."""
 
     target: tvm.target.Target
-    machine: Machine | None
+    machine: CpuInfo | None
     strict_rounding: bool
     options: Tune
     runner: Runner
     library: bool  # whether torch's own kernel is a candidate
 
-    def sites(self, program: Program) -> Choices:
+    def sites(self, program: Program) -> PlanSelector:
         """The workloads of ``program``; those of kernels, which have their schedules after fusion, where there can be some."""
-        choices = Choices(library=self.library, search=self.options.search > 0)
+        choices = PlanSelector(library=self.library, search=self.options.search > 0)
         module, _ = self.importer(program, choices).run()
         if self.machine is None or choices.search:
             schedule(module, self.target, self.machine, choices)
         return choices
 
-    def importer(self, program: Program, choices: Choices, apart: bool = False) -> Importer:
+    def importer(self, program: Program, choices: PlanSelector, apart: bool = False) -> Importer:
         return Importer(program, self.machine, self.strict_rounding, choices, apart, architecture(self.target))
 
     def candidates(self, program: Program, workload: str, site: Site) -> Candidates:
@@ -114,13 +114,13 @@ class Bench:
         return self._of_kernel(workload, site.subject, plans)
 
     def _of_operator(self, program: Program, workload: str, site: Site, plans: list[str]) -> Candidates:
-        alone = part(program, [site.subject], values_of(site), {site.subject})
+        alone = extract_subprogram(program, [site.subject], values_of(site), {site.subject})
         if self.library and torch_kernels.possible(site.subject):
-            plans.append(repr(Library()))
+            plans.append(repr(TorchKernel()))
             _follow(alone)
 
         def built(plan: str) -> Any:
-            choices = Choices({workload: plan}, self.library)
+            choices = PlanSelector({workload: plan}, self.library)
             module, weights = self.importer(alone, choices, apart=True).run()
             return build(module, self.target, self.machine, choices).executable, weights
 
@@ -149,7 +149,7 @@ class Bench:
         modules = {plan: _module_of(tvm.ir.load_json(text), kinds) for plan in plans}
 
         def built(plan: str) -> Any:
-            return build(modules[plan], self.target, self.machine, Choices({workload: plan})).executable, []
+            return build(modules[plan], self.target, self.machine, PlanSelector({workload: plan})).executable, []
 
         return Candidates(plans, built, inputs)
 
@@ -171,7 +171,7 @@ class Bench:
         final = turns({plan: calls[plan] for plan in dict.fromkeys((rule, *best))}, FINAL_ROUNDS)
         winner = min(final, key=final.__getitem__)
         found = Record.now(fingerprint, workload, winner, 1e6 * final[winner], 1e6 * final[rule])
-        return found if final[winner] <= (1 - self.options.gain) * final[rule] else found.untuned()
+        return found if final[winner] <= (1 - self.options.min_speedup) * final[rule] else found.untuned()
 
 
 def _module_of(kernel: tirx.PrimFunc, kinds: list[tuple[list[int], str]]) -> tvm.IRModule:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thresher.analysis.cost.cost import Machine
+from thresher.analysis.cost.cost import MachineModel
 from thresher.frontend.capture import capture
 from thresher.tuning.records import Record
 
@@ -58,7 +58,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Crossover:
+class BreakEven:
     """Seconds: ``dense``, and ``sparse`` at each of ``densities``."""
 
     dense: float
@@ -88,21 +88,21 @@ class Crossover:
         return json.dumps({"dense": self.dense, "sparse": self.sparse, "densities": self.densities})
 
     @staticmethod
-    def of(plan: str) -> Crossover:
+    def of(plan: str) -> BreakEven:
         raw = json.loads(plan)
-        return Crossover(raw["dense"], tuple(raw["sparse"]), tuple(raw["densities"]))
+        return BreakEven(raw["dense"], tuple(raw["sparse"]), tuple(raw["densities"]))
 
 
-def estimated(layer: Layer, machine: Machine) -> Crossover:
+def estimated(layer: Layer, machine: MachineModel) -> BreakEven:
     """Where nothing can be measured: for a few rows by the memory that is read, for many by the arithmetic, a tenth of the dense layer's
     speed lost to the lists."""
     weights = 4.0 * layer.inputs * layer.outputs
     arithmetic = 2.0 * layer.rows * layer.inputs * layer.outputs / machine.flops
     dense = max(weights / machine.bandwidth, arithmetic) + machine.launch
     if layer.kind == "gate" and layer.rows > FEW:  # it has no kernel
-        return Crossover(dense, (dense,) * len(DENSITIES), measured=False)
+        return BreakEven(dense, (dense,) * len(DENSITIES), measured=False)
     slower = {"rows": 2.5, "runs": 1.5}.get(layer.kind, 1.1)  # per element that counts
-    return Crossover(dense, tuple(slower * d * dense + 2 * machine.launch for d in DENSITIES), measured=False)
+    return BreakEven(dense, tuple(slower * d * dense + 2 * machine.launch for d in DENSITIES), measured=False)
 
 
 class _Dense(nn.Module):
@@ -132,13 +132,13 @@ class _Sparse(_Dense):
         return ops.sparse_linear(x, weight) if self.kind == "input" else ops.pruned_linear(x, weight, None, self.kind)
 
 
-def measure(backend: Backend, target: str, layer: Layer) -> Crossover:
+def measure(backend: Backend, target: str, layer: Layer) -> BreakEven:
     """In turn, the second fastest call of each. The numbers that the user's program draws stay the ones they would be."""
     with torch.random.fork_rng(devices=[]):
         return _timed(backend, target, layer)
 
 
-def _timed(backend: Backend, target: str, layer: Layer) -> Crossover:
+def _timed(backend: Backend, target: str, layer: Layer) -> BreakEven:
     generator = torch.Generator().manual_seed(0)
     x, gate = (torch.randn(layer.rows, n, generator=generator) for n in (layer.inputs, layer.outputs))
 
@@ -168,16 +168,16 @@ def _timed(backend: Backend, target: str, layer: Layer) -> Crossover:
     fast = {
         name: sorted(times)[1] for name, times in took.items()
     }  # what else runs here makes calls slower, never faster
-    return Crossover(fast[None], tuple(fast[d] for d in at), at)
+    return BreakEven(fast[None], tuple(fast[d] for d in at), at)
 
 
-def record(layer: Layer, found: Crossover, fingerprint: str) -> Record:
+def record(layer: Layer, found: BreakEven, fingerprint: str) -> Record:
     return Record.now(fingerprint, layer.workload, found.plan(), 1e6 * found.sparse[0], 1e6 * found.dense)
 
 
-def recorded(layer: Layer, plans: Mapping[str, str]) -> Crossover | None:
+def recorded(layer: Layer, plans: Mapping[str, str]) -> BreakEven | None:
     """What is on record, if it can be read."""
     try:
-        return Crossover.of(plans[layer.workload])
+        return BreakEven.of(plans[layer.workload])
     except (KeyError, TypeError, ValueError):
         return None

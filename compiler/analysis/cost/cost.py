@@ -72,7 +72,7 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineModel:
     """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it. ``MACHINES`` are
     typical ones; :mod:`thresher.driver.measure_machine` measures the one that is here."""
 
@@ -83,10 +83,10 @@ class Machine:
     width: int  # channels in a tile: what does not fill its last one pays for it all the same
 
 
-MACHINES = {"cpu": Machine(1e11, 1.2e10, 4e9, 3e-6, 16), "cuda": Machine(3e13, 2e12, 1e12, 4e-6, 8)}
+MACHINES = {"cpu": MachineModel(1e11, 1.2e10, 4e9, 3e-6, 16), "cuda": MachineModel(3e13, 2e12, 1e12, 4e-6, 8)}
 
 
-def machine_of(target: str) -> Machine:
+def machine_model(target: str) -> MachineModel:
     """The typical machine of a kind of target."""
     kind = target.partition(":")[0]
     if kind not in MACHINES:
@@ -132,7 +132,7 @@ def constant_bytes(program: Program) -> int:
     )
 
 
-def seconds_of(node: fx.Node, machine: Machine, program: Program | None = None) -> float:
+def seconds_of(node: fx.Node, machine: MachineModel, program: Program | None = None) -> float:
     """The estimated time of one call: its arithmetic or what it moves, whichever takes longer, and a launch.
 
     A pointwise operator behind a value that only it reads becomes part of that kernel: only its other operands have to be read.
@@ -145,7 +145,7 @@ def seconds_of(node: fx.Node, machine: Machine, program: Program | None = None) 
     return max(flops_of(node, program) / machine.flops, moved / machine.bandwidth) + machine.launch
 
 
-def seconds(program: Program, machine: Machine) -> float:
+def seconds(program: Program, machine: MachineModel) -> float:
     """The estimated time of one run on inputs of the example's shapes."""
     return sum(seconds_of(node, machine, program) for node in program.calls())
 

@@ -54,7 +54,7 @@ def free_symbols(node: fx.Node, start: int = 0) -> set[str]:
     return {str(d) for d in shape_of(node)[start:] if isinstance(d, torch.SymInt)}
 
 
-def mixes(program: Program, sizes_of_pieces: Sequence[int] = ()) -> str:
+def why_samples_interact(program: Program, sizes_of_pieces: Sequence[int] = ()) -> str:
     """Why a program with a :func:`free_batch` cannot be computed in pieces of these sizes, each sample for itself; "" where it can."""
     for node in program.calls():
         told = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]

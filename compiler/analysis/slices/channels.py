@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import reduce_to, sizes, slices
-from thresher.analysis.slices.operators import facts_of_constants, row
+from thresher.analysis.slices.operators import facts_of_constants, rule_of
 from thresher.analysis.slices.ties import Key, Tie, close_all, coupling_graph
 from thresher.analysis.slices.transfer.base import Facts
-from thresher.analysis.slices.transfer.edge_marker import adapter
+from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.ir.program import Program, is_tensor, shape_of
 
 
@@ -26,7 +26,7 @@ def known_facts(program: Program) -> Facts:
     facts = facts_of_constants(program)
     for node in program.calls():
         if is_tensor(node):
-            found = row(node).known(node, facts)
+            found = rule_of(node).forward(node, facts)
             if found is not None:
                 facts[node] = found
     return facts
@@ -54,7 +54,7 @@ def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> di
                     add(source, torch.ones([1] * len(sizes(source)), dtype=torch.bool))
         elif node.op == "call_function" and node in read:
             wanted = read[node] & ~facts[node].mask if node in facts else read[node]
-            for source, part in row(node).read(node, wanted, facts).items():
+            for source, part in rule_of(node).backward(node, wanted, facts).items():
                 add(source, part)
     return read
 
@@ -91,7 +91,7 @@ class ChannelAnalysis:
         return analysis
 
     def with_adapters(self, edges: list[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
-        """Put an adapter on each edge ``(source, user, dim)`` of the program, and what is found anew then."""
+        """Put a marker on each edge ``(source, user, dim)`` of the program, and what is found anew then."""
         found = ChannelAnalysis(
             self.program,
             dict(self.facts),
@@ -107,7 +107,7 @@ class ChannelAnalysis:
         for source, user, dim in edges:
             end = ends.get((source, user), source)
             with self.program.graph.inserting_before(user):
-                marker = self.program.graph.call_function(adapter, (end, dim))
+                marker = self.program.graph.call_function(edge_marker, (end, dim))
             marker.meta = dict(source.meta)
             if source in found.facts:
                 found.facts[marker] = found.facts[source]
@@ -161,9 +161,9 @@ class ChannelAnalysis:
         if user not in self.read:
             return torch.zeros([1] * len(sizes(source)), dtype=torch.bool)
         wanted = self.read[user] & ~self.facts[user].mask if user in self.facts else self.read[user]
-        return reduce_to(row(user).read(user, wanted, self.facts)[source], sizes(source))
+        return reduce_to(rule_of(user).backward(user, wanted, self.facts)[source], sizes(source))
 
-    def held(self, key: Key) -> Tensor:
+    def kept_dead(self, key: Key) -> Tensor:
         """The indices that could go but for a tie."""
         return ~self.live[key] & self.keep[key]
 
@@ -200,7 +200,7 @@ class ChannelAnalysis:
         return [
             (node, dim)
             for node, dim in self.keep
-            if isinstance(dim, int) and node.target is not adapter and not self.full(node, dim)
+            if isinstance(dim, int) and node.target is not edge_marker and not self.full(node, dim)
         ]
 
     def all_ties(self) -> Iterator[Tie]:
@@ -238,8 +238,8 @@ class ChannelAnalysis:
         tied: set[Key] = set()
         if is_tensor(node) and node.op == "call_function":
             values.append(node)
-            self.ties[node] = row(node).ties(node, self.facts)
-            self.pins[node] = row(node).pins(node, self.facts)
+            self.ties[node] = rule_of(node).constraints(node, self.facts)
+            self.pins[node] = rule_of(node).pins(node, self.facts)
             tied = {key for tie in self.ties[node] for key in tie.keys}
         self.rigid[node] = [(v, d) for v in values for d in range(len(shape_of(v))) if (v, d) not in tied]
 

@@ -14,9 +14,9 @@ from torch import fx
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
 from thresher.analysis.slices.facts import of_constant
 from thresher.analysis.slices.transfer.attention import Attention, Matmul
-from thresher.analysis.slices.transfer.base import Facts, Row, aten
-from thresher.analysis.slices.transfer.edge_marker import Adapter, adapter
-from thresher.analysis.slices.transfer.elementwise import Choice, Elementwise, Filled, Product, Quotient, Sum
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, aten
+from thresher.analysis.slices.transfer.edge_marker import EdgeMarker, edge_marker
+from thresher.analysis.slices.transfer.elementwise import Elementwise, Filled, Product, Quotient, Sum, Where
 from thresher.analysis.slices.transfer.mixing import Mixing, Softmax, along, normed, reduced, spatial
 from thresher.analysis.slices.transfer.movement import (
     Concat,
@@ -58,20 +58,20 @@ def overloads(*names: str) -> list[Any]:
     return [getattr(packet, o) for packet in packets for o in packet.overloads() if "out" not in o]
 
 
-def _table() -> dict[Any, Row]:
-    table: dict[Any, Row] = {
+def _table() -> dict[Any, TransferRule]:
+    table: dict[Any, TransferRule] = {
         torch.ops.thresher.shrink.default: Elementwise(),
         torch.ops.thresher.group_shrink.default: Mixing(along(1)),
-        aten.where.self: Choice(),
+        aten.where.self: Where(),
         aten.index_select.default: Gather(),
         aten.index_put.default: Written(),
-        adapter: Adapter(),
+        edge_marker: EdgeMarker(),
         torch.ops.thresher.layer_norm.default: LayerNorm(),
         torch.ops.thresher.group_norm.default: GroupNorm(),
     }
 
-    def add(row: Row, *names: str) -> None:
-        table.update(dict.fromkeys(overloads(*names), row))
+    def add(rule: TransferRule, *names: str) -> None:
+        table.update(dict.fromkeys(overloads(*names), rule))
 
     add(Elementwise(), *ELEMENTWISE)
     add(Filled(), *FILLED)
@@ -106,10 +106,10 @@ def _table() -> dict[Any, Row]:
 
 
 TABLE = _table()
-DEFAULT = Row()
+DEFAULT = TransferRule()
 
 
-def row(node: fx.Node) -> Row:
+def rule_of(node: fx.Node) -> TransferRule:
     """The row of a call: of its operator, or the safe default."""
     return TABLE.get(node.target, DEFAULT)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import thresher
 from thresher import Budget
 from thresher.analysis.attention.sites import attention_sites, head_weights
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -20,7 +20,7 @@ from thresher.ops.sparse_attention import block_mask
 from thresher.passes.attention._block_sizes import Blocks
 from thresher.passes.attention._head_errors import HeadErrors, each_head
 from thresher.passes.attention._patterns import attended, planes, shapes
-from thresher.passes.attention.sparse_attention import Choice, SparseAttention, errors_of_heads, replace
+from thresher.passes.attention.sparse_attention import HeadPattern, SparseAttention, errors_of_heads, replace
 from thresher.rewriting.manager import Context, PassManager
 from thresher.verification.compare import compare
 
@@ -122,7 +122,9 @@ def test_a_choice_for_every_head_becomes_one_kernel() -> None:
     program = capture(Three(), (q, k, v))
     (site,) = attention_sites(program)[0]
     window = shapes(4, 4, 16, 16)["window of 16 tokens"][0]
-    replace(program, site, Blocks(16, 16), {0: Choice(window), 1: Choice(torch.zeros(4, 4, dtype=torch.bool), 2)})
+    replace(
+        program, site, Blocks(16, 16), {0: HeadPattern(window), 1: HeadPattern(torch.zeros(4, 4, dtype=torch.bool), 2)}
+    )
     program.clean().verify()
     (found,) = program.run(q, k, v)
     dense = F.scaled_dot_product_attention(q, k, v)
@@ -150,7 +152,7 @@ def test_blocks_by_what_they_promise_follow_the_input() -> None:
     data = [g[:, torch.randint(0, 8, (8,), generator=order)].repeat_interleave(16, 1) for g in groups]
     program = capture(Alike(), (data[0],))
     calibration = Calibration.of(program, data, Budget(rel_l2=0.02))
-    machine = replace_fields(machine_of("cpu"), flops=1e8, launch=0.0)
+    machine = replace_fields(machine_model("cpu"), flops=1e8, launch=0.0)
     manager = PassManager([SparseAttention(block=16, static=False)])
     result = manager.run(program, Context(machine=machine, calibration=calibration))
     assert any("promise" in n.message for n in manager.records[0].rewrites) and list(result.calls(SELECT))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import thresher
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA, attention_sites
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.search import Candidate
 from thresher.frontend.capture import capture
@@ -26,7 +26,7 @@ from thresher.passes.attention.skip_small_weights import SkipSmallWeights
 from thresher.rewriting.manager import Context, PassManager
 from thresher.verification.compare import compare
 
-SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
+SLOW = replace(machine_model("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
 
 
 class Layers(nn.Module):

@@ -24,7 +24,7 @@ programs = st.builds(
 
 def check(program: Program, fold: FoldChannels) -> None:
     """Equal in float64 on two inputs, the certificate holds, and folding again changes nothing."""
-    permuted = PermuteChannels(gain=0.0).apply(program, Context()).program.verify()
+    permuted = PermuteChannels(min_improvement=0.0).apply(program, Context()).program.verify()
     result = fold.apply(permuted, Context())
     folded = result.program.verify()
     assert count_flops(folded) <= count_flops(program)
@@ -61,20 +61,20 @@ def test_random_programs(program: Program) -> None:
 def test_random_programs_with_every_adapter(program: Program) -> None:
     """Adapters wherever they save anything at all: on these small programs the cost rule would take few."""
     torch.set_num_threads(1)
-    check(program, FoldChannels(gain=0.0, round_to=1))
+    check(program, FoldChannels(min_improvement=0.0, round_to=1))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(10))
 def test_many_random_programs(part: int) -> None:
-    """1,000 more with every adapter for each part, others than in the default run."""
+    """1,000 more with every edge marker for each part, others than in the default run."""
     torch.set_num_threads(1)
 
     @seed(part)
     @settings(examples(1000), derandomize=False)
     @given(programs)
     def run(program: Program) -> None:
-        check(program, FoldChannels(gain=0.0, round_to=1))
+        check(program, FoldChannels(min_improvement=0.0, round_to=1))
 
     run()

@@ -122,9 +122,9 @@ def test_depthwise_multiplier() -> None:
 
 
 def adapted(net: nn.Module, *args: Tensor):
-    """The fold with an adapter wherever it saves anything."""
+    """The fold with an edge marker wherever it saves anything."""
     before = PassManager(pipelines.canonicalize, "off").run(capture(net.eval(), args))
-    after = FoldChannels(gain=0.0, round_to=1).apply(before, Context()).program.verify()
+    after = FoldChannels(min_improvement=0.0, round_to=1).apply(before, Context()).program.verify()
     assert not compare_programs(observe(before), after).exceeds(EXACT_TOLERANCE)
     return before, after
 

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def permuted(model: nn.Module) -> tuple[Program, Program]:
     program = PassManager(pipelines.canonicalize, "off").run(capture(model.eval(), (torch.randn(*IMAGE),)))
-    result = PermuteChannels(gain=0.0).apply(program, Context()).program.verify()
+    result = PermuteChannels(min_improvement=0.0).apply(program, Context()).program.verify()
     assert not compare_programs(observe(program), result).exceeds(EXACT_TOLERANCE)
     return program, result
 
@@ -46,12 +46,12 @@ def test_a_one_sided_branch_becomes_a_range() -> None:
     program, result = permuted(net)
     dead = (result.constants["b.weight"] == 0).flatten(1).all(1)
     assert dead.tolist() == [False] * 5 + [True] * 3
-    folded = FoldChannels(gain=0.0, round_to=1).apply(result, Context()).program
+    folded = FoldChannels(min_improvement=0.0, round_to=1).apply(result, Context()).program
     assert tuple(folded.constants["b.weight"].shape) == (5, 3, 3, 3)
     assert any(True for _ in folded.calls(aten.constant_pad_nd.default))
-    without = FoldChannels(gain=0.0, round_to=1).apply(program, Context()).program
+    without = FoldChannels(min_improvement=0.0, round_to=1).apply(program, Context()).program
     assert any(True for _ in without.calls(aten.index_select.default))
-    assert PermuteChannels(gain=0.0).apply(result, Context()).rewrites == []
+    assert PermuteChannels(min_improvement=0.0).apply(result, Context()).rewrites == []
 
 
 def test_groups_keep_their_order() -> None:

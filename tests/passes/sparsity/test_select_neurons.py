@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity._targets import targets_of
@@ -19,7 +19,7 @@ from thresher.passes.sparsity.select_neurons import SelectNeurons, chosen_neuron
 from thresher.rewriting.manager import Context, PassManager
 from thresher.verification.compare import compare
 
-SLOW = replace(machine_of("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
+SLOW = replace(machine_model("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
 WIDTH, HIDDEN, BLOCK = 16, 64, 8
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher
-from thresher.analysis.cost.break_even import Crossover, Layer, estimated, measure
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure
+from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -39,15 +39,15 @@ def layers(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def by_density(layer: Layer) -> Crossover:
+def by_density(layer: Layer) -> BreakEven:
     """Rows are twice as dear as panels, runs in between."""
     cost = {"rows": 2.0, "panels": 1.0, "runs": 1.5}.get(layer.kind, 9.0)
-    return Crossover(1.0, (0.0, cost), (0.0, 1.0))
+    return BreakEven(1.0, (0.0, cost), (0.0, 1.0))
 
 
 def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord, list]:
     x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(1))
-    manager, context = PassManager([SkipPrunedWeights()]), Context(crossovers=by_density)
+    manager, context = PassManager([SkipPrunedWeights()]), Context(find_break_even=by_density)
     program = manager.run(capture(layers(weight).eval(), (x,)), context)
     return program, manager.records[0], context.zeros
 
@@ -114,7 +114,7 @@ def test_convolutions_of_one_pixel(stride: int) -> None:
     with torch.no_grad():
         conv.weight.copy_(blocks(1, 1, 0.1)[..., None, None])
     model, x = nn.Sequential(conv, nn.ReLU6(), nn.Conv2d(128, 8, 3)), torch.randn(2, 96, 9, 8)
-    manager, context = PassManager([ChannelsLast(), SkipPrunedWeights()]), Context(crossovers=by_density)
+    manager, context = PassManager([ChannelsLast(), SkipPrunedWeights()]), Context(find_break_even=by_density)
     program = manager.run(capture(model.eval(), (x,)), context)
     (node,) = program.calls(ops.pruned_linear.default)
     assert program.constants[node.args[1].target].shape == (128, 96)
@@ -135,12 +135,12 @@ def test_convolutions_of_more_pixels_or_groups_stay() -> None:
             conv.weight *= torch.rand(conv.weight.shape) < 0.1
         program = capture(conv.eval(), (torch.randn(1, 8, 6, 6),))
         manager = PassManager([ChannelsLast(), SkipPrunedWeights()])
-        assert not list(manager.run(program, Context(crossovers=by_density)).calls(ops.pruned_linear.default))
+        assert not list(manager.run(program, Context(find_break_even=by_density)).calls(ops.pruned_linear.default))
 
 
 def test_layouts_are_measured() -> None:
     layer = Layer("panels", 4, 128, 128, cold=False)
     found = measure(find_backend("tvm"), "cpu", layer)
     assert found.measured and found.dense > 0
-    guess = estimated(Layer("rows", 64, 256, 256, False), machine_of("cpu"))
+    guess = estimated(Layer("rows", 64, 256, 256, False), machine_model("cpu"))
     assert guess.at(0.1) < guess.dense < guess.at(0.6)

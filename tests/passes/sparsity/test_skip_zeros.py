@@ -12,8 +12,8 @@ from conftest import Function
 from torch import Tensor, nn
 
 import thresher
-from thresher.analysis.cost.break_even import Crossover, Layer, estimated, measure, record, recorded
-from thresher.analysis.cost.cost import machine_of
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure, record, recorded
+from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -42,15 +42,15 @@ class FFN(nn.Module):
         return self.down(hidden)
 
 
-def free(layer: Layer, overhead: float = 0.0) -> Crossover:
+def free(layer: Layer, overhead: float = 0.0) -> BreakEven:
     """Skipping takes what is left."""
-    return Crossover(1.0, (0.01 + overhead, 1.0 + overhead), (0.01, 1.0))
+    return BreakEven(1.0, (0.01 + overhead, 1.0 + overhead), (0.01, 1.0))
 
 
-def skipped(model: nn.Module, x: Tensor, crossover=free) -> tuple[Program, list, list]:
+def skipped(model: nn.Module, x: Tensor, break_even=free) -> tuple[Program, list, list]:
     """The program, what was rewritten, and what was found."""
     program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
-    manager, context = PassManager([SkipZeros()]), Context(crossovers=crossover)
+    manager, context = PassManager([SkipZeros()]), Context(find_break_even=break_even)
     return manager.run(program, context), manager.records[0].rewrites, context.zeros
 
 
@@ -113,7 +113,7 @@ def test_tiles_share_a_list() -> None:
     assert density.nonzero == pytest.approx(4 / 140 / 2) and density.listed == pytest.approx(0.075)
 
 
-def test_crossovers_are_measured_and_remembered() -> None:
+def test_break_even_points_are_measured_and_remembered() -> None:
     layer = Layer("input", 1, 512, 256, cold=False)
     found = measure(find_backend("tvm"), "cpu", layer)
     assert found.measured and len(found.sparse) == len(found.densities) and min(found.dense, *found.sparse) > 0
@@ -124,12 +124,12 @@ def test_crossovers_are_measured_and_remembered() -> None:
 
 
 def test_between_what_was_measured() -> None:
-    times = Crossover(2.0, (0.5, 1.5, 4.5), (0.0, 0.5, 1.0))
+    times = BreakEven(2.0, (0.5, 1.5, 4.5), (0.0, 0.5, 1.0))
     assert times.at(0.25) == pytest.approx(1.0) and times.at(0.75) == pytest.approx(3.0) and times.at(1.0) == 4.5
     assert times.density == pytest.approx(0.54, abs=0.011) and times.worth(0.5) and not times.worth(0.56)
-    guess = estimated(Layer("input", 1, 1024, 1024, True), machine_of("cpu"))
+    guess = estimated(Layer("input", 1, 1024, 1024, True), machine_model("cpu"))
     assert guess.at(0.1) < guess.dense < guess.at(1.0) and not guess.measured
-    assert estimated(Layer("gate", 64, 64, 64, True), machine_of("cpu")).density <= 0.01
+    assert estimated(Layer("gate", 64, 64, 64, True), machine_model("cpu")).density <= 0.01
 
 
 def test_builds_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 import thresher
 from thresher import Budget
-from thresher.analysis.cost.break_even import Crossover
+from thresher.analysis.cost.break_even import BreakEven
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes.sparsity._targets import targets_of
-from thresher.passes.sparsity.threshold_activations import Choice, ThresholdActivations, effects, insert, thresholds
+from thresher.passes.sparsity.threshold_activations import (
+    ThresholdActivations,
+    ThresholdRule,
+    effects,
+    insert,
+    thresholds,
+)
 from thresher.rewriting.manager import Context, PassManager
 from thresher.verification.compare import compare
 
@@ -45,8 +51,8 @@ def samples(count: int, rows: int = 1) -> list[Tensor]:
     return list(torch.randn(count, rows, WIDTH, generator=torch.Generator().manual_seed(0)) * scale)
 
 
-def free(layer) -> Crossover:
-    return Crossover(1.0, (0.01, 1.0), (0.01, 1.0))
+def free(layer) -> BreakEven:
+    return BreakEven(1.0, (0.01, 1.0), (0.01, 1.0))
 
 
 def program_of(model: nn.Module, x: Tensor) -> Program:
@@ -109,7 +115,7 @@ def test_within_the_budget() -> None:
     program = program_of(model, data[0])
     calibration = Calibration.of(program, data, Budget(rel_l2=0.05))
     manager = PassManager([ThresholdActivations()])
-    result = manager.run(program, Context(calibration=calibration, crossovers=free))
+    result = manager.run(program, Context(calibration=calibration, find_break_even=free))
     assert {n.message.split(":")[0] for n in manager.records[0].rewrites} >= {"gate"}
     assert calibration.ledger[0].held_out.bound <= 0.05
     compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
@@ -122,7 +128,7 @@ def test_one_density_for_all() -> None:
     program = program_of(model, data[0])
     calibration = Calibration.of(program, data, Budget(rel_l2=0.5))
     manager = PassManager([ThresholdActivations(density=0.5, kinds="number", where="gate")])
-    manager.run(program, Context(calibration=calibration, crossovers=free))
+    manager.run(program, Context(calibration=calibration, find_break_even=free))
     assert [n.message for n in manager.records[0].rewrites] == ["gate: 50 % stay"]
 
 
@@ -131,12 +137,12 @@ def test_many_rows_share_no_zeros() -> None:
     program = program_of(Block(), data[0])
     calibration = Calibration.of(program, data, Budget(rel_l2=0.5))
     manager = PassManager([ThresholdActivations()])
-    slow = Crossover(1.0, (1.0, 1.5), (0.01, 1.0))
-    manager.run(program, Context(calibration=calibration, crossovers=lambda layer: slow))
+    slow = BreakEven(1.0, (1.0, 1.5), (0.01, 1.0))
+    manager.run(program, Context(calibration=calibration, find_break_even=lambda layer: slow))
     assert any("too many rows" in n.message for n in manager.records[0].refusals)
 
 
 def test_unknown_kinds() -> None:
     with pytest.raises(PassError, match="no kind 'best'"):
         ThresholdActivations(kinds="best").tried()
-    assert str(Choice("top-k", 0.5, None, 7)) == "the 7 largest stay"
+    assert str(ThresholdRule("top-k", 0.5, None, 7)) == "the 7 largest stay"

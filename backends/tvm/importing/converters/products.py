@@ -36,8 +36,8 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
     lead, (n, k) = sizes(x)[:-1], sizes(weight)
     machine = importer.cpu
     plan = importer.choose(node, lambda limit: gemm.plans(math.prod(lead), n, (k,), machine, limit))
-    if importer.held is not None:
-        plan = _plan_of_held(importer, plan, math.prod(lead), importer.array(weight))
+    if importer.shared_weights is not None:
+        plan = _plan_of_shared_weights(importer, plan, math.prod(lead), importer.array(weight))
     plan, wide = widen(importer, node, plan)
     tile = plan.tile(machine)
     packed = importer.weight(gemm.pack(importer.array(weight), tile), (weight, tile))
@@ -48,13 +48,13 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
     return add_bias(importer, importer.emit_te("linear", compute, importer.value(x), packed), bias, wide)
 
 
-def _plan_of_held(importer: Importer, plan: gemm.Plan, rows: int, weight: np.ndarray) -> gemm.Plan:
+def _plan_of_shared_weights(importer: Importer, plan: gemm.Plan, rows: int, weight: np.ndarray) -> gemm.Plan:
     """The plan, or one for tiles of another width whose packed weight another model holds already."""
     outputs, inputs = weight.shape
-    assert importer.held is not None
+    assert importer.shared_weights is not None
     for vectors in (plan.vectors, 1, 2, 3, 4):
         found = gemm.plans(rows, outputs, (inputs,), importer.cpu, vectors=vectors)
-        if found and importer.held.has(gemm.pack(weight, found[0].tile(importer.cpu))):
+        if found and importer.shared_weights.has(gemm.pack(weight, found[0].tile(importer.cpu))):
             return plan if vectors == plan.vectors else found[0]
     return plan
 

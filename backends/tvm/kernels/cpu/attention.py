@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.cpu import STACK, Machine
+from thresher.backends.tvm.cpu import STACK, CpuInfo
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.backends.tvm.kernels.cpu.gemm import register_product, whole
 
@@ -20,19 +20,19 @@ PREFIX = "attention_"
 ROWS = (8, 7, 6)  # that are computed together
 
 
-def columns_of(machine: Machine, size: int) -> int:
+def columns_of(machine: CpuInfo, size: int) -> int:
     """Columns of a product tile: two registers, or one where the row is short."""
     return machine.lanes * (2 if size > machine.lanes else 1)
 
 
-def rows_of(machine: Machine, rows: int) -> int:
+def rows_of(machine: CpuInfo, rows: int) -> int:
     """Rows of a tile: many, but their sums fit the stack, and few are computed beyond the last."""
     fit = [r for r in ROWS if r * 2 * machine.lanes * 4 < STACK]
     return min(fit, key=lambda r: whole(rows, r) * (1 + 0.02 * (ROWS[0] - r)))
 
 
 def attention(
-    q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None, scale: float, causal: bool, machine: Machine
+    q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None, scale: float, causal: bool, machine: CpuInfo
 ) -> te.Tensor:
     """q [B, H, L, E], k [B, H', S, E], v [B, H', S, F] -> [B, H, L, F]; H a multiple of H'; mask broadcasts to [B, H, L, S]."""
     batch, heads, rows, width = (int(d) for d in q.shape)
@@ -118,7 +118,7 @@ def attention(
     )
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Row tiles of all heads over the threads; within one, both products keep their sums in registers."""
     names = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root"))}
     own = {name.removeprefix(PREFIX): b for name, b in names.items() if name.startswith(PREFIX)}

@@ -14,7 +14,7 @@ from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.codegen.tir_pipeline import cut
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.gemm import Tile, inline_epilogue, register_product, shares, tiles
 from thresher.backends.tvm.kernels.cpu.registers import register_part
 
@@ -32,7 +32,7 @@ class Plan:
     run: int
 
 
-def plans(m: int, n: int, k: int, batch: int, machine: Machine, limit: int = 1) -> list[Plan]:
+def plans(m: int, n: int, k: int, batch: int, machine: CpuInfo, limit: int = 1) -> list[Plan]:
     """The ``limit`` most promising plans for ``batch`` products ``[m, k] x [k, n]``; the first is the estimate's choice."""
     found = []
     for t, tile in enumerate(tiles(m, n, k, machine)[: 1 if limit == 1 else 4]):
@@ -73,7 +73,7 @@ def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, plan: P
     return te.compute((*lead, m, n), lambda *i: sums[i], name=f"{PREFIX}out")
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Runs of row tiles of all products over the threads; a tile's sums stay in registers, what follows is computed on it."""
     sums = sch.get_sblock(SUMS)
     names = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root"))}
@@ -102,7 +102,7 @@ def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
         sch.unroll(loop)
 
 
-def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: Machine) -> int:
+def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: CpuInfo) -> int:
     """As many row tiles as fit the cache and leave work for all threads."""
     fit = max(1, machine.cache // 2 // (tile.rows * depth * 4))
     wanted = -(-4 * machine.threads // batch)  # tasks per product

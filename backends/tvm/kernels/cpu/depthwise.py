@@ -18,7 +18,7 @@ import numpy as np
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.codegen.tir_pipeline import cut
-from thresher.backends.tvm.cpu import LINE, Machine
+from thresher.backends.tvm.cpu import LINE, CpuInfo
 from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 
@@ -85,7 +85,7 @@ def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Win
 
 
 def tasks(
-    out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: Machine, limit: int = 1
+    out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: CpuInfo, limit: int = 1
 ) -> list[Task]:
     """The ``limit`` tasks with the least estimated time: little copied twice, little staged at a time, whole cache lines, work for all
     threads. ``out``: [B, rows, pixels] of the result; ``taps``: of the filter, (y, x).
@@ -113,7 +113,7 @@ def tasks(
     return [task for _, task in sorted(found, key=lambda f: f[0])[:limit]]
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Tasks over the threads, pixels x channels in registers."""
     conv, staged = sch.get_sblock(BLOCK), sch.get_sblock(STAGED)
     taps = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-2:]]

@@ -19,7 +19,7 @@ from tvm import s_tir, te
 from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.codegen.tir_pipeline import cut, idle
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.registers import register_part
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
@@ -50,11 +50,11 @@ class Plan:
     column_tiles: int
     sliced: bool
 
-    def tile(self, machine: Machine) -> Tile:
+    def tile(self, machine: CpuInfo) -> Tile:
         return Tile(self.rows, self.vectors, machine.lanes)
 
 
-def tiles(m: int, n: int, k: int, machine: Machine, line: int = 0) -> list[Tile]:
+def tiles(m: int, n: int, k: int, machine: CpuInfo, line: int = 0) -> list[Tile]:
     """All tiles that fit the registers, by estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14
     to 20 sums, two vectors wide).
 
@@ -82,7 +82,7 @@ def tiles(m: int, n: int, k: int, machine: Machine, line: int = 0) -> list[Tile]
 
 
 def plans(
-    m: int, n: int, taps: Sequence[int], machine: Machine, limit: int = 1, line: int = 0, vectors: int = 0
+    m: int, n: int, taps: Sequence[int], machine: CpuInfo, limit: int = 1, line: int = 0, vectors: int = 0
 ) -> list[Plan]:
     """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice.
     ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide."""
@@ -171,7 +171,7 @@ def product(
     return te.compute((*rows, max(wide, n)), crop, name="crop")
 
 
-def widened(plan: Plan, n: int, wide: int, machine: Machine) -> Plan | None:
+def widened(plan: Plan, n: int, wide: int, machine: CpuInfo) -> Plan | None:
     """The plan of a product with ``n`` columns whose result is to have zeros behind them, up to ``wide``; None: this one can't, because a
     task does not take whole rows."""
     columns = plan.tile(machine).columns
@@ -192,7 +192,7 @@ def slices_of(taps: Sequence[int], least: int = 2 * SLICE) -> tuple[list[int], i
     return list(taps[:count]), 1
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Tile, keep the sums in registers, compute the epilogue on the tile, and spread the tiles over the threads."""
     gemm = sch.get_sblock(BLOCK)
     added = sch.get_sblock(ADDED) if any(sch.get(c).name_hint == ADDED for c in sch.get_consumers(gemm)) else None
@@ -304,7 +304,7 @@ def _extent(sch: s_tir.Schedule, loop: Any) -> int:
     return int(sch.get(loop).extent)
 
 
-def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
+def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: CpuInfo) -> list[tuple[int, int]]:
     """(row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the threads.
 
     First tasks that go over all column tiles for every row tile, where the weight fits the cache: they write whole rows, read A once, and
@@ -340,7 +340,7 @@ def shares(count: int) -> list[int]:
     return sorted({-(-count // p) for p in parts if p <= count})
 
 
-def _slice_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: Machine) -> list[tuple[int, int]]:
+def _slice_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: CpuInfo) -> list[tuple[int, int]]:
     """(row, column) tiles of a task, by estimated time: its slice of A and its sums share the cache, and the tasks divide evenly over the
     threads."""
 

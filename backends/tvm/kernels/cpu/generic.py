@@ -11,7 +11,7 @@ from typing import Any
 from tvm import s_tir, sym, tirx
 from tvm.s_tir.schedule import ScheduleError
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 
 APART = "apart"  # the block of an elementwise function that is fused with nothing
@@ -21,7 +21,7 @@ MOST = 8  # registers of sums
 SMALL = 4096  # fewer elements than this are not worth waking the other threads
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Inline, then spread over the threads."""
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         if _is_spatial(sch, block) and sch.get_consumers(block):
@@ -37,7 +37,7 @@ def _is_spatial(sch: s_tir.Schedule, block: Any) -> bool:
     return all(int(v.iter_type) == 0 for v in sch.get(block).iter_vars)
 
 
-def _schedule_block(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
+def _schedule_block(sch: s_tir.Schedule, block: Any, machine: CpuInfo) -> None:
     kinds = [int(v.iter_type) for v in sch.get(block).iter_vars]
     loops = sch.get_loops(block)
     if not loops or len(loops) != len(kinds) or any(kind not in (0, 2) for kind in kinds):
@@ -56,7 +56,7 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
         _parallel_flat(sch, spatial[0], machine)
 
 
-def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: Machine) -> None:
+def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: CpuInfo) -> None:
     """The outer loops over the threads, the innermost in registers. What is read across it is read a cache line at a time."""
     size = sch.get(loops[-1]).extent
     known = hasattr(size, "value")
@@ -103,7 +103,7 @@ def _without(expression: Any, *variables: tirx.Var) -> bool:
     return not set(variables) & set(tirx.analysis.undefined_vars(tirx.Evaluate(expression), []))
 
 
-def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: Machine) -> None:
+def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: CpuInfo) -> None:
     extent = sch.get(loop).extent
     if hasattr(extent, "value") and int(extent) % machine.threads == 0:
         outer, _ = sch.split(loop, [machine.threads, None])
@@ -114,7 +114,7 @@ def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: Machine) -> None:
 
 
 def _schedule_reduction(
-    sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: Machine
+    sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: CpuInfo
 ) -> None:
     if not spatial:
         sch.decompose_reduction(block, reduction[0])
@@ -135,7 +135,7 @@ def _schedule_reduction(
     sch.decompose_reduction(block, reduction[0])
 
 
-def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: Machine) -> None:
+def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: CpuInfo) -> None:
     """``width`` neighbouring results are summed in registers, over the ``reduced`` innermost loops of the block."""
     result = sch.cache_write(block, 0, "global")
     *outer, column = sch.get_loops(result)
@@ -153,7 +153,7 @@ def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, tot
     sch.unroll(vectorise(sch, row, machine.lanes)[0])
 
 
-def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: Machine) -> int:
+def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: CpuInfo) -> int:
     """How many neighbouring results keep their sums in registers: a whole number of registers, or parts of them, that divides the row, or
     a row that is short; 0: the row has no such part."""
     size = sch.get(loop).extent

@@ -19,7 +19,7 @@ import numpy as np
 import tvm.tirx.script.builder as T
 from tvm import tirx
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.building import argument, buffer, f32, function, i64, store
 from thresher.backends.tvm.kernels.cpu.sparse_linear import Problem
 
@@ -45,7 +45,7 @@ class Packed:
         return [self.values, self.index, self.start, self.shares]
 
 
-def pack(weight: np.ndarray, layout: str, machine: Machine, group: int = 1) -> Packed:
+def pack(weight: np.ndarray, layout: str, machine: CpuInfo, group: int = 1) -> Packed:
     """[N, K], by layout; a thread has whole groups of outputs."""
     n, k = weight.shape
     lanes = machine.lanes
@@ -73,7 +73,7 @@ def pack(weight: np.ndarray, layout: str, machine: Machine, group: int = 1) -> P
     return Packed(values, index, start, _shares(start, group, machine.threads), group)
 
 
-def group_of(m: int, n: int, machine: Machine) -> int:
+def group_of(m: int, n: int, machine: CpuInfo) -> int:
     """Outputs that are stored together: a register of them, if every thread has some groups."""
     return next((g for g in (16, 8, 4, 2) if m > 1 and g <= machine.lanes and n >= 4 * g * machine.threads), 1)
 
@@ -89,7 +89,7 @@ def _shares(start: np.ndarray, group: int, threads: int) -> np.ndarray:
 Finish = Callable[..., Any]
 
 
-def kernel(problem: Problem, packed: Packed, layout: str, machine: Machine, finish: Finish) -> tirx.PrimFunc:
+def kernel(problem: Problem, packed: Packed, layout: str, machine: CpuInfo, finish: Finish) -> tirx.PrimFunc:
     """The function (x [m, k], values, index, start, shares, *more, out [m, n])."""
     with function() as builder:
         x = argument("x", (problem.m, problem.k))
@@ -146,7 +146,7 @@ def width_of(m: int, lanes: int) -> int:
 @dataclass
 class _Body:
     problem: Problem
-    machine: Machine
+    machine: CpuInfo
     x: Any
     values: Any
     index: Any

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.backends.tvm.kernels.cpu.registers import vectorise
 
@@ -96,7 +96,7 @@ def norm(
     return te.compute(x.shape, element, name=f"{PREFIX}out")
 
 
-def schedule(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Rows over the threads; all stages of a row together."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     last = blocks[-1]

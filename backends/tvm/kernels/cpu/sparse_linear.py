@@ -20,7 +20,7 @@ from typing import Any
 import tvm.tirx.script.builder as T
 from tvm import tirx
 
-from thresher.backends.tvm.cpu import LINE, Machine
+from thresher.backends.tvm.cpu import LINE, CpuInfo
 from thresher.backends.tvm.kernels.building import argument, buffer, f32, function, i64, prefetch, store
 
 FEW = 8  # rows for which the weight is read once, and its columns are the threads'
@@ -51,12 +51,12 @@ class Problem:
     more: tuple[Operand, ...] = ()
 
 
-def padded(n: int, machine: Machine) -> int:
+def padded(n: int, machine: CpuInfo) -> int:
     """Columns of the weight as stored for a few rows."""
     return -(-n // machine.lanes) * machine.lanes
 
 
-def few_rows(problem: Problem, machine: Machine, finish: Callable[..., Any]) -> tirx.PrimFunc:
+def few_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) -> tirx.PrimFunc:
     """The function (x [m, k], weight [k, padded n], *more, out [m, n]); ``finish(value, row, column, *more)``."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
     group, sums = min(16, GROUP // m), max(lanes, SUMS // m // lanes * lanes)
@@ -146,13 +146,13 @@ def _store_columns(
 # ---------------------------------------------------------------------- many rows
 
 
-def tile_rows(m: int, machine: Machine) -> int:
+def tile_rows(m: int, machine: CpuInfo) -> int:
     """Rows of a tile: as many as the registers hold sums for, and tiles that are alike."""
     most = machine.accumulators // VECTORS
     return -(-m // -(-m // most))
 
 
-def many_rows(problem: Problem, machine: Machine, finish: Callable[..., Any]) -> tirx.PrimFunc:
+def many_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) -> tirx.PrimFunc:
     """The function (x [m, k], packed weight [panels, k, columns], *more, out [m, n])."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
     rows, columns = tile_rows(m, machine), VECTORS * lanes
@@ -318,7 +318,7 @@ def _store_tile(
 # ---------------------------------------------------------------------- gated
 
 
-def gated(problem: Problem, machine: Machine, has_bias: bool) -> tirx.PrimFunc:
+def gated(problem: Problem, machine: CpuInfo, has_bias: bool) -> tirx.PrimFunc:
     """The function (x [m, k], weight [n, k], [bias [n],] gate [m, n], out [m, n]); k is a multiple of the lanes."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
     group = max(1, 4 // m)

@@ -22,7 +22,7 @@ from typing import Any
 import tvm.tirx.script.builder as T
 from tvm import tirx
 
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.building import (
     argument,
     broadcast,
@@ -82,7 +82,7 @@ class Problem:
         return Operand((*self.q.shape[:3], self.v.shape[3]), self.heads_inside)
 
 
-def tile_of(problem: Problem, machine: Machine) -> int:
+def tile_of(problem: Problem, machine: CpuInfo) -> int:
     """Queries of a task: whole registers, within one block of queries, few beyond the last."""
     rows = problem.q.shape[2]
     if problem.skip is not None:
@@ -98,13 +98,13 @@ def block_of(keys: int) -> int:
     return -(-keys // (parts * ROWS)) * ROWS
 
 
-def kernel(problem: Problem, machine: Machine) -> tirx.PrimFunc:
+def kernel(problem: Problem, machine: CpuInfo) -> tirx.PrimFunc:
     """The function (q, k, v[, mask][, blocks, counts], result)."""
     return _Kernel(problem, machine).build()
 
 
 class _Kernel:
-    def __init__(self, problem: Problem, machine: Machine):
+    def __init__(self, problem: Problem, machine: CpuInfo):
         self.p, self.lanes = problem, machine.lanes
         self.widest = 4 if machine.registers > 16 else 3  # registers of a row of a tile of sums
         self.tile = tile_of(problem, machine)

@@ -17,7 +17,7 @@ import numpy as np
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.codegen.tir_pipeline import cut
-from thresher.backends.tvm.cpu import Machine
+from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import batched
 from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part
@@ -164,7 +164,7 @@ class Plan:
 
 
 def plans(
-    tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: Machine, limit: int = 1
+    tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: CpuInfo, limit: int = 1
 ) -> tuple[list[Plan], bool]:
     """The plans for either ``m``, ``limit`` in all, the most promising first, and whether that one is estimated to beat the convolution
     itself.
@@ -203,14 +203,14 @@ STAGES = 2e-5  # seconds that two more parallel stages cost
 RATE = 7.5e9  # multiply-adds per lane and second of the packed product, per thread, with enough rows
 
 
-def _product_seconds(rows: int, depth: int, outputs: int, batch: int, machine: Machine) -> float:
+def _product_seconds(rows: int, depth: int, outputs: int, batch: int, machine: CpuInfo) -> float:
     full = -(-rows // 6) * 6 if rows > 6 else rows
     busy = min(1.0, full / 6)
     arithmetic = batch * full * depth * outputs / (RATE * machine.lanes / 2 * machine.threads * busy)
     return max(arithmetic, 4 * batch * depth * outputs / STREAMED)
 
 
-def schedule_input(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule_input(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """A tile and a register's width of channels at a time, everything in it unrolled."""
     rows, last = sch.get_sblock(ROWS), sch.get_sblock(INPUT)
     for block in sch.get_producers(rows):
@@ -224,7 +224,7 @@ def schedule_input(sch: s_tir.Schedule, machine: Machine) -> None:
     _on_tile(sch, rows, x, (x, y), lane)
 
 
-def schedule_output(sch: s_tir.Schedule, machine: Machine) -> None:
+def schedule_output(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """As for the input; what follows the convolution is computed on the tile."""
     columns, own = sch.get_sblock(COLUMNS), sch.get_sblock(OUT)
     m = int(sch.get(columns).writes[0].source.shape[1])

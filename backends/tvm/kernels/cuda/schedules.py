@@ -28,7 +28,7 @@ from tvm.s_tir.dlight.gpu.matmul import (
 from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
-from thresher.backends.tvm.plans.plan_selection import Choices
+from thresher.backends.tvm.plans.plan_selection import PlanSelector
 
 FRAGMENT, WARP, VECTOR = 16, 32, 4
 HALVES = ("float16", "bfloat16")
@@ -74,7 +74,7 @@ def tiles(batch: int, m: int, n: int, k: int) -> list[Tile]:
 class Rule(GPUScheduleRule):
     """A rule of ours: it is asked for kernels of GPUs only. ``choices`` chooses the plans."""
 
-    def __init__(self, choices: Choices):
+    def __init__(self, choices: PlanSelector):
         super().__init__()
         self.choices = choices
 
@@ -245,7 +245,7 @@ class SmallWindow(Rule):
         return dlight.gpu.Fallback().apply(func, target, False)
 
 
-def rules(choices: Choices) -> list[Any]:
+def rules(choices: PlanSelector) -> list[Any]:
     """In the order in which they are asked."""
     gpu = dlight.gpu
     return [

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, known, reduce_to, sizes, slices
 from thresher.analysis.slices.ties import Key, Tie, equal, split
-from thresher.analysis.slices.transfer.base import Facts, Row, argument, mask_of
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, mask_of
 from thresher.ir.program import is_tensor
 
 
@@ -23,7 +23,7 @@ def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> 
     return za, zb, slices(mask_of(a, facts), at_a, size, True) & slices(mask_of(b, facts), at_b, size, True)
 
 
-class Matmul(Row):
+class Matmul(TransferRule):
     """matmul and bmm of two computed values: a [..., M, K] @ b [..., K, N]."""
 
     supported = True
@@ -34,7 +34,7 @@ class Matmul(Row):
             return None
         return a, b
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         found = self.operands(node)
         if found is None:
             return None
@@ -53,17 +53,17 @@ class Matmul(Row):
         mask = rows if columns is None else columns if rows is None else rows | columns
         return known(mask, torch.zeros([1] * len(sizes(node)), dtype=torch.float64))
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         found = self.operands(node)
         if found is None:
-            return super().read(node, wanted, facts)
+            return super().backward(node, wanted, facts)
         a, b = found
         za, zb, _ = zero_pairs(a, -1, b, -2, facts)
         read_a = wanted.any(-1, keepdim=True) & ~zb
         read_b = wanted.any(-2, keepdim=True) & ~za.reshape(-1, 1)
         return {a: reduce_to(read_a, sizes(a)), b: reduce_to(read_b, sizes(b))}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         found = self.operands(node)
         if found is None:
             return []
@@ -89,7 +89,7 @@ class Matmul(Row):
         return [((a, len(sizes(a)) - 1), both & ~za & ~zb)]
 
 
-class Attention(Row):
+class Attention(TransferRule):
     """scaled_dot_product_attention: q [.., H, L, E], k [.., H, S, E], v [.., H, S, F], mask [.., L, S] -> [.., H, L, F].
 
     A value channel that is the same constant for all keys comes out as that constant, because the weights of a row add to 1.
@@ -107,7 +107,7 @@ class Attention(Row):
         q, k = node.args[:2]
         return sizes(q)[-3] // sizes(k)[-3] if len(sizes(q)) > 2 and sizes(k)[-3] else 1
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         _, _, v, mask = self.parts(node)
         if v not in facts or (mask is not None and mask.meta["val"].dtype is torch.bool and mask not in facts):
             return None
@@ -119,7 +119,7 @@ class Attention(Row):
             same, value = (t if t.shape[-3] == 1 else t.repeat_interleave(group, -3) for t in (same, value))
         return known(same, value)
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         q, k, v, mask = self.parts(node)
         za, zb, _ = zero_pairs(q, -1, k, -1, facts)
         row = wanted.any(-1, keepdim=True)
@@ -134,7 +134,7 @@ class Attention(Row):
                 read[operand] = read[operand] | fact if operand in read else fact
         return read
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         q, k, v, mask = self.parts(node)
         rank, out, causal = len(sizes(node)), sizes(node), bool(argument(node, 5, "is_causal", False))
         found = [
@@ -163,7 +163,7 @@ class Attention(Row):
         za, zb, both = zero_pairs(q, -1, k, -1, facts)
         return [((q, len(sizes(q)) - 1), both & ~za & ~zb)]
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         q = node.args[0]
         last = len(sizes(q)) - 1
         if argument(node, 6, "scale") is None and not plan.full(q, last):

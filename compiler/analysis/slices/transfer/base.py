@@ -49,26 +49,26 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
         return node.target(*args, **kwargs)
 
 
-class Row:
+class TransferRule:
     """The safe default: nothing is known, everything is read, nothing is cut."""
 
     supported = False
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         return None
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         everything = bool(wanted.any())
         return {n: torch.full([1] * len(sizes(n)), everything) for n in tensors(node)}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         return []
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         """Indices that must stay although nothing reads or varies them."""
         return []
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         return None
 
 

@@ -1,8 +1,8 @@
 """A place where two sides of an edge may keep different indices of one dimension.
 
-``adapter(x, dim)`` is the identity. The fold puts it where a tie would keep dead indices: before the operator that holds them, or before
-one that does not read what others read. What is kept on its two sides is not tied along ``dim``; afterwards it becomes a gather, a padding,
-or nothing. It never leaves the pass.
+``edge_marker(x, dim)`` is the identity. The fold puts it where a tie would keep dead indices: before the operator that holds them, or
+before one that does not read what others read. What is kept on its two sides is not tied along ``dim``; afterwards it becomes a gather,
+a padding, or nothing. It never leaves the pass.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, reduce_to, sizes
 from thresher.analysis.slices.ties import Tie, equal, free
-from thresher.analysis.slices.transfer.base import Facts, Row
+from thresher.analysis.slices.transfer.base import Facts, TransferRule
 
 
-def adapter(x: Tensor, dim: int) -> Tensor:
+def edge_marker(x: Tensor, dim: int) -> Tensor:
     return x
 
 
-class Adapter(Row):
+class EdgeMarker(TransferRule):
     supported = True
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         return facts.get(node.args[0])
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         return {node.args[0]: reduce_to(wanted, sizes(node))}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         source, open_dim = node.args
         pairs = [((node, d), (source, d), s) for d, s in enumerate(sizes(node))]
         return [(free if d == open_dim else equal)(node, *pair) for d, pair in enumerate(pairs)]

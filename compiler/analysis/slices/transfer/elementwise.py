@@ -7,15 +7,15 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, compress, known, reduce_to, sizes
 from thresher.analysis.slices.ties import Tie, equal
-from thresher.analysis.slices.transfer.base import Facts, Row, evaluate, nothing, tensors
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, evaluate, nothing, tensors
 
 
-class Elementwise(Row):
+class Elementwise(TransferRule):
     """Each element of the result depends on the elements at the same place of the (broadcast) operands."""
 
     supported = True
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operands = tensors(node)
         if not any(n in facts for n in operands):
             return None
@@ -45,14 +45,14 @@ class Elementwise(Row):
         """Where the result depends on ``operand`` at all (None: everywhere)."""
         return None
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         result = {}
         for operand in tensors(node):
             relevant = self.relevant(node, operand, facts)
             result[operand] = reduce_to(wanted if relevant is None else wanted & relevant, sizes(operand))
         return result
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         out, found = sizes(node), []
         for operand in tensors(node):
             shape = sizes(operand)
@@ -66,11 +66,11 @@ class Elementwise(Row):
 class Filled(Elementwise):
     """zeros_like, full_like, zeros, full ...: constant, and only the shape of an argument matters."""
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         value = evaluate(node, {n: torch.empty(sizes(n)) for n in tensors(node)})
         return known(torch.ones([1] * value.dim(), dtype=torch.bool), compress(value))
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         return {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}
 
 
@@ -92,8 +92,8 @@ class Product(Elementwise):
 class Sum(Elementwise):
     """``a + b``: minus infinity on either side decides (an attention mask, a route that is closed)."""
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
-        found = super().known(node, facts)
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
+        found = super().forward(node, facts)
         closed = None
         for n in tensors(node):
             if n in facts and bool((facts[n].content == -torch.inf).any()):
@@ -121,13 +121,13 @@ class Quotient(Elementwise):
         return ~facts[numerator].zero() if operand is not numerator and numerator in facts else None
 
 
-class Choice(Elementwise):
+class Where(Elementwise):
     """``where(condition, a, b)``: a known condition picks the operand that matters."""
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         condition, a, b = node.args
         if condition not in facts or not facts[condition].all():
-            return super().known(node, facts)
+            return super().forward(node, facts)
         picked = facts[condition].value
         parts = [
             (facts[n].mask, facts[n].value)

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, known, sizes
 from thresher.analysis.slices.ties import Tie, equal
-from thresher.analysis.slices.transfer.base import Facts, Row, argument, aten, evaluate
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, aten, evaluate
 
 
-class Mixing(Row):
+class Mixing(TransferRule):
     """Operators that mix the elements along some dimensions of their first argument and treat the others alike.
 
     ``dims(node)`` names the mixed ones; ``removed`` says whether they are gone from the result (a reduction without keepdim).
@@ -24,7 +24,7 @@ class Mixing(Row):
     def __init__(self, dims: Callable[[fx.Node], tuple[list[int], bool]]):
         self.dims = dims
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand: fx.Node = node.args[0]
         if operand not in facts:
             return None
@@ -42,14 +42,14 @@ class Mixing(Row):
             mask = mask.squeeze(mixed)
         return known(mask, value)
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         operand: fx.Node = node.args[0]
         mixed, removed = self.dims(node)
         for dim in sorted(mixed):
             wanted = wanted.unsqueeze(dim) if removed else wanted.any(dim, keepdim=True)
         return {operand: wanted}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         operand: fx.Node = node.args[0]
         mixed, removed = self.dims(node)
         kept = [d for d in range(len(sizes(operand))) if d not in mixed]
@@ -60,10 +60,10 @@ class Mixing(Row):
 class Softmax(Mixing):
     """What is minus infinity before is 0 after, whatever the rest of its row is (unless all of it is minus infinity)."""
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand: fx.Node = node.args[0]
         if operand not in facts or not bool((facts[operand].content == -torch.inf).any()):
-            return super().known(node, facts)
+            return super().forward(node, facts)
         dim = self.dims(node)[0][0]
         closed = facts[operand].mask & (facts[operand].content == -torch.inf)
         whole = closed.expand([s if d == dim else closed.shape[d] for d, s in enumerate(sizes(operand))])

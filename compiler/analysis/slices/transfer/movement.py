@@ -13,7 +13,7 @@ from thresher.analysis.slices.facts import Known, compress, known, reduce_to, si
 from thresher.analysis.slices.ties import Key, Tie, equal
 from thresher.analysis.slices.transfer.base import (
     Facts,
-    Row,
+    TransferRule,
     argument,
     aten,
     concrete,
@@ -26,7 +26,7 @@ from thresher.analysis.slices.transfer.base import (
 from thresher.analysis.slices.transfer.maps import Map, map_of
 
 
-class Movement(Row):
+class Movement(TransferRule):
     """Operators that only move elements: every element of the result is one element of one argument.
 
     All questions are answered by running the operator itself on coordinates (``maps``), so a row needs only say how its literals
@@ -50,7 +50,7 @@ class Movement(Row):
         indices = self.indices(node, facts)
         return None if indices is None else map_of(node, self.moved(node, facts), indices)
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operands = self.moved(node, facts)
         if not any(n in facts for n in operands) or (found := self.map(node, facts)) is None:
             return None
@@ -62,10 +62,10 @@ class Movement(Row):
         whole = (dict(zip(operands, (t.expand(sizes(n)) for n, t in zip(operands, part)))) for part in (masks, values))
         return known(*(evaluate(node, part | indices) for part in whole))
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         operands, found = self.moved(node, facts), self.map(node, facts)
         if found is None:
-            return super().read(node, wanted, facts)
+            return super().backward(node, wanted, facts)
         result = {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}  # an index is no value
         if found.exact:
             return result | {n: a.backward(wanted) for n, a in zip(operands, found.arguments)}
@@ -80,14 +80,14 @@ class Movement(Row):
         flat[source[wanted.expand(source.shape)]] = True
         return {n: compress(part.reshape(sizes(n))) for n, part in zip(operands, flat.split(counts))}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         found = self.map(node, facts)
         if found is None:
             return []
         operands = self.moved(node, facts)
         return [part.between(node, n) for n, a in zip(operands, found.arguments) for part in a.parts]
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         if self.fix is not None:
             self.fix(node, plan)
 
@@ -141,8 +141,8 @@ def fix_select(node: fx.Node, plan: Any) -> None:
 class Slice(Movement):
     """slice with a step other than 1 is not cut along its dimension."""
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        found = super().ties(node, facts)
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        found = super().constraints(node, facts)
         if argument(node, 4, "step", 1) == 1:
             return found
         dim = argument(node, 1, "dim", 0) % len(sizes(node))
@@ -152,10 +152,10 @@ class Slice(Movement):
 class Roll(Movement):
     """roll along dimensions: by as many places as kept indices come around the end. Of the flattened value: nothing is cut."""
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        return super().ties(node, facts) if argument(node, 2, "dims", []) else []
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        return super().constraints(node, facts) if argument(node, 2, "dims", []) else []
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         operand, shifts, dims = node.args[0], node.args[1], argument(node, 2, "dims", [])
         keeps = [plan.keep[(operand, dim % len(sizes(operand)))] for dim in dims]
         places = [int(keep[len(keep) - shift % len(keep) :].sum()) for keep, shift in zip(keeps, shifts)]
@@ -165,7 +165,7 @@ class Roll(Movement):
 class Concat(Movement):
     """cat, stack: an argument of which nothing is kept is left out."""
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         out = set()
         for operand, argument_ in zip(tensors(node), map_of(node, tensors(node), {}).arguments):
             spans = zip(argument_.lows, argument_.highs, sizes(node))
@@ -194,7 +194,7 @@ class Gather(Movement):
         index = node.args[2]
         return {index: facts[index].content} if is_constant(index, facts) and index is not node.args[0] else None
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         source, dim, index = node.args
         dim = dim % len(sizes(source))
         if not plan.full(source, dim) or not plan.full(node, dim):
@@ -203,12 +203,12 @@ class Gather(Movement):
             node.update_arg(2, plan.program.add_constant(kept, str(index.target), like=index))
 
 
-class Written(Row):
+class Written(TransferRule):
     """index_put along one dimension (a cache of keys): along the others each element comes from its own place. Nothing is cut."""
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         x, indices, values = node.args[:3]
-        result = super().read(node, wanted, facts)
+        result = super().backward(node, wanted, facts)
         dims = [d for d, i in enumerate(indices) if i is not None]
         alike = len(sizes(values)) == len(sizes(x)) and len({x, values, indices[dims[0]]}) == 3
         if len(dims) == 1 and alike and len(sizes(indices[dims[0]])) == 1:
@@ -219,7 +219,7 @@ class Written(Row):
 class Pad(Movement):
     """constant_pad_nd: padded dimensions are never cut, the others pass."""
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand, fill = node.args[0], argument(node, 2, "value", 0) or 0
         shape, padded = sizes(operand), self.padded(node)
         value = facts[operand].value if operand in facts else nothing(operand)
@@ -235,13 +235,13 @@ class Pad(Movement):
         amounts, rank = list(node.args[1]), len(sizes(node))
         return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         operand: fx.Node = node.args[0]
         for dim in self.padded(node):
             wanted = wanted.any(dim, keepdim=True)
         return {operand: wanted}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         operand: fx.Node = node.args[0]
         padded = self.padded(node)
         return [equal(node, (node, d), (operand, d), s) for d, s in enumerate(sizes(operand)) if d not in padded]

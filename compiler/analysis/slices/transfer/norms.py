@@ -18,7 +18,7 @@ from torch import Tensor, fx
 import thresher.ops.norms  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.facts import Known, known, sizes, slices
 from thresher.analysis.slices.ties import Key, Tie, equal, ordered
-from thresher.analysis.slices.transfer.base import Facts, Row, argument, aten, evaluate, is_constant, mask_of
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, aten, evaluate, is_constant, mask_of
 from thresher.ir.lineage import Restore, moved
 from thresher.ir.program import dtype_of
 
@@ -39,7 +39,7 @@ class Parameters:
     squares: tuple[float, ...]
 
 
-class Norm(Row):
+class Norm(TransferRule):
     """What the norms share. ``channel`` is the dimension whose indices are the channels."""
 
     supported = True
@@ -70,7 +70,7 @@ class Norm(Row):
         shape[self.channel(node)] = -1
         return values.reshape(shape)
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         """A channel whose weight is 0 is its bias; where all that is normalised together is known, so is the result."""
         operand: fx.Node = node.args[0]
         if not self.usable(node, facts):
@@ -94,14 +94,14 @@ class Norm(Row):
             mask = mask.all(dim, keepdim=True)
         return mask
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result = super().read(node, wanted, facts)
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result = super().backward(node, wanted, facts)
         for dim in self.mixed(node):
             wanted = wanted.any(dim, keepdim=True)
         result[node.args[0]] = wanted
         return result
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         operand: fx.Node = node.args[0]
         apart = [d for d in range(len(sizes(node))) if d not in self.mixed(node)]
         found = [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in apart]
@@ -132,7 +132,7 @@ class Norm(Row):
         whole = whole & slices(content == first, channel, count, every=True)
         return whole, first.reshape(-1).expand(count)
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         operand, channel = node.args[0], self.channel(node)
         p = self.parameters(node)
         if p is None or plan.full(operand, channel):

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, compress, known, sizes, slices, take
 from thresher.analysis.slices.ties import Key, Tie, balanced, equal
-from thresher.analysis.slices.transfer.base import Facts, Row, argument, concrete, is_constant, mask_of
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, concrete, is_constant, mask_of
 
 
-class Weighted(Row):
+class Weighted(TransferRule):
     """What linear and the convolutions share: ``out[o] = bias[o] + sum_i weight[o, i] * x[i]`` with a constant weight.
 
     A row of the weight that is zero wherever its input is unknown makes the output channel known; a column that is zero for all
@@ -24,7 +24,7 @@ class Weighted(Row):
 
     supported = True
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
+    def narrow(self, node: fx.Node, plan: Any) -> None:
         term = self.left_behind(node, plan)
         if term is None:
             return
@@ -80,7 +80,7 @@ class Linear(Weighted):
         term[..., kept] = x[..., columns] @ take(weight, {0: kept, 1: columns}).double().T
         return compress(term)
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return None
@@ -95,14 +95,14 @@ class Linear(Weighted):
             value = value + facts[bias].value
         return known(mask, value)
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result = super().read(node, wanted, facts)
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result = super().backward(node, wanted, facts)
         x, weight = node.args[:2]
         if is_constant(weight, facts):
             result[x] = compress(_reached(wanted, facts[weight].connections.columns_from, sizes(weight)[0]))
         return result
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return []
@@ -182,7 +182,7 @@ class Convolution(Weighted):
         padding = argument(node, 4, "padding", 0)
         return padding != "valid" and (padding == "same" or any([padding] if isinstance(padding, int) else padding))
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         if not self.usable(node, facts):
             return None
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
@@ -199,8 +199,8 @@ class Convolution(Weighted):
             value = value + facts[bias].value.reshape(shape)
         return known(mask.reshape(shape), value)
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result = super().read(node, wanted, facts)
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result = super().backward(node, wanted, facts)
         if self.usable(node, facts):
             used = self.connections(node, facts)
             rows = slices(wanted, 1, sizes(node)[1], every=False).reshape(used.shape[0], -1, 1)
@@ -208,7 +208,7 @@ class Convolution(Weighted):
             result[node.args[0]] = channels & wanted.flatten(1).any(1).reshape([-1] + [1] * (self.rank - 1))
         return result
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         if not self.usable(node, facts):
             return []
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
@@ -220,8 +220,8 @@ class Convolution(Weighted):
         i, o = (0, 1) if self.transposed else (1, 0)
         return [*found, equal(node, (x, 1), (weight, i), inputs), equal(node, (node, 1), (weight, o), outputs)]
 
-    def shrink(self, node: fx.Node, plan: Any) -> None:
-        super().shrink(node, plan)  # first: it still needs the old number of groups
+    def narrow(self, node: fx.Node, plan: Any) -> None:
+        super().narrow(node, plan)  # first: it still needs the old number of groups
         groups = self.groups(node)
         if groups > 1 and not (plan.full(node.args[0], 1) and plan.full(node, 1)):
             self.repack(node, plan, groups)
@@ -241,12 +241,12 @@ class Convolution(Weighted):
         node.update_arg(6, len(live)) if len(node.args) > 6 else node.update_kwarg("groups", len(live))
 
 
-class Embedding(Row):
+class Embedding(TransferRule):
     """weight [V, D], indices [...] -> [..., D]: the vocabulary stays, the width can go."""
 
     supported = True
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         weight = node.args[0]
         if not is_constant(weight, facts):
             return None
@@ -255,15 +255,15 @@ class Embedding(Row):
         shape = [1] * (len(sizes(node)) - 1) + [-1]
         return known(same.reshape(shape), table[0].double().reshape(shape))
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        return super().read(node, wanted, facts) | {node.args[1]: wanted.any(-1)}
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        return super().backward(node, wanted, facts) | {node.args[1]: wanted.any(-1)}
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         last = len(sizes(node)) - 1
         return [equal(node, (node, last), (node.args[0], 1), sizes(node)[last])]
 
 
-class Bilinear(Row):
+class Bilinear(TransferRule):
     """``aten.bilinear``: x1 [..., I], x2 [..., J], weight [O, I, J], bias [O]. Of a known input channel only zeros go."""
 
     supported = True
@@ -279,7 +279,7 @@ class Bilinear(Row):
         size, last = sizes(x)[-1], len(sizes(x)) - 1
         return ~slices(facts[x].zero(), last, size, True) if x in facts else torch.ones(size, dtype=torch.bool)
 
-    def known(self, node: fx.Node, facts: Facts) -> Known | None:
+    def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         found = self.parts(node, facts)
         if found is None:
             return None
@@ -289,8 +289,8 @@ class Bilinear(Row):
         value = facts[bias].value if bias is not None else torch.zeros(1, dtype=torch.float64)
         return known(~used.flatten(1).any(1).reshape(shape), value.reshape(shape))
 
-    def read(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result, found = super().read(node, wanted, facts), self.parts(node, facts)
+    def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
+        result, found = super().backward(node, wanted, facts), self.parts(node, facts)
         if found is not None:
             x1, x2, weight, _ = found
             rows = slices(wanted, wanted.dim() - 1, sizes(weight)[0], every=False)
@@ -300,7 +300,7 @@ class Bilinear(Row):
             result[x2] = (used & self.live(x1, facts)[:, None]).any(0).reshape(shape)
         return result
 
-    def ties(self, node: fx.Node, facts: Facts) -> list[Tie]:
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         found = self.parts(node, facts)
         if found is None:
             return []
