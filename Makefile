@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 		rapidocr-onnxruntime==1.4.4 magika==1.0.3 silero-vad==6.2.3
 	rm -rf thresher.egg-info  # an old one here hides the entry points of the new one
 	$(BIN)/python -m pip install --quiet -e '.[models,test,zoo]'
-	# these two name torch's CUDA parts among their needs; tests/zoo/architectures.py says how they work without
+	# these two name torch's CUDA parts among their needs; tests/helpers/architectures.py says how they work without
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.31
 	touch $(READY)
 

@@ -31,7 +31,8 @@ from thresher.backends.tvm.cpu import cpu_name
 from thresher.frontend.capture import capture
 from thresher.models.pretrained import minilm, news
 from thresher.ops.sparse_attention import block_lists
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.tuning.timing import interleaved
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""The fold on every architecture of the zoo (tests/zoo/architectures.py): how much goes, whether it is equal, what is held and by what.
+"""The fold on every architecture of the zoo (tests/helpers/architectures.py): how much goes, whether it is equal, what is held and by what.
 
     python benchmarks/coverage.py [LIBRARY ...] [--amount 0.3]      # writes benchmarks/results/coverage.json as it goes
     python benchmarks/coverage.py --render                          # docs/coverage.md from it and from the operator table
@@ -26,13 +26,12 @@ INTRODUCTION = """Random weights, {:.0%} of the output channels of every convolu
 random. *Equal*: the relative error of the whole pipeline in float64 on two inputs (1e-9 is the bound). *Held*: layers some of whose dead
 channels stay, and the operator that holds them: the saving is not worth the elements that an adapter would move."""
 COLUMNS = ["| model | parameters, M | less | GFLOP less | equal | fold, s | held |", "|---|---|---|---|---|---|---|"]
-sys.path.insert(0, str(HERE.parent / "tests" / "zoo"))
+sys.path.insert(0, str(HERE.parent / "tests"))
 
 
 def measure(library: str, name: str, amount: float) -> dict[str, Any]:
     """One row: what happened to one model."""
-    import architectures
-
+    from helpers import architectures
     from thresher.analysis.cost.cost import count_flops
     from thresher.errors import CaptureError
     from thresher.frontend.capture import capture
@@ -56,7 +55,7 @@ def measure(library: str, name: str, amount: float) -> dict[str, Any]:
     fold = next(r for r in manager.records if r.name == "fold-channels")
     named = (re.sub(r"<function (\w+) at \w+>", r"\1", n.message) for n in fold.refusals)
     held = Counter(m[1] for words in named if (m := re.search(r"held by .*?\((.*)\)", words)))
-    before, after = program.notes["parameters"], folded.parameter_count()
+    before, after = program.original.parameter_count, folded.parameter_count()
     return row | {
         "status": "reverted" if reverted else "folded" if fold.status == "changed" else "unchanged",
         "reason": reverted[0].failure[:200] if reverted else "",
@@ -136,7 +135,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not options.render:
-        import architectures
+        from helpers import architectures
 
         for library, name in architectures.names():
             if library not in options.libraries or (options.only and name not in options.only):

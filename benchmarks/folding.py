@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "zoo"))
+sys.path.insert(0, str(HERE.parent / "tests"))
 
 
 def torchvision(name: str) -> tuple[nn.Module, tuple]:
-    from architectures import build, settle, zero_channels
+    from helpers.architectures import build, settle, zero_channels
 
     model, args = build("torchvision", name)
     return zero_channels(settle(model, args), 0.3), (torch.randn(1, 3, 224, 224),)
@@ -35,8 +35,7 @@ def torchvision(name: str) -> tuple[nn.Module, tuple]:
 
 def decoder() -> tuple[nn.Module, tuple]:
     """1.05 B parameters; 30 % of the rows of every projection are zero."""
-    from architectures import zero_channels
-
+    from helpers.architectures import zero_channels
     from thresher import models
 
     model = models.Llama(32000, 2048, 22, 32, 8, 5632).eval()
@@ -72,7 +71,7 @@ def speed() -> list[dict[str, Any]]:
         folded = manager.run(program)
         row = {
             "model": name,
-            "parameters": [program.notes["parameters"], folded.parameter_count()],
+            "parameters": [program.original.parameter_count, folded.parameter_count()],
             "seconds": {r.name: round(r.seconds, 2) for r in manager.records},
             "all_seconds": round(time.perf_counter() - start, 2),
             "more_memory_per_weight_byte": round(
@@ -112,7 +111,7 @@ def gain() -> list[dict[str, Any]]:
 
 def pruned(amount: float, x: tuple) -> nn.Module:
     """ResNet-50 with ``amount`` of the channels inside every block dead, with their batch norms."""
-    from architectures import build, settle
+    from helpers.architectures import build, settle
 
     model, _ = build("torchvision", "resnet50")
     settle(model, x)

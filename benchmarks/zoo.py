@@ -97,8 +97,8 @@ def prepare(name: str, amount: float) -> tuple[nn.Module, tuple]:
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, tuple]:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "zoo"))
-    from architectures import build
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from helpers.architectures import build
 
     return build("torchvision", name)[0], (torch.randn(1, 3, 224, 224),)
 

@@ -13,7 +13,7 @@ if not TYPE_CHECKING and importlib.util.find_spec("torch") is None:  # then comp
 else:
     import thresher.ops  # noqa: F401  (registers the operators)
     from thresher.approximation.budget import Budget
-    from thresher.approximation.search import ApproximatePass, Candidate
+    from thresher.approximation.search import Candidate
     from thresher.artifact.bundle import Bundle
     from thresher.artifact.compiled import Compiled
     from thresher.artifact.writer import load
@@ -36,7 +36,10 @@ else:
     from thresher.ir.program import Program
     from thresher.passes import pipelines
     from thresher.report.data import Report
-    from thresher.rewriting.manager import Context, Note, Pass, PassManager, PassResult, register_pass
+    from thresher.rewriting.approximate_pass import ApproximatePass
+    from thresher.rewriting.contract import Context, Note, Pass, PassResult
+    from thresher.rewriting.manager import PassManager
+    from thresher.rewriting.registry import register_pass
     from thresher.tuning.options import Remote, Tune
     from thresher.tuning.records import Record, Records
     from thresher.verification.certificate import Certificate

@@ -15,7 +15,8 @@ from thresher.analysis.slices.operators import TABLE
 from thresher.backends.tvm.importing.converters import registry
 from thresher.ir.printer import operator_name
 from thresher.passes import pipelines
-from thresher.rewriting.manager import Pass, registered_passes
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.registry import registered_passes
 
 HERE = Path(__file__).parent
 STAGES = {

@@ -25,8 +25,9 @@ from thresher import Budget, Context, Note, Program, register_pass
 from thresher.analysis.cost.cost import seconds_of
 from thresher.analysis.slices.transfer.base import argument
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import dtype_of, module_path
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import dtype_of, module_path
+from thresher.rewriting.approximate_pass import ApproximatePass
 
 aten = torch.ops.aten
 PARTS = (0.5, 0.25, 0.125)  # of the full rank

@@ -64,7 +64,7 @@ def run(count: int, epochs: int, tuned: int, budget: float) -> dict[str, float]:
     small = thresher.rewrite(
         model, samples[0], passes=["exact", "reduce-tokens"], calibration=samples, budget=Budget(top1=budget)
     )
-    for change in small.program.notes["ledger"][0].changes:
+    for change in small.ledger[0].changes:
         print(f"  {change.module}: {change.choice}")
     print(f"fewer tokens: accuracy {(reduced := accuracy(small, *test)):.3f}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from thresher import Context, Note, Pass, PassResult, Program, register_pass
-from thresher.ir.program import is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
 from thresher.rewriting.pattern import Match, matches
 
 aten = torch.ops.aten

@@ -1,4 +1,6 @@
-"""The built-in pipelines, readable as a table of contents. Importing this module registers the built-in passes."""
+"""The built-in pipelines, readable as a table of contents."""
+
+from collections.abc import Sequence
 
 from thresher.passes.attention.pool_keys import PoolKeys
 from thresher.passes.attention.pool_values import PoolValues
@@ -26,6 +28,10 @@ from thresher.passes.sparsity.skip_zeros import SkipZeros
 from thresher.passes.sparsity.threshold_activations import ThresholdActivations
 from thresher.passes.specialize.channels_last import ChannelsLast
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
+from thresher.rewriting.contract import Pass
+
+#: A pipeline by name, a pass as text, or a list of both and of instances.
+Passes = str | Sequence[str | Pass]
 
 #: One spelling for each thing.
 canonicalize = (
@@ -72,3 +78,9 @@ none = ()
 specialize = (Simplify(), ChannelsLast(), SkipPrunedWeights(), SkipZeros())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "approximate": approximate, "none": none}
+
+
+def resolve(passes: Passes) -> list[str | Pass]:
+    """Return the passes in order: the name of a pipeline stands for its passes, everything else for itself."""
+    items = [passes] if isinstance(passes, str) else passes
+    return [p for item in items for p in (NAMED[item] if isinstance(item, str) and item in NAMED else [item])]

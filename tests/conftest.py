@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -35,17 +35,6 @@ def shared_fixtures_measure_nothing(tmp_path_factory: pytest.TempPathFactory) ->
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees what tuning recorded in another one."""
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-class Function(nn.Module):
-    """A function, and the layers it is given, as a module."""
-
-    def __init__(self, function: Callable, *layers: nn.Module):
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.function(*inputs, *self.layers)
 
 
 @pytest.fixture(params=sorted(ZOO))

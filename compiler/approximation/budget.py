@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,29 +138,3 @@ class Measured:
     bound: float
     worst: float
     worst_sample: int
-
-
-@dataclass(frozen=True)
-class Change:
-    """One thing that was replaced: where, by what, the squared relative error that it makes there, and the milliseconds that it is
-    estimated to save. ``mass`` and ``mask``: of a head, what it attended to and what it looks at now, as coarse grids."""
-
-    module: str
-    choice: str
-    error: float
-    saved: float
-    mass: list[list[float]] = field(default_factory=list)
-    mask: list[list[float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Spent:
-    """One approximate pass: the model's error before and after it, and the error on samples that chose nothing; ``checks`` of its own, in
-    words."""
-
-    name: str
-    before: float
-    after: float
-    held_out: Measured
-    changes: list[Change] = field(default_factory=list)
-    checks: list[str] = field(default_factory=list)

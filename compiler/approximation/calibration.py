@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from thresher.approximation.budget import Budget, Measured, Spent
+from thresher.approximation.budget import Budget, Measured
 from thresher.errors import InputError
 from thresher.ir.program import Program
 
@@ -22,13 +22,12 @@ MOST = 256  # samples that are used, from the first on
 
 @dataclass
 class Calibration:
-    """``choosing`` and ``judging`` are flat inputs; ``original`` is the captured model. ``ledger`` grows with every approximate pass."""
+    """``choosing`` and ``judging`` are flat inputs; ``original`` is the captured model."""
 
     original: Program
     budget: Budget
     choosing: list[list[Any]]
     judging: list[list[Any]]
-    ledger: list[Spent] = field(default_factory=list)
     _references: dict[int, list[Any]] = field(default_factory=dict)
 
     @staticmethod

@@ -17,16 +17,13 @@ The whole is deterministic, and both 3 and 4 are monotone in the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from thresher.approximation.budget import Change, Measured, Spent, rel_l2
+from thresher.approximation.budget import Measured, rel_l2
 from thresher.approximation.calibration import Calibration
-from thresher.errors import PassError
 from thresher.ir.program import Program
-from thresher.report.svg import coarse
-from thresher.rewriting.manager import Context, Note, Pass, PassResult
 
 LADDER = 1.1  # between limits that are tried
 
@@ -46,62 +43,20 @@ class Candidate:
     mass: Any = None  # for the report: tensors [queries, keys] of what was attended to
     mask: Any = None  # and of what is looked at
 
-    def note(self) -> Note:
-        return Note(self.node, self.module, self.choice)
-
-
-@dataclass(frozen=True)
-class ApproximatePass(Pass):
-    """Base of the approximate passes: a subclass says what could be replaced, and how to replace it."""
-
-    kind: ClassVar[Literal["exact", "approximate"]] = "approximate"
-
-    def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
-        """What could be replaced, and refusals for what could not."""
-        raise NotImplementedError
-
-    def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
-        """``program`` with the chosen replacements; at most one per key. Must not change ``program``."""
-        raise NotImplementedError
-
-    def checks(self, result: Program, calibration: Calibration) -> list[str]:
-        """What else a user should know of the result, beside its error: sentences for the report."""
-        return []
-
-    def apply(self, program: Program, context: Context) -> PassResult:
-        calibration = context.calibration
-        if calibration is None:
-            raise PassError(
-                f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)"
-            )
-        limit = calibration.budget.limit * context.share
-        if limit == 0:
-            return PassResult(program, [], [Note("", "", "the budget is 0: nothing is approximated")])
-        found, refusals = self.candidates(program, context)
-        search = _Search(self, program, calibration, context)
-        chosen = search.run(found, limit)
-        if not chosen:
-            return PassResult(program, [], refusals)
-        result = search.built(chosen)
-        before = calibration.measure(program, calibration.judging).mean
-        judged = search.judged(chosen)
-        changes = [_change(c) for c in chosen]
-        checks = self.checks(result, calibration)
-        calibration.ledger.append(Spent(self.name, before, judged.mean, judged, changes, checks))
-        return PassResult(result, [c.note() for c in chosen], refusals)
-
-
-def _change(c: Candidate) -> Change:
-    mass, mask = ([] if t is None else coarse(t.float().tolist()) for t in (c.mass, c.mask))
-    return Change(c.module, c.choice, c.error, 1e3 * c.saved, mass, mask)
-
 
 @dataclass
-class _Search:
-    rule: ApproximatePass
+class Search:
+    """One search: candidates of one pass, on one program.
+
+    ``name`` is that of the pass, for progress; ``build(program, chosen)`` makes the program with the chosen replacements; ``progress`` is
+    told what takes long.
+    """
+
+    name: str
+    build: Callable[[Program, Sequence[Candidate]], Program]
     program: Program
     calibration: Calibration
-    context: Context
+    progress: Callable[[str], None]
     _built: dict[frozenset, Program] = field(default_factory=dict)
     _searched: dict[frozenset, Measured] = field(default_factory=dict)
     _judged: dict[frozenset, Measured] = field(default_factory=dict)
@@ -124,7 +79,7 @@ class _Search:
         total = sum(c.error for c in chosen)
         if not total:
             return 0.0
-        self.context.progress(f"{self.rule.name}: how sensitive is the model to {group}")
+        self.progress(f"{self.name}: how sensitive is the model to {group}")
         samples = self.calibration.choosing[: max(2, len(self.calibration.choosing) // 2)]
         changed = self.built(chosen)
         errors = [self.calibration.error(changed, flat, rel_l2) for flat in samples]
@@ -135,7 +90,7 @@ class _Search:
         low, high = 0, len(path)
         while low < high:
             middle = (low + high + 1) // 2
-            self.context.progress(f"{self.rule.name}: measuring {middle} of {len(path)} steps")
+            self.progress(f"{self.name}: measuring {middle} of {len(path)} steps")
             if self.searched(taken(path[:middle])).bound <= limit:
                 low = middle
             else:
@@ -145,7 +100,7 @@ class _Search:
     def built(self, chosen: Sequence[Candidate]) -> Program:
         name = frozenset((c.key, c.choice) for c in chosen)
         if name not in self._built:
-            self._built = {name: self.rule.build(self.program, chosen) if chosen else self.program}
+            self._built = {name: self.build(self.program, chosen) if chosen else self.program}
         return self._built[name]
 
     def searched(self, chosen: Sequence[Candidate]) -> Measured:

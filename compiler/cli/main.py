@@ -24,7 +24,8 @@ from thresher.errors import ThresherError
 from thresher.exporters.onnx import write_onnx
 from thresher.frontend.onnx.reader import read_onnx
 from thresher.passes import pipelines
-from thresher.rewriting.manager import Pass, make_pass, registered_passes
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.registry import make_pass, registered_passes
 from thresher.tuning.options import Remote, Tune
 from thresher.tuning.records import Records, default_path, read_lines, write_lines
 from thresher.tuning.timing import interleaved

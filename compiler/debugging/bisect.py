@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from thresher.artifact.compiled import check_outputs
 from thresher.backends.base import Backend
 from thresher.errors import BackendError
-from thresher.ir.program import Program, is_tensor, module_path, source_line
+from thresher.ir.nodes import is_tensor, module_path, source_line
+from thresher.ir.program import Program
 
 
 def first_wrong_operator(program: Program, backend: Backend, target: str) -> str:

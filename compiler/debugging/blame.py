@@ -24,12 +24,14 @@ from thresher.artifact.compiled import check_outputs
 from thresher.atomic_files import replacing, write_text
 from thresher.backends.base import Backend, find_backend
 from thresher.debugging.bisect import extract_subprogram
-from thresher.driver.compile import Model, Passes, resolve_passes
+from thresher.driver.compile import Model
 from thresher.frontend.capture import capture
-from thresher.ir import printer
-from thresher.ir.program import Program, is_tensor, module_path
+from thresher.ir import parser, printer
+from thresher.ir.nodes import is_tensor, module_path
+from thresher.ir.program import Program
 from thresher.passes import pipelines
-from thresher.rewriting.manager import Context, Pass, make_pass
+from thresher.rewriting.contract import Context, Pass
+from thresher.rewriting.registry import make_pass
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 #: What is wrong with a program, in words; empty where nothing is.
@@ -80,7 +82,7 @@ def blame(
     args: Sequence[Any] = (),
     kwargs: dict[str, Any] | None = None,
     *,
-    passes: Passes = "exact",
+    passes: pipelines.Passes = "exact",
     target: str = "cpu",
 ) -> Blame | None:
     """The first pass of ``passes`` that is not exact, or the operator whose lowering for ``target`` is wrong; None: all is well.
@@ -88,7 +90,7 @@ def blame(
     Approximate passes are not judged: they are left out.
     """
     program = capture(model, args, kwargs or {})
-    for item in map(make_pass, resolve_passes(passes)):
+    for item in map(make_pass, pipelines.resolve(passes)):
         if item.kind != "exact":
             continue
         if pass_fails(item, program):
@@ -225,7 +227,7 @@ def restored(listing: str, tensors: Path) -> Program:
     """A program from its text and the file of its constants and inputs."""
     from safetensors.torch import load_file
 
-    found, program = load_file(tensors), printer.parse(listing)
+    found, program = load_file(tensors), parser.parse(listing)
     for name in program.constants:
         program.constants[name] = found[f"constant.{name}"]
     program.probe = tuple(found.get(f"input.{i}", v) for i, v in enumerate(program.probe))

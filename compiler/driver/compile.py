@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -36,19 +36,21 @@ from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
 from thresher.frontend.capture import capture, eval_mode
 from thresher.frontend.masks import Masks, apply_masks
-from thresher.ir.program import FoldedModule, Program, is_tensor, module_path
+from thresher.ir.folded_module import FoldedModule, to_module
+from thresher.ir.nodes import is_tensor, module_path
+from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.progress import Progress, show_progress
 from thresher.report.data import Check, Figures, Kernel, Report
 from thresher.report.graph_diff import graph_lines, mark_differences
-from thresher.rewriting.manager import Context, Pass, PassManager
+from thresher.rewriting.contract import Context, Pass
+from thresher.rewriting.manager import PassManager
 from thresher.tuning.options import TorchKernel, Tune
 from thresher.tuning.records import Record, Records
 from thresher.tuning.timing import interleaved
 from thresher.verification.compare import probes, steps, undecided
 
 Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike
-Passes = str | Sequence[str | Pass]
 Validate = Literal["error", "warn", "off"]
 
 
@@ -58,7 +60,7 @@ def compile(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | None = None,
-    passes: Passes = "exact",
+    passes: pipelines.Passes = "exact",
     backend: str = "tvm",
     dynamic_shapes: Any = None,
     batch_sizes: Sequence[int] = (1, 8),
@@ -130,11 +132,11 @@ def compile(
         build.capture(dynamic_shapes)
         build.calibrate(calibration, budget)
         if widths == "rule":
-            build.transform(resolve_passes(passes), verify)
+            build.transform(pipelines.resolve(passes), verify)
             build.lower()
             build.keep_approximation_if_faster()
         else:
-            build.fastest(variants(resolve_passes(passes)), verify)
+            build.fastest(variants(pipelines.resolve(passes)), verify)
         if isinstance(tune, Tune):
             build.tune(tune)
         if validate != "off":
@@ -147,7 +149,7 @@ def rewrite(
     args: Sequence[Any] = (),
     kwargs: dict[str, Any] | None = None,
     *,
-    passes: Passes = "exact",
+    passes: pipelines.Passes = "exact",
     dynamic_shapes: Any = None,
     masks: Masks | None = None,
     verify: Literal["each", "final", "off"] = "final",
@@ -156,16 +158,15 @@ def rewrite(
 ) -> FoldedModule:
     """The transformed model as a torch module: smaller, and trainable. It takes and returns what the model does.
 
-    ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.program.notes["certificate"]`` the proof of the fold, and
-    ``module.program.notes["ledger"]`` what approximate passes spent of the budget.
+    ``module.unfold()`` gives the original-shape ``state_dict`` back, ``module.certificate`` is the proof of the fold, and ``module.ledger``
+    what approximate passes spent of the budget.
     """
     model = _masked(model, masks, args, kwargs)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     samples = _calibration(program, calibration, budget)
-    program = PassManager(resolve_passes(passes), verify).run(program, Context(calibration=samples))
-    if samples is not None:
-        program.notes["ledger"] = samples.ledger
-    return program.to_module()
+    manager = PassManager(pipelines.resolve(passes), verify)
+    program = manager.run(program, Context(calibration=samples))
+    return to_module(program, manager.certificate, manager.ledger)
 
 
 def _calibration(captured: Program, samples: Iterable[Any] | None, budget: Budget | None) -> Calibration | None:
@@ -201,17 +202,6 @@ def default_target() -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"cuda:sm_{major}{minor}"
     return "cpu"
-
-
-def resolve_passes(passes: Passes) -> list[str | Pass]:
-    """A pipeline by name, or the passes as given."""
-    if isinstance(passes, str):
-        return list(pipelines.NAMED[passes]) if passes in pipelines.NAMED else [passes]
-    return [
-        p
-        for item in passes
-        for p in (pipelines.NAMED[item] if isinstance(item, str) and item in pipelines.NAMED else [item])
-    ]
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -260,6 +250,7 @@ class _Build:
             plans[WORKLOAD] = found.plan
         self.machine = measure_machine.recorded(plans, target)
         self.seconds: dict[str, float] = {}
+        self.zeros: list[dict[str, Any]] = []
         self.checks: list[Check] = []
         self.widths: dict[str, float] = {}
         self.tuning: dict[str, float] = {}
@@ -288,7 +279,7 @@ class _Build:
         self.rewritten = manager.run(self.captured, context).rounded()
         approximated = any(r.status == "changed" and r.kind == "approximate" for r in manager.records)
         self.exact = manager.exact.rounded() if approximated and manager.exact is not None else None
-        self.pass_records = manager.records
+        self.pass_records, self.certificate, self.ledger = manager.records, manager.certificate, manager.ledger
         self._timed("passes", start)
 
     def lower(self) -> None:
@@ -313,7 +304,7 @@ class _Build:
         manager = PassManager(pipelines.specialize, "off")
         context = Context(self.target, self.step, self.machine, self.calibration, find_break_even=self.break_even)
         program = manager.run(program, context).rounded()
-        program.notes["zeros"] = context.zeros
+        self.zeros = [asdict(z) for z in manager.zeros]
         return program
 
     def _lowered(self, how: LoweringOptions) -> Executable:
@@ -551,15 +542,15 @@ class _Build:
         ]
 
     def finish(self, certified: bool) -> Compiled:
-        before = replace(_figures(self.captured), parameters=self.captured.notes["parameters"])
+        before = replace(_figures(self.captured), parameters=self.captured.original.parameter_count)
         graph = {"before": graph_lines(self.captured), "after": graph_lines(self.rewritten)}
         mark_differences(graph["before"], graph["after"])
         report = Report(
             self.captured.name, self.target, self.backend.name, before, _figures(self.rewritten),
             self.pass_records, self.checks, self.seconds, widths=self.widths, tuning=self.tuning, tuned=self.lowered.tuned,
             library=list(self.lowered.library), approximation=self.approximation,
-            sparsity=self.largest.notes.get("zeros", []),
-            spent=[] if self.exact is None or self.calibration is None else self.calibration.ledger,
+            sparsity=self.zeros,
+            spent=[] if self.exact is None else self.ledger,
             attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
             graph=graph, kernels=self.kernels(), batch=self._batch(),
@@ -567,5 +558,5 @@ class _Build:
         signature = self.rewritten.signature(self.target.partition(":")[0])
         flat = self.rewritten.probe
         proof = ReferenceRun(list(flat), self.eager(flat), steps(self.rewritten, flat))
-        certificate = self.rewritten.notes.get("certificate") if certified else None
+        certificate = self.certificate if certified else None
         return Compiled(signature, self.lowered, report, self.rewritten.text(), proof, certificate)

@@ -25,9 +25,10 @@ from torch import Tensor, fx, nn
 
 from thresher.artifact.compiled import Compiled
 from thresher.driver.compile import compile as compile_model
-from thresher.driver.compile import resolve_passes
 from thresher.errors import BackendError, CaptureError, InputError
-from thresher.rewriting.manager import Pass, make_pass
+from thresher.passes import pipelines
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.registry import make_pass
 
 #: What ``options=`` may say: the arguments of thresher.compile() that describe how, and ``fallback``.
 OPTIONS = {
@@ -137,7 +138,7 @@ def _remembered(model: fx.GraphModule, args: Sequence[Any], how: dict[str, Any])
         how.setdefault("target", "cpu")
     if "calibration" in how:  # what samples make of a model is not known by a key
         return compile_model(model, tuple(args), **how)
-    passes = [identity(p) for p in resolve_passes(how.get("passes", "exact"))]
+    passes = [identity(p) for p in pipelines.resolve(how.get("passes", "exact"))]
     digest = hashlib.sha256(repr((model.code, [_kind(a) for a in args], passes)).encode())
     digest.update(repr(sorted((k, v) for k, v in how.items() if k != "passes")).encode())
     for value in [*model.parameters(), *model.buffers()]:

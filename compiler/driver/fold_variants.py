@@ -11,7 +11,8 @@ from typing import Any
 from thresher.errors import PassError
 from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.passes.fold.permute_channels import PermuteChannels
-from thresher.rewriting.manager import Pass, make_pass
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.registry import make_pass
 
 
 def variants(passes: Sequence[str | Pass]) -> dict[str, list[Pass]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from thresher.ir.program import FoldedModule
+from thresher.ir.folded_module import FoldedModule
+from thresher.ir.program import Role
 
 FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_size")
 
@@ -19,7 +20,7 @@ def folded_config(config: Any, small: FoldedModule) -> tuple[Any, list[str]]:
 
     With no sentences, ``type(model)(config)`` has the shapes of ``small.program.constants``, under the same names.
     """
-    config, state, problems = copy.deepcopy(config), small.program.notes.get("state", {}), []
+    config, state, problems = copy.deepcopy(config), small.program.original.state, []
     changed: dict[int, set[tuple[str, int]]] = {}
     for name, tensor in small.program.constants.items():
         if name not in state:
@@ -43,8 +44,7 @@ def folded_config(config: Any, small: FoldedModule) -> tuple[Any, list[str]]:
         other = sorted(name for name, after in places if after != before)
         if other and before not in said:
             problems.append(f"{other[0]}: a dimension of {before} shrank, and the config has no field for it")
-    missing = sorted(
-        n for n in small.program.constants if n not in state and n not in small.program.notes.get("fixed", ())
-    )
+    program = small.program
+    missing = sorted(n for n in program.constants if n not in state and program.role(n) is not Role.BUFFER)
     problems += [f"{name}: a parameter that the architecture does not have" for name in missing]
     return config, problems

@@ -22,7 +22,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from thresher.errors import CaptureError
 from thresher.frontend.fast_decompositions import fast_decompositions
 from thresher.frontend.onnx.reader import read_onnx
-from thresher.ir.program import Program, copy_origin
+from thresher.ir.nodes import copy_origin
+from thresher.ir.program import Original, Program, Role
 
 KEPT_WHOLE = frozenset(
     [
@@ -247,12 +248,19 @@ def _from_exported(exported: ExportedProgram, name: str) -> Program:
     call_spec = exported.call_spec
     probe_args, probe_kwargs = exported.example_inputs or ((), {})
     probe = torch.utils._pytree.tree_leaves((probe_args, probe_kwargs))
-    program = Program(graph, _share_storage(constants), call_spec.in_spec, call_spec.out_spec, tuple(probe), name)
-    program.notes["state"] = dict(exported.state_dict)
     learned = {s.target for s in signature.input_specs if s.kind is InputKind.PARAMETER}
-    program.notes["fixed"] = frozenset(program.constants) - learned
-    tensors = {id(t): t for name, t in program.constants.items() if name in learned}
-    program.notes["parameters"] = sum(t.numel() for t in tensors.values())
+    constants = _share_storage(constants)
+    shared = {id(t): t for name, t in constants.items() if name in learned}
+    program = Program(
+        graph,
+        constants,
+        call_spec.in_spec,
+        call_spec.out_spec,
+        tuple(probe),
+        name,
+        Original(dict(exported.state_dict), sum(t.numel() for t in shared.values())),
+        {name: Role.BUFFER for name in constants if name not in learned},
+    )
     return program.clean().propagate().verify()
 
 

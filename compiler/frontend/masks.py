@@ -26,7 +26,8 @@ from thresher.analysis.slices.operators import facts_of_constants, rule_of
 from thresher.analysis.slices.ties import Equal, Key
 from thresher.errors import InputError
 from thresher.frontend.capture import capture
-from thresher.ir.program import Program, getitem_users, is_tensor
+from thresher.ir.nodes import getitem_users, is_tensor
+from thresher.ir.program import Program
 
 History = Sequence[tuple[str, bool, Sequence[int]]]
 Masks = Mapping[str, Tensor | Sequence[int]] | History

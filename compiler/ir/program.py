@@ -13,9 +13,8 @@ rounding to the declared dtype happens once, in :meth:`Program.rounded`; so an e
 from __future__ import annotations
 
 import difflib
-import operator
-import os
-from collections.abc import Callable, Iterator, Sequence
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,50 +25,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from thresher.errors import ProgramError
 from thresher.ir import fake_results
-from thresher.ir.lineage import Restore, Values, unfold
+from thresher.ir.interpreter import Interpreter
+from thresher.ir.lineage import Restore
+from thresher.ir.nodes import copy_origin, dtype_of, is_tensor, shape_of
+from thresher.ir.printer import render
 from thresher.ir.signature import Signature, dimension, flatten_call
 from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec
 
-TORCH = os.path.dirname(torch.__file__)
-BIAS_MAP = "bias_map."  # names of constants that fold-channels makes where padding shows
-ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
+
+class Role(enum.Enum):
+    """What a constant is to the model."""
+
+    PARAMETER = "parameter"  #: training changes it
+    BUFFER = "buffer"  #: fixed: a buffer of the model, or an index or a table that a pass made
+    DERIVED = "derived"  #: computed by a fold from several parameters (a bias map): not trained, not counted
 
 
-def module_path(node: fx.Node) -> str:
-    """The dotted path of the module that produced ``node``, or the node's name where none is known."""
-    stack = node.meta.get("nn_module_stack")
-    paths = [entry[0] for entry in stack.values()] if stack else []
-    path = paths[-1] if paths else ""
-    return path.removeprefix("L['self'].").removeprefix("L['self']") or node.name
+@dataclass(frozen=True)
+class Original:
+    """What is remembered of the model as it was captured.
 
+    ``state`` is its ``state_dict`` (for the way back); ``parameter_count`` the elements of its parameters, shared ones once.
+    """
 
-def source_line(node: fx.Node) -> str:
-    """The innermost ``File "...", line N`` outside torch that led to ``node``, or an empty string."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line for line in lines if line.startswith("File ")]
-    return next((f for f in reversed(frames) if TORCH not in f), frames[-1] if frames else "")
-
-
-def copy_origin(target: fx.Node, source: fx.Node) -> None:
-    """Let ``target`` say that it comes from the same place of the user's code as ``source``."""
-    for key in ORIGIN_KEYS:
-        if key in source.meta:
-            target.meta[key] = source.meta[key]
-
-
-def is_tensor(node: Any) -> bool:
-    """Whether ``node`` is a graph node that stands for one tensor."""
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
-
-
-def shape_of(node: fx.Node) -> tuple:
-    """The shape of a tensor node; dynamic dimensions are ``SymInt``."""
-    return tuple(node.meta["val"].shape)
-
-
-def dtype_of(node: fx.Node) -> torch.dtype:
-    """The declared dtype of a tensor node."""
-    return node.meta["val"].dtype
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    parameter_count: int = 0
 
 
 @dataclass
@@ -82,7 +62,8 @@ class Program:
     out_spec: pytree.TreeSpec
     probe: tuple[Any, ...]
     name: str = "model"
-    notes: dict[str, Any] = field(default_factory=dict)  # what passes leave for the report, by pass name
+    original: Original = field(default_factory=lambda: Original())
+    roles: dict[str, Role] = field(default_factory=dict)  # of the constants that are no parameters, by name
     lineage: list[Restore] = field(default_factory=list)  # how to get the captured constants back, oldest first
 
     # ------------------------------------------------------------------ reading
@@ -109,18 +90,17 @@ class Program:
         return self.constants[node.target] if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def parameter_count(self) -> int:
-        """Elements of all floating-point constants but bias maps, which are computed from parameters (their bytes do count)."""
-        found = (t for name, t in self.constants.items() if not name.startswith(BIAS_MAP))
+        """Return the elements of all floating-point constants but derived ones (whose bytes do count)."""
+        found = (t for name, t in self.constants.items() if self.role(name) is not Role.DERIVED)
         return sum(t.numel() for t in found if t.is_floating_point())
 
+    def role(self, name: str) -> Role:
+        """Return what the constant ``name`` is to the model; a constant nobody gave a role is a parameter."""
+        return self.roles.get(name, Role.PARAMETER)
+
     def trainable(self) -> set[str]:
-        """The constants that are parameters: not what was none, and not what a fold computed from several (bias maps)."""
-        fixed = self.notes.get("fixed", frozenset())
-        return {
-            name
-            for name, t in self.constants.items()
-            if t.is_floating_point() and name not in fixed and not name.startswith(BIAS_MAP)
-        }
+        """Return the names of the constants that training changes: the floating-point parameters."""
+        return {n for n, t in self.constants.items() if t.is_floating_point() and self.role(n) is Role.PARAMETER}
 
     def signature(self, device: str) -> Signature:
         """What the program takes and returns, for a module that runs on ``device``."""
@@ -151,7 +131,7 @@ class Program:
         every dtype literal in the graph are replaced. ``watch(node, value)`` sees each intermediate value.
         """
         with torch.no_grad():
-            return _Interpreter(self, dtype, watch).run(flat)
+            return Interpreter(self.graph, self.constants, dtype, watch).run(flat)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.unflatten_outputs(self.run(*self.flatten_inputs(args, kwargs)))
@@ -171,7 +151,8 @@ class Program:
             self.out_spec,
             self.probe,
             self.name,
-            dict(self.notes),
+            self.original,
+            dict(self.roles),
             list(self.lineage),
         )
 
@@ -181,10 +162,17 @@ class Program:
         name: str,
         dtype: torch.dtype | None = None,
         like: fx.Node | None = None,
-        fixed: bool = False,
+        role: Role = Role.PARAMETER,
     ) -> fx.Node:
-        """A ``get_attr`` node, placed before all calls, for a new constant declared as ``dtype`` (default: its own). ``fixed``: training
-        does not change it."""
+        """Add a constant and return its ``get_attr`` node, placed before all calls.
+
+        Args:
+            value: the numbers; a pass may give float64 and declare another dtype, see :meth:`rounded`.
+            name: made unique by a number where it is taken.
+            dtype: what the node declares; default: that of ``value``.
+            like: a node whose origin in the user's code the new one takes.
+            role: whether training may change it.
+        """
         name = self.fresh_name(name)
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         if first is None:
@@ -193,8 +181,8 @@ class Program:
             node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self.constants[name] = value
         self.set_fake(node, dtype or value.dtype)
-        if fixed:
-            self.notes["fixed"] = frozenset(self.notes.get("fixed", ())) | {name}
+        if role is not Role.PARAMETER:
+            self.roles[name] = role
         if like is not None:
             copy_origin(node, like)
         return node
@@ -240,6 +228,7 @@ class Program:
                 self.graph.erase_node(node)
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
         self.constants = {name: t for name, t in self.constants.items() if name in used}
+        self.roles = {name: role for name, role in self.roles.items() if name in used}
         return self
 
     def rounded(self) -> Program:
@@ -302,11 +291,10 @@ class Program:
 
     # ------------------------------------------------------------------ showing
 
-    def text(self) -> str:
-        """A readable form, one line a node; :func:`thresher.ir.printer.parse` reads it back."""
-        from thresher.ir.printer import render
-
-        return render(self)
+    def text(self, canonical: bool = False) -> str:
+        """Return a readable form, one line a node; :func:`thresher.ir.parser.parse` reads it back. ``canonical`` numbers the nodes and
+        leaves out what is not structure: two programs are structurally equal where these texts are."""
+        return render(self.graph, self.name, canonical)
 
     def diff(self, other: Program) -> str:
         """A unified diff of the two text forms; empty where they are structurally equal."""
@@ -314,76 +302,7 @@ class Program:
 
     def structurally_equal(self, other: Program) -> bool:
         """Same operators, arguments, shapes and constants' shapes, node names aside."""
-        from thresher.ir.printer import render
-
-        return render(self, canonical=True) == render(other, canonical=True)
-
-    # ------------------------------------------------------------------ leaving
-
-    def to_module(self) -> FoldedModule:
-        """An ``nn.Module`` that computes the same on the user's structure, with trainable parameters.
-
-        What was no parameter, and what a fold computed from several (bias maps), is a buffer.
-        """
-        program, trained = self.rounded(), self.trainable()
-        root: dict[str, Any] = {
-            name: torch.nn.Parameter(t.detach().clone()) if name in trained else t.detach()
-            for name, t in program.constants.items()
-        }
-        graph = program.graph
-        output = program.output
-        module = FoldedModule(root, graph, class_name=_class_name(self.name))
-        module.program = self
-        for name, value in root.items():  # fx registers what it copies as buffers unless told otherwise
-            owner, _, leaf = name.rpartition(".")
-            holder = module.get_submodule(owner)
-            if isinstance(value, torch.nn.Parameter) and leaf not in holder._parameters:
-                holder._buffers.pop(leaf, None)
-                holder.register_parameter(leaf, value)
-        graph.set_codegen(_PytreeCodeGen(self.in_spec, self.out_spec, [n.name for n in program.placeholders]))
-        output.args = (list(output.args[0]),)
-        module.recompile()
-        return module
-
-
-class FoldedModule(fx.GraphModule):
-    """What :func:`thresher.rewrite` returns: a trainable module, and the way back to the original's shapes."""
-
-    program: Program
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
-        """A module of its own on the same program: fx's copy would be a plain GraphModule that has forgotten the way back."""
-        module = self.program.to_module()
-        module.load_state_dict(self.state_dict())
-        for mine, its in zip(self.parameters(), module.parameters(), strict=True):
-            its.requires_grad_(mine.requires_grad)
-        return module.train(self.training)
-
-    def unfold(self) -> Values:
-        """The ``state_dict`` of the original model, in its shapes: what was cut as it was, everything else as it is here now.
-
-        Raises :class:`ProgramError` naming parameters that changed and that the original has no place for.
-        """
-        program = self.program.rounded()
-        here = dict(self.named_parameters()) | dict(self.named_buffers())
-        current = {name: here[name].detach().cpu() for name in program.constants}
-        exact = self.program.constants
-        same = {name: torch.equal(value, program.constants[name]) for name, value in current.items()}
-        current = {name: exact[name] if same[name] else value for name, value in current.items()}
-        return unfold(program.notes.get("state", {}), program.lineage, exact, current)
-
-
-def _class_name(name: str) -> str:
-    cleaned = "".join(c if c.isalnum() else "_" for c in name)
-    return cleaned if cleaned and not cleaned[0].isdigit() else f"Model_{cleaned}"
-
-
-def _PytreeCodeGen(in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, names: list[str]) -> Any:
-    from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-
-    args_spec, kwargs_spec = in_spec.children()
-    positional = [f"arg_{i}" for i in range(args_spec.num_children)]
-    return _PyTreeCodeGen(_PyTreeInfo(positional + list(kwargs_spec.context or []), in_spec, out_spec))
+        return self.text(canonical=True) == other.text(canonical=True)
 
 
 def _signature(value: Any) -> Any:
@@ -392,55 +311,3 @@ def _signature(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_signature(v) for v in value)
     return str(value)
-
-
-class _Interpreter:
-    """Runs a program node by node, freeing each value after its last use."""
-
-    def __init__(self, program: Program, dtype: torch.dtype | None, watch: Callable[[fx.Node, Any], None] | None):
-        self.program, self.dtype, self.watch = program, dtype, watch
-
-    def convert(self, value: Any) -> Any:
-        if self.dtype is None:
-            return value
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self.dtype)
-        if isinstance(value, torch.dtype) and value.is_floating_point:
-            return self.dtype
-        return value
-
-    def run(self, flat: Sequence[Any]) -> list[Any]:
-        environment: dict[fx.Node, Any] = {}
-        last_use: dict[fx.Node, list[fx.Node]] = {}
-        seen: set[fx.Node] = set()
-        for node in reversed(self.program.graph.nodes):
-            for source in node.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    last_use.setdefault(node, []).append(source)
-        inputs = iter(flat)
-        for node in self.program.graph.nodes:
-            if node.op == "output":
-                return [environment[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
-            environment[node] = value = self.step(node, environment, inputs)
-            if self.watch is not None:
-                self.watch(node, value)
-            for dead in last_use.get(node, ()):
-                environment.pop(dead, None)
-        raise ProgramError("the graph has no output node")
-
-    def step(self, node: fx.Node, environment: dict[fx.Node, Any], inputs: Iterator[Any]) -> Any:
-        if node.op == "placeholder":
-            return self.convert(next(inputs))
-        if node.op == "get_attr":
-            constant = self.program.constants[node.target]
-            return constant.to(dtype_of(node)) if self.dtype is None else self.convert(constant)
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: environment[a] if isinstance(a, fx.Node) else self.convert(a)
-        )
-        return node.target(*args, **kwargs)
-
-
-def getitem_users(node: fx.Node) -> dict[int, fx.Node]:
-    """The ``getitem`` nodes of a call with several results, by index."""
-    return {user.args[1]: user for user in node.users if user.target is operator.getitem}

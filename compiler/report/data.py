@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from thresher.approximation.budget import Change, Measured, Spent
+from thresher.approximation.budget import Measured
+from thresher.approximation.ledger import Change, Spent
 from thresher.atomic_files import write_text
 from thresher.report.graph_diff import Line
-from thresher.rewriting.manager import Note, PassRecord
+from thresher.rewriting.contract import Note
+from thresher.rewriting.manager import PassRecord
 
 Table = tuple[Sequence[str], list[tuple[str, ...]]]  # columns and rows
 

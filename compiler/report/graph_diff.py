@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
+from thresher.ir.nodes import is_tensor, module_path, shape_of
 from thresher.ir.printer import operator_name
-from thresher.ir.program import Program, is_tensor, module_path, shape_of
+from thresher.ir.program import Program
 
 Mark = Literal["kept", "changed", "gone", "new"]
 

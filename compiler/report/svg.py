@@ -7,24 +7,10 @@ from collections.abc import Sequence
 from thresher.report.graph_diff import Line
 
 LEVELS = ("#e8eef4", "#a9c3dc", "#5b8fbf", "#1d5a96")  # of attention mass, from little to much
-CELLS = 32  # along each side at most
 SIDE = 88  # pixels
 ROW, LANE = 24, 12  # pixels: of a line of the graph, and between the rails beside it
 
 Grid = Sequence[Sequence[float]]
-
-
-def coarse(grid: Grid) -> list[list[float]]:
-    """A grid with at most CELLS x CELLS cells: means of neighbours."""
-    rows, columns = len(grid), len(grid[0])
-    tall, wide = -(-rows // CELLS), -(-columns // CELLS)
-    return [
-        [
-            round(sum(sum(row[j : j + wide]) for row in grid[i : i + tall]) / (len(grid[i : i + tall]) * len(grid[0][j : j + wide])), 4)
-            for j in range(0, columns, wide)
-        ]
-        for i in range(0, rows, tall)
-    ]  # fmt: skip
 
 
 def attention_picture(mass: Grid, mask: Grid) -> str:

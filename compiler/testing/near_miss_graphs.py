@@ -16,7 +16,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 Change = Callable[[Program], None]

@@ -11,7 +11,9 @@ from torch import nn
 
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
-from thresher.rewriting.manager import Context, Note, Pass, PassManager, make_pass
+from thresher.rewriting.contract import Context, Note, Pass
+from thresher.rewriting.manager import PassManager
+from thresher.rewriting.registry import make_pass
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,11 @@ from thresher.approximation.calibration import Calibration
 from thresher.errors import CaptureError, ProgramError
 from thresher.frontend.capture import capture
 from thresher.ir.lineage import unfold
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriting.manager import Context, Pass, PassManager, PassResult, make_pass
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program, Role
+from thresher.rewriting.contract import Context, Pass, PassResult
+from thresher.rewriting.manager import PassManager
+from thresher.rewriting.registry import make_pass
 from thresher.testing.cases import Case, described
 from thresher.testing.near_miss_graphs import near_misses
 from thresher.verification.compare import EXACT_TOLERANCE, compare, first_divergence, probes
@@ -200,7 +203,7 @@ class _Trial:
 
     def _way_back(self, captured: Program, after: Program, where: str) -> Iterator[Finding]:
         """Every parameter moves a little, as in training; then what comes back is put into the program as it was captured."""
-        state, small = captured.notes.get("state", {}), after.rounded()
+        state, small = captured.original.state, after.rounded()
         trained = small.clone()
         generator = torch.Generator().manual_seed(self.seed)
         for name in small.trainable():
@@ -338,16 +341,17 @@ def _first(before: Program, after: Program) -> fx.Node | None:
         return None
 
 
-def _state(program: Program) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+def _state(program: Program) -> tuple[str, dict[str, Tensor], dict[str, Role], int]:
     return (
         program.text(),
         {k: v.clone() for k, v in program.constants.items()},
-        {k: id(v) for k, v in program.notes.items()},
+        dict(program.roles),
+        len(program.lineage),
     )
 
 
-def _touched(before: tuple[str, dict[str, Tensor], dict[str, int]], program: Program) -> Iterator[str]:
-    text, constants, notes = before
+def _touched(before: tuple[str, dict[str, Tensor], dict[str, Role], int], program: Program) -> Iterator[str]:
+    text, constants, roles, lineage = before
     if program.text() != text:
         yield "the graph that it was given has changed"
     if program.constants.keys() != constants.keys():
@@ -355,8 +359,8 @@ def _touched(before: tuple[str, dict[str, Tensor], dict[str, int]], program: Pro
     for name in constants.keys() & program.constants.keys():
         if not _equal(constants[name], program.constants[name]):
             yield f"it wrote into the constant {name!r} that it was given"
-    if {k: id(v) for k, v in program.notes.items()} != notes:
-        yield "it changed the notes of the program that it was given"
+    if (program.roles, len(program.lineage)) != (roles, lineage):
+        yield "it changed the roles or the lineage of the program that it was given"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 from thresher import models
 from thresher.analysis.cost.cost import count_flops
 from thresher.frontend.capture import capture
-from thresher.rewriting.manager import Pass, PassManager
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare_programs, observe
 
 
@@ -84,7 +85,6 @@ def replay(
 
     "Which models changed?" is ``{name for name in zoo if replay(new)[name] != replay(old)[name]}``.
     """
-    from thresher.ir.printer import render
 
     found = {}
     for name, build in zoo.items():
@@ -102,6 +102,6 @@ def replay(
             after.parameter_count(),
             count_flops(after),
             error,
-            render(after, canonical=True),
+            after.text(canonical=True),
         )
     return found

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from thresher.atomic_files import new_zip
 from thresher.errors import ArtifactError
-from thresher.ir.printer import parse, render
-from thresher.ir.program import Program, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
+from thresher.ir.parser import parse
+from thresher.ir.program import Program
 
 FORMAT = 1
 
@@ -154,7 +155,7 @@ class _Tensors:
 def _program_to_json(program: Program, tensors: _Tensors) -> dict[str, Any]:
     probe = [{"tensor": tensors.add(v)} if isinstance(v, Tensor) else {"literal": v} for v in program.probe]
     return {
-        "text": render(program),
+        "text": program.text(),
         "constants": {name: tensors.add(t) for name, t in program.constants.items()},
         "probe": probe,
     }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
-from thresher.ir.program import Program, is_tensor
+from thresher.ir.nodes import is_tensor
+from thresher.ir.program import Program
 
 EXACT_TOLERANCE = 1e-9
 LOWERING_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}

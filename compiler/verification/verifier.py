@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from thresher.errors import ProgramError
-from thresher.ir.program import Program, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
+from thresher.ir.program import Program
 from thresher.verification.certificate import Certificate, Step
 
 TOLERANCE = 1e-9

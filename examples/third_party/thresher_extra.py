@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from thresher import Context, Note, Pass, PassResult, Program, register_pass
-from thresher.ir.program import is_tensor
+from thresher.ir.nodes import is_tensor
 
 aten = torch.ops.aten
 

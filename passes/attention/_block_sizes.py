@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from thresher.analysis.attention.sites import AttentionSite
-from thresher.ir.program import dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 
 SHORTEST = 64  # queries and keys from which on blocks can be left out
 

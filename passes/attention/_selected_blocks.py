@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import AttentionSite
-from thresher.ir.program import Program, dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
+from thresher.ir.program import Program, Role
 from thresher.ops.select_blocks import block_scores
 from thresher.passes.attention._block_sizes import Blocks
-from thresher.rewriting.manager import Context
+from thresher.rewriting.contract import Context
 
 GROUP = 8  # blocks that are asked together, where they are many
 KERNELS, KERNELS_ON_A_GPU = 2, 12  # of a selection
@@ -57,7 +58,7 @@ def _present(program: Program, site: AttentionSite) -> fx.Node | None:
 
 def constant(program: Program, site: AttentionSite, value: Tensor, name: str) -> fx.Node:
     """Numbers that belong to a site and are not trained."""
-    return program.add_constant(value.contiguous(), f"{site.node.name}_{name}", like=site.node, fixed=True)
+    return program.add_constant(value.contiguous(), f"{site.node.name}_{name}", like=site.node, role=Role.BUFFER)
 
 
 def selection_cost(site: AttentionSite, blocks: Blocks, context: Context, groups: int = 0) -> float:

@@ -19,12 +19,15 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, shape_of
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program, Role
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, attend, site_errors
 from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 FEWEST = 32  # keys
@@ -147,7 +150,7 @@ def pooled_keys(program: Program, site: AttentionSite, pooling: Pooling) -> tupl
     size = key_sizes(program, site, node)
     members = torch.zeros(pooling.count).scatter_add(0, pooling.assign, torch.ones(len(pooling.assign)))
     assign, counted, even = (
-        program.add_constant(value.contiguous(), f"{name}_{word}", like=node, fixed=True)
+        program.add_constant(value.contiguous(), f"{name}_{word}", like=node, role=Role.BUFFER)
         for word, value in (
             ("means", pooling.assign.expand(batch, -1)),
             ("members", members.reshape(1, -1)),

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, shape_of
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, site_errors
 from thresher.passes.tokens._importance import at_once
 from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 SAMPLES = 8

@@ -25,15 +25,18 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites, head_weights
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, dtype_of, shape_of
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import dtype_of, shape_of
+from thresher.ir.program import Program
 from thresher.ops.select_blocks import listed
 from thresher.ops.sparse_attention import block_lists
 from thresher.passes.attention._block_sizes import Blocks, blocks_of, cannot_skip
 from thresher.passes.attention._head_errors import HeadErrors, Sample, each_head
 from thresher.passes.attention._selected_blocks import EVERYTHING, constant, scores_of_blocks, select, selection_cost
 from thresher.passes.attention.pool_keys import Pooling, pooled_keys
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 SAMPLES = 8

@@ -17,10 +17,13 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, shape_of
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program
 from thresher.passes.attention._site_errors import Values, attend, site_errors
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 SAMPLES = 8
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, shape_of
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program, Role
 from thresher.ops.sparse_attention import block_lists
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
 from thresher.rewriting.pattern import aten
+from thresher.rewriting.registry import register_pass
 
 SDPA = aten.scaled_dot_product_attention.default
 FORBIDDEN = -1e30
@@ -58,7 +60,7 @@ class SkipMaskedBlocks(Pass):
         if cost > self.max_remaining_cost:
             return ""
         blocks, counts = (
-            program.add_constant(t, f"{node.name}_{name}", like=node, fixed=True)
+            program.add_constant(t, f"{node.name}_{name}", like=node, role=Role.BUFFER)
             for name, t in zip(("blocks", "counts"), block_lists(grid))
         )
         inside = mask.expand(*mask.shape[:-2], *shape_of(node)[2:3], shape_of(k)[2])

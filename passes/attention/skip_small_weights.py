@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
-from thresher.approximation.search import ApproximatePass, Candidate
+from thresher.approximation.search import Candidate
 from thresher.ir.program import Program
 from thresher.ops.sparse_attention import masked_scores, negligible
 from thresher.passes.attention._block_sizes import Blocks, cannot_skip, tiles_of
 from thresher.passes.attention._site_errors import Values, site_errors
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 sparse_attention = torch.ops.thresher.sparse_attention.default
 SAMPLES = 4

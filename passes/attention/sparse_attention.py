@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites, head_weights
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
+from thresher.approximation.search import Candidate
 from thresher.ir.program import Program
 from thresher.ops.select_blocks import in_best_groups, listed
 from thresher.ops.sparse_attention import block_lists
@@ -33,7 +33,9 @@ from thresher.passes.attention._selected_blocks import (
     select,
     selection_cost,
 )
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the key blocks, that are selected
 MANY = 64  # blocks, from which on groups of them are asked first

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)

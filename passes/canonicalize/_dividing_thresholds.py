@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.ir.program import Program, dtype_of
-from thresher.rewriting.manager import Note
+from thresher.ir.nodes import dtype_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Note
 from thresher.rewriting.pattern import Match, matches
 
 aten = torch.ops.aten

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program, Role
 from thresher.ops.sparse_attention import DENSE
 from thresher.passes.canonicalize._attention_scores import (
     CONVERSIONS,
@@ -29,7 +30,8 @@ from thresher.passes.canonicalize._attention_scores import (
     layout,
     product_behind,
 )
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -168,7 +170,7 @@ class _Edit:
             low = -float("inf") if bias.low == -float("inf") else torch.finfo(dtype).min
             zero, least = (
                 self.program.add_constant(
-                    torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before, fixed=True
+                    torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before, role=Role.BUFFER
                 )
                 for name, v in (("allowed", 0.0), ("masked", low))
             )

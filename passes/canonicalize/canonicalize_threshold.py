@@ -28,10 +28,12 @@ from torch import Tensor, fx
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
 from thresher.analysis.piecewise import KINKS, OPERATORS, Leaf, NotPiecewise, Piecewise, piecewise_of
 from thresher.analysis.signs import nonnegative
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
 from thresher.ops.shrink import KEEPS
 from thresher.passes.canonicalize._dividing_thresholds import rewrite_dividing
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default

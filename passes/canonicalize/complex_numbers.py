@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program, Role
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 FOURIER = (aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
@@ -116,7 +118,7 @@ class _Pairs:
         lead = self.literal(list(shape_of(x)[: rank - 1]))
         x = self.call(aten.reshape.default, x, [*lead, matrix.shape[1]]) if before else x
         dtype = dtype_of(x)
-        weight = self.program.add_constant(matrix, f"{self.here.name}_{dim}", dtype, like=self.here, fixed=True)
+        weight = self.program.add_constant(matrix, f"{self.here.name}_{dim}", dtype, like=self.here, role=Role.BUFFER)
         x = self.call(aten.linear.default, x, weight)
         if after:
             x = self.call(aten.reshape.default, x, [*lead, matrix.shape[0] // 2, 2])

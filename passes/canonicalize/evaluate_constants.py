@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from thresher.ir.lineage import Restore, Values, moved
-from thresher.ir.program import Program, dtype_of, is_tensor
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program, Role
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 #: Of their argument these read the shape only.
@@ -39,7 +41,6 @@ class EvaluateConstants(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         values: dict[fx.Node, Any] = {}
-        fixed = set(work.notes.get("fixed", ()))
         still: set[fx.Node] = set()  # values that training does not change
         same: dict[
             tuple, fx.Node
@@ -47,7 +48,7 @@ class EvaluateConstants(Pass):
         for node in list(work.graph.nodes):
             if node.op == "get_attr":
                 values[node] = work.constants[node.target]
-                if node.target in fixed:
+                if work.role(str(node.target)) is not Role.PARAMETER:
                     still.add(node)
             elif node.op == "call_function" and node.target in FILLED and self.static(node):
                 values[node] = torch.full(node.meta["val"].shape, FILLED[node.target](node), dtype=dtype_of(node))
@@ -68,15 +69,13 @@ class EvaluateConstants(Pass):
             outside = [user for user in node.users if user not in values]
             if node.op != "call_function" or not outside or not isinstance(values[node], Tensor):
                 continue
-            constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node)
+            role = Role.BUFFER if node in still else Role.PARAMETER
+            constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node, role=role)
             for user in outside:
                 user.replace_input_with(node, constant)
-            if node in still:
-                fixed.add(str(constant.target))
             if restore := way_back(work, node, str(constant.target), values):
                 work.lineage.append(restore)
             notes.append(Note.at(node, f"{node.target} of constants evaluated"))
-        work.notes["fixed"] = frozenset(fixed)
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
     def evaluable(self, node: fx.Node, values: dict[fx.Node, Any], still: set[fx.Node]) -> bool:

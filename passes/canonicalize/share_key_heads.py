@@ -13,9 +13,11 @@ from typing import ClassVar
 from torch import fx
 
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
 from thresher.rewriting.pattern import aten
+from thresher.rewriting.registry import register_pass
 
 SDPA = aten.scaled_dot_product_attention.default
 

@@ -22,8 +22,10 @@ from torch import fx
 
 from thresher.analysis.slices.transfer.base import argument, concrete
 from thresher.ir.lineage import moved
-from thresher.ir.program import Program, dtype_of, getitem_users, is_tensor, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, getitem_users, is_tensor, shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 NO_OPS = {

@@ -26,7 +26,8 @@ from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.ties import Key, equal
 from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.analysis.slices.transfer.weighted import Weighted
-from thresher.ir.program import BIAS_MAP, Program, dtype_of, is_tensor
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program, Role
 
 aten = torch.ops.aten
 NARROWING = (aten.slice.Tensor, aten.index_select.default, aten.select.int)  # they take what they need themselves
@@ -248,7 +249,9 @@ def _write(program: Program, analysis: ChannelAnalysis, marker: fx.Node) -> fx.N
         value = call(select, value, dim, program.add_constant(index, f"{marker.name}_index", like=marker))
     fill = _fill(analysis, marker, places)
     if fill is not None:
-        constant = program.add_constant(fill, f"{BIAS_MAP}{marker.name}", dtype_of(marker), like=marker)
+        constant = program.add_constant(
+            fill, f"bias_map.{marker.name}", dtype_of(marker), like=marker, role=Role.DERIVED
+        )
         value = call(aten.add.Tensor, value, constant)
     return value
 

@@ -20,8 +20,10 @@ from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear
 from thresher.errors import ProgramError
 from thresher.ir.lineage import Restore, Values
-from thresher.ir.program import Program, dtype_of, getitem_users, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, getitem_users, shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 NORM = aten._native_batch_norm_legit_no_training.default

@@ -31,10 +31,12 @@ from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.analysis.slices.transfer.elementwise import Elementwise
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.lineage import Restore, moved
-from thresher.ir.program import BIAS_MAP, Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program, Role
 from thresher.passes.fold import _edge_markers
 from thresher.passes.fold._claims import Claims
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 from thresher.verification.certificate import Certificate, Step
 
 aten = torch.ops.aten
@@ -71,7 +73,7 @@ class FoldChannels(Pass):
             if not step.again:
                 break
         if proof:
-            result.program.notes["certificate"] = Certificate(proof)
+            result.certificate = Certificate(proof)
         return result
 
     def fold_once(self, program: Program, context: Context) -> _Round:
@@ -245,7 +247,9 @@ class _Plan:
 
     def add_after(self, node: fx.Node, term: Tensor) -> None:
         """A bias map: what padding lets through differs at the border."""
-        constant = self.program.add_constant(term, f"{BIAS_MAP}{node.name}", dtype_of(node), like=node)
+        constant = self.program.add_constant(
+            term, f"bias_map.{node.name}", dtype_of(node), like=node, role=Role.DERIVED
+        )
         with self.program.graph.inserting_after(node):
             total = self.program.graph.call_function(aten.add.Tensor, (node, constant))
         total.meta = dict(node.meta)

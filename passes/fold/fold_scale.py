@@ -19,8 +19,10 @@ from thresher.analysis.slices.operators import TABLE
 from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear
 from thresher.ir.lineage import Restore, Values
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program, Role
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default
@@ -127,7 +129,9 @@ def _through(program: Program, node: fx.Node, threshold: fx.Node, factor: Tensor
     limit = program.constant(t)
     if limit is None or kind == "firm" or not bool((factor > 0).all()):
         return False
-    new = program.add_constant(limit.double() * factor, str(t.target), dtype_of(threshold), like=threshold, fixed=True)
+    new = program.add_constant(
+        limit.double() * factor, str(t.target), dtype_of(threshold), like=threshold, role=Role.BUFFER
+    )
     made = program.insert_call(node, SHRINK, (x, new, kind, *rest), like=threshold)
     node.replace_all_uses_with(made)
     return True

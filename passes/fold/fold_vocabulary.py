@@ -18,9 +18,11 @@ from torch import Tensor, fx
 
 from thresher.errors import PassError
 from thresher.ir.lineage import Restore
-from thresher.ir.program import Program, shape_of
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program, Role
 from thresher.passes.fold.merge_duplicates import equal_rows
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 
@@ -119,7 +121,7 @@ def _shorten(program: Program, node: fx.Node, table: Tensor, kept: Tensor, place
     old, tokens = node.args[:2]
     name = str(old.target)
     short = program.add_constant(table[kept], name, old.meta["val"].dtype, like=old)
-    places = program.add_constant(place, f"{name}_place", like=old, fixed=True)
+    places = program.add_constant(place, f"{name}_place", like=old, role=Role.BUFFER)
     flat = program.insert_call(node, aten.reshape.default, (tokens, [-1]), like=node)
     looked_up = program.insert_call(node, aten.index_select.default, (places, 0, flat), like=node)
     shaped = program.insert_call(node, aten.reshape.default, (looked_up, list(shape_of(tokens))), like=node)

@@ -22,8 +22,10 @@ from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.elementwise import Elementwise
 from thresher.analysis.slices.transfer.mixing import Mixing
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear, Weighted
-from thresher.ir.program import Program, dtype_of, is_tensor
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 Classes = tuple[int, Tensor]  # a dimension, and for each index of it the first index with the same values
 

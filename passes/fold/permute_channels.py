@@ -28,8 +28,10 @@ from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.ties import Equal, Key
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.lineage import moved
-from thresher.ir.program import Program, dtype_of, is_tensor
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 
 @register_pass

@@ -19,9 +19,12 @@ from torch import fx
 
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, is_tensor, module_path, shape_of
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import is_tensor, module_path, shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 WORK = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from thresher.analysis.cost.break_even import FEW, Kind
 from thresher.approximation.calibration import watch
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 TILE = 7  # rows that share a list, where there are many

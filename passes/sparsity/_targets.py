@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.cost.break_even import Kind, Layer
-from thresher.ir.program import Program, module_path, shape_of
+from thresher.ir.nodes import module_path, shape_of
+from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import sites_of
 
 aten = torch.ops.aten

@@ -23,10 +23,13 @@ from torch import Tensor, fx
 from thresher.analysis.cost.cost import seconds
 from thresher.analysis.slices.transfer.base import argument
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
-from thresher.ir.program import Program, shape_of
+from thresher.approximation.search import Candidate
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program, Role
 from thresher.passes.sparsity._targets import Target, targets_of
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 PARTS = (0.75, 0.5, 0.375, 0.25)  # of the neurons, that are used
@@ -137,7 +140,7 @@ def edit(program: Program, name: str, weight: Tensor, count: int, block: int) ->
         return program.insert_call(product, op, args, like=product)
 
     def constant(value: Tensor, label: str) -> fx.Node:
-        return program.add_constant(value.contiguous(), f"{name}_{label}", like=product, fixed=True)
+        return program.add_constant(value.contiguous(), f"{name}_{label}", like=product, role=Role.BUFFER)
 
     *lead, _ = shape_of(target.value)
     rows = math.prod(lead)

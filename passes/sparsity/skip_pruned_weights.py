@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor, fx
 from thresher.analysis.cost.break_even import CACHED, LEFT, RUN, WIDE, Kind, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, dtype_of, module_path, shape_of
+from thresher.ir.nodes import dtype_of, module_path, shape_of
+from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import sites_of
-from thresher.passes.sparsity.skip_zeros import Skipped
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.passes.sparsity.skip_zeros import SkippedZeros
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 BLOCKS = ((32, 32), (16, 16), (32, 1), (1, 32), (16, 1), (1, 16), (8, 8), (4, 4))
@@ -62,12 +64,11 @@ class SkipPrunedWeights(Pass):
                         f"{line.sparse:.3f} ms instead of {line.dense:.3f} ms ({how})",
                     )
                 )
-        context.zeros += map(asdict, lines)
         refusals = [Note("", line.module, _dense(line)) for line in lines if not line.chosen]
-        return PassResult(work.clean(), notes, refusals) if notes else PassResult(program, [], refusals)
+        return PassResult(work.clean() if notes else program, notes, refusals, zeros=lines)
 
 
-def _dense(line: Skipped) -> str:
+def _dense(line: SkippedZeros) -> str:
     return f"{100 * (1 - line.nonzero):.0f} % of the weight are 0: dense is faster, {line.dense:.3f} ms instead of {line.sparse:.3f} ms"
 
 
@@ -103,7 +104,7 @@ def _rows(node: fx.Node) -> int:
 
 def best(
     node: fx.Node, weight: Tensor, layouts: Mapping[Kind, float], context: Context, cold: bool
-) -> tuple[Skipped, str]:
+) -> tuple[SkippedZeros, str]:
     """The fastest layout for a weight [N, K], of those with the part that they keep, and whether it is faster than dense."""
     outputs, inputs = weight.shape
     tried = []
@@ -112,7 +113,7 @@ def best(
         tried.append((times.at(density), density, layout, times))
     seconds, density, layout, times = min(tried, key=lambda t: t[0])
     nonzero, faster = float((weight != 0).double().mean()), times.worth(density)
-    line = Skipped(
+    line = SkippedZeros(
         module_path(node), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
         times.density, times.measured, faster,
     )  # fmt: skip

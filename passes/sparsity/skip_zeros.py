@@ -10,7 +10,7 @@ that turns out larger costs little.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,30 +19,16 @@ from torch import fx
 from thresher.analysis.cost.break_even import CACHED, FEW, BreakEven, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, module_path, shape_of
+from thresher.ir.nodes import module_path, shape_of
+from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import Density, Site, densities, sites_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 MOST = 0.95  # of all elements: what has fewer zeros is not looked at
 SAMPLES = 8
 ON_A_GPU = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """For the report: a layer that meets zeros, what part of its elements is not 0, what part of its arithmetic is left out, what it takes
-    dense and skipping (milliseconds, measured or estimated), and from which density on dense is faster."""
-
-    module: str
-    kind: str
-    nonzero: float
-    saved: float
-    dense: float
-    sparse: float
-    break_even: float
-    measured: bool
-    chosen: bool
 
 
 @register_pass
@@ -71,8 +57,7 @@ class SkipZeros(Pass):
                 done.add(one.site.linear)
                 notes.append(Note.at(one.site.linear, one.words()))
                 _rewrite(work, one.site)
-        context.zeros += map(asdict, lines)
-        return PassResult(work.clean(), notes) if notes else PassResult(program)
+        return PassResult(work.clean() if notes else program, notes, zeros=lines)
 
 
 @dataclass(frozen=True)
@@ -92,11 +77,13 @@ class Judged:
         """Seconds."""
         return self.times.dense - self.sparse
 
-    def line(self, chosen: bool) -> Skipped:
+    def line(self, chosen: bool) -> SkippedZeros:
         d, t = self.density, self.times
         milliseconds = 1e3 * t.dense, 1e3 * self.sparse
         where = module_path(self.site.linear)
-        return Skipped(where, self.site.kind, d.nonzero, 1 - d.listed, *milliseconds, t.density, t.measured, chosen)
+        return SkippedZeros(
+            where, self.site.kind, d.nonzero, 1 - d.listed, *milliseconds, t.density, t.measured, chosen
+        )
 
     def words(self) -> str:
         what = "its input" if self.site.gate is None else "what its output is multiplied with"

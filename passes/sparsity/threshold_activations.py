@@ -23,12 +23,15 @@ from torch import Tensor, fx
 from thresher.analysis.cost.break_even import CACHED
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.approximation.calibration import watch
-from thresher.approximation.search import ApproximatePass, Candidate
+from thresher.approximation.search import Candidate
 from thresher.errors import PassError
-from thresher.ir.program import Program, dtype_of
+from thresher.ir.nodes import dtype_of
+from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import listed
 from thresher.passes.sparsity._targets import Target, targets_of
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 DENSITIES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # what stays

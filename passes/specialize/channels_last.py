@@ -20,8 +20,10 @@ import thresher.ops.channels_last  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.operators import TABLE
 from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.elementwise import Elementwise
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriting.manager import Context, Note, Pass, PassResult, register_pass
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 #: By rank: where an axis of the channels-first value stands in its twin.

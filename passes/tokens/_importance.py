@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.ir.program import shape_of
+from thresher.ir.nodes import shape_of
 from thresher.passes.tokens._resize import NeedsAllTokens
 
 aten = torch.ops.aten

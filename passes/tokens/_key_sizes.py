@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import AttentionSite
-from thresher.ir.program import Program, dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
+from thresher.ir.program import Program, Role
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def key_sizes(program: Program, site: AttentionSite, before: fx.Node) -> fx.Node
         return program.insert_call(before, target, args, kwargs, before)
 
     if mask is None:
-        return program.add_constant(torch.ones(batch, tokens), "token_sizes", like=before, fixed=True)
+        return program.add_constant(torch.ones(batch, tokens), "token_sizes", like=before, role=Role.BUFFER)
     made = mask.args[0] if mask.target is aten.reshape.default else mask
     if made.target is aten.log.default and shape_of(made) == (batch, tokens):
         return made.args[0]

@@ -18,7 +18,8 @@ from torch import fx
 
 from thresher.analysis.attention.sites import SDPA, SOFTMAX
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, shape_of
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 MOVES = (aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)

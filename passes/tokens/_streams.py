@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from thresher.analysis.attention.sites import AttentionSite, attention_sites
-from thresher.ir.program import Program, dtype_of, is_tensor, shape_of
-from thresher.rewriting.manager import Note
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Note
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)

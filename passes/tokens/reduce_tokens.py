@@ -26,15 +26,18 @@ from torch import fx
 from thresher.analysis.attention.sites import SDPA
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import Calibration, watch
-from thresher.approximation.search import ApproximatePass, Candidate
+from thresher.approximation.search import Candidate
 from thresher.errors import PassError
-from thresher.ir.program import Program, module_path
+from thresher.ir.nodes import module_path
+from thresher.ir.program import Program
 from thresher.passes.tokens._by_place import in_words
 from thresher.passes.tokens._importance import SIDES, at_once, judge
 from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
 from thresher.passes.tokens._resize import NeedsAllTokens, Resize
 from thresher.passes.tokens._streams import Stream, read_by_place, streams
-from thresher.rewriting.manager import Context, Note, register_pass
+from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 PARTS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5)  # of the tokens, that go in a layer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted import CONV_BN, MLP, PLANTED
 from torch import nn
 
 import thresher
+from helpers.planted import CONV_BN, MLP, PLANTED
 from thresher.passes import pipelines
-from thresher.rewriting.manager import Pass
+from thresher.rewriting.contract import Pass
 from thresher.testing import (
     Case,
     IndexMapError,

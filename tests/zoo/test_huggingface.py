@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from architectures import build
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
+from helpers.architectures import build
 from thresher.exporters.huggingface import folded_config
 from thresher.verification.compare import compare
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from test_zoo_attention import TEXT, TOKENS, transformers
 from torch import nn
 
 import thresher
+from helpers.transformer_models import TEXT, TOKENS, transformers
 from thresher.analysis.cost.break_even import BreakEven, Layer
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity._densities import densities, sites_of
 from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare
 
 Make = Callable[[], tuple[nn.Module, tuple]]

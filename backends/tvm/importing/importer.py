@@ -24,7 +24,8 @@ from thresher.backends.tvm.importing.provenance import NamingBuilder
 from thresher.backends.tvm.plans import torch_kernels
 from thresher.backends.tvm.plans.plan_selection import PlanSelector, workload_of
 from thresher.errors import BackendError
-from thresher.ir.program import Program, is_tensor, module_path, source_line
+from thresher.ir.nodes import is_tensor, module_path, source_line
+from thresher.ir.program import Program
 from thresher.runtime.tensor_spec import dtype_name
 from thresher.runtime.weight_store import Weights
 

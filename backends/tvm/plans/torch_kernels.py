@@ -19,7 +19,7 @@ from tvm import relax
 
 import thresher.ops  # noqa: F401  (registers the operators that a call may name)
 from thresher.analysis.cost.cost import COUNTERS
-from thresher.ir.program import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
 CALL = "thresher.library"

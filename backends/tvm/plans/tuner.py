@@ -38,7 +38,8 @@ from thresher.backends.tvm.plans import metaschedule, torch_kernels
 from thresher.backends.tvm.plans.plan_selection import MOST, PlanSelector, Site
 from thresher.debugging.bisect import extract_subprogram
 from thresher.errors import BackendError
-from thresher.ir.program import Program, dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
+from thresher.ir.program import Program
 from thresher.tuning.options import Remote, TorchKernel, Tune
 from thresher.tuning.records import Record
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from thresher.ir.program import Program, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
+from thresher.ir.program import Program
 
 if TYPE_CHECKING:
     from thresher.analysis.attention.sites import AttentionSite

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from thresher.analysis.attention.kinds import kind_of, mixers
 from thresher.analysis.slices.transfer.base import argument
-from thresher.ir.program import Program, is_tensor, module_path, shape_of
+from thresher.ir.nodes import is_tensor, module_path, shape_of
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

@@ -14,7 +14,8 @@ from torch import fx
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.facts import sizes
 from thresher.errors import InputError
-from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program
 from thresher.ops.sparse_attention import arguments
 
 aten, ops = torch.ops.aten, torch.ops.thresher

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from thresher.analysis.slices.facts import sizes
-from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 VIEWS = {

@@ -23,7 +23,8 @@ from thresher.analysis.slices.facts import reduce_to, sizes
 from thresher.analysis.slices.operators import facts_of_constants
 from thresher.analysis.slices.transfer.base import aten
 from thresher.ir import fake_results
-from thresher.ir.program import Program, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
+from thresher.ir.program import Program
 
 PROBED = 3  # samples: one between two others
 #: Calls that may be told sizes: what they give has that shape, and does not change with it otherwise.

@@ -18,7 +18,8 @@ from thresher.analysis.slices.operators import facts_of_constants, rule_of
 from thresher.analysis.slices.ties import Key, Tie, close_all, coupling_graph
 from thresher.analysis.slices.transfer.base import Facts
 from thresher.analysis.slices.transfer.edge_marker import edge_marker
-from thresher.ir.program import Program, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
+from thresher.ir.program import Program
 
 
 def known_facts(program: Program) -> Facts:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from thresher.ir.program import shape_of
+from thresher.ir.nodes import shape_of
 
 BLOCK = 1 << 20  # bytes (or, of what is asked about, elements) that stay in the cache between two steps
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Function
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from helpers.modules import Function
 from thresher.frontend.capture import capture
+from thresher.ir.folded_module import to_module
 from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager, PassRecord
@@ -178,7 +179,7 @@ def test_masks_are_not_trained() -> None:
     """What stands for masked and allowed scores is no parameter of the model that rewrite returns."""
     masked = Function(lambda q, k, v: (q @ k.mT).masked_fill(q[0, 0, :, :1] > 0, -1e9).softmax(-1) @ v)
     program, _ = canonical(masked, Q, K, V)
-    assert count(program, SDPA) == 1 and program.constants and not list(program.to_module().parameters())
+    assert count(program, SDPA) == 1 and program.constants and not list(to_module(program).parameters())
 
 
 def test_capped_scores() -> None:

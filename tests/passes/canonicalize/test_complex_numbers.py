@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Function
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
+from helpers.modules import Function
 from thresher.frontend.capture import capture
-from thresher.ir.program import Program, dtype_of, is_tensor
+from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager, PassRecord
 from thresher.verification.compare import compare

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fold_kit import IMAGE, Net, fold, kill, shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.folds import IMAGE, Net, fold, kill, shapes
 from thresher import models
 from thresher.analysis.cost.cost import count_flops
 from thresher.analysis.slices.channels import ChannelAnalysis

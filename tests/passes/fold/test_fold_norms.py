@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fold_kit import Net, fold, kill, shapes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
+from helpers.folds import Net, fold, kill, shapes
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Function
 from torch import Tensor, nn
 
+from helpers.modules import Function
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes import pipelines

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fold_kit import IMAGE, Net, fold, kill, shapes
 from torch import Tensor, nn
 
+from helpers.folds import IMAGE, Net, fold, kill, shapes
 from thresher.analysis.cost.cost import count_flops
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.passes.fold.fold_channels import FoldChannels
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten

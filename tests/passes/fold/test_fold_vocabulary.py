@@ -10,7 +10,7 @@ import thresher
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
-from thresher.rewriting.manager import Context
+from thresher.rewriting.contract import Context
 
 TOKENS = torch.tensor([[3, 7, 0, 11], [5, 3, 3, 19]])
 

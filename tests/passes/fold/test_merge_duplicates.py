@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fold_kit import Net, fold, shapes
 from torch import Tensor, nn
 
+from helpers.folds import Net, fold, shapes
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 
 
 def copy_rows(layer: nn.Module, pairs: dict[int, int]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fold_kit import IMAGE, Net, kill
 from torch import Tensor, nn
 
+from helpers.folds import IMAGE, Net, kill
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.passes.fold.fold_channels import FoldChannels
 from thresher.passes.fold.permute_channels import PermuteChannels
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten

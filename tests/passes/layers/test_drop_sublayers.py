@@ -13,7 +13,8 @@ from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.models.vit import ViT
 from thresher.passes.layers.drop_sublayers import DropSublayers, branches
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare
 
 

@@ -14,9 +14,11 @@ from thresher import Budget
 from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.frontend.capture import capture
+from thresher.ir.folded_module import to_module
 from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.select_neurons import SelectNeurons, chosen_neurons, edit, importance
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare
 
 SLOW = replace(machine_model("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
@@ -69,7 +71,7 @@ def test_what_is_built_is_what_is_measured(bias: bool) -> None:
             norm + (wanted - (model.down.bias.detach() if bias else 0)).square().sum(),
         )
     assert errors[4] == pytest.approx(float(off / norm), rel=1e-3) and errors[2] > errors[4]
-    compiled = thresher.compile(work.to_module(), (data[0],), passes="none")
+    compiled = thresher.compile(to_module(work), (data[0],), passes="none")
     assert not compare(work.run(data[0]), [compiled(data[0])]).exceeds(1e-5)
 
 
@@ -80,7 +82,7 @@ def test_within_the_budget() -> None:
     manager = PassManager([SelectNeurons(block=BLOCK)])
     manager.run(program, Context(machine=SLOW, calibration=calibration))
     (note,) = manager.records[0].rewrites
-    assert "of 64 neurons" in note.message and calibration.ledger[0].held_out.bound <= 0.75
+    assert "of 64 neurons" in note.message and manager.ledger[0].held_out.bound <= 0.75
 
 
 def test_odd_widths_are_refused() -> None:

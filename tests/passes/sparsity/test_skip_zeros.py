@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Function
 from torch import Tensor, nn
 
 import thresher
+from helpers.modules import Function
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure, record, recorded
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
@@ -19,7 +20,8 @@ from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import densities, listed, sites_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
@@ -51,7 +53,7 @@ def skipped(model: nn.Module, x: Tensor, break_even=free) -> tuple[Program, list
     """The program, what was rewritten, and what was found."""
     program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
     manager, context = PassManager([SkipZeros()]), Context(find_break_even=break_even)
-    return manager.run(program, context), manager.records[0].rewrites, context.zeros
+    return manager.run(program, context), manager.records[0].rewrites, [asdict(z) for z in manager.zeros]
 
 
 def rand(*shape: int) -> Tensor:

@@ -11,13 +11,16 @@ from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
-from thresher.ir.program import Program, shape_of
+from thresher.ir.folded_module import to_module
+from thresher.ir.nodes import shape_of
+from thresher.ir.program import Program
 from thresher.models.vit import ViT
 from thresher.passes.tokens._by_place import error_by_place, in_words, kept_by_place
 from thresher.passes.tokens._importance import SIDES
 from thresher.passes.tokens._streams import read_by_place, streams
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
-from thresher.rewriting.manager import Context, PassManager
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare
 
 ops = torch.ops.thresher
@@ -174,7 +177,7 @@ def test_rotary_positions_go_with_their_tokens(prefix: int, drop: bool) -> None:
     assert [shape_of(n)[2] for n in work.calls(torch.ops.aten.scaled_dot_product_attention.default)] == [48, 48 - gone]
     before, after = program.run(x, there)[0], work.run(x, there)[0]
     assert compare([before[there]], [after[there]]).relative < 1e-5
-    compiled = thresher.compile(work.to_module(), (x, there), passes="none")
+    compiled = thresher.compile(to_module(work), (x, there), passes="none")
     assert not compare([after], [compiled(x, there)]).exceeds(1e-5)
 
 
@@ -212,9 +215,9 @@ def test_within_the_budget() -> None:
     calibration = Calibration.of(program, data, Budget(rel_l2=0.05))
     manager = PassManager([ReduceTokens(score="merge+energy+received")])
     result = manager.run(program, Context(calibration=calibration))
-    assert manager.records[0].status == "changed" and calibration.ledger[0].held_out.bound <= 0.05
-    assert any("tokens" in words and "by their place" in words for words in calibration.ledger[0].checks)
-    compiled = thresher.compile(result.to_module(), (data[0],), passes="none")
+    assert manager.records[0].status == "changed" and manager.ledger[0].held_out.bound <= 0.05
+    assert any("tokens" in words and "by their place" in words for words in manager.ledger[0].checks)
+    compiled = thresher.compile(to_module(result), (data[0],), passes="none")
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
 
 
@@ -241,7 +244,7 @@ def test_unknown_scores() -> None:
 
 def test_a_reduced_model_can_be_trained() -> None:
     work, _ = edited(folded(vit(), images(1)[0]), {0: 20})
-    module = work.to_module()
+    module = to_module(work)
     module(images(1)[0]).square().sum().backward()
     grads = [p.grad for p in module.parameters()]
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads) and len(grads) > 10

@@ -1,7 +1,7 @@
 """Operators -> Relax, where TVM's stock converter is missing, silently wrong, or slower than a kernel of ours.
 
 One module per family; importing this package fills the tables of ``registry``. Everything here is checked against eager by the
-operator sweep (``tests/backends/test_operator_sweep.py``).
+operator sweep (``tests/backends/tvm/importing/test_operator_sweep.py``).
 """
 
 from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fills the tables)

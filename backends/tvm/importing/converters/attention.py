@@ -28,7 +28,7 @@ from thresher.backends.tvm.importing.converters.small_weights import large_block
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import attention, streamed_attention
 from thresher.backends.tvm.kernels.cuda import flash_attention
-from thresher.ir.program import is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
 from thresher.ops.sparse_attention import arguments
 
 

@@ -30,7 +30,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import batched, depthwise, gemm, winograd
-from thresher.ir.program import shape_of
+from thresher.ir.nodes import shape_of
 
 
 def _padded(importer: Importer, x: Any, before: list[int], after: list[int], channels: int = 0) -> Any:

@@ -27,7 +27,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import elementwise, generic
 from thresher.backends.tvm.kernels.cpu.generic import BIAS_MAP
-from thresher.ir.program import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
 #: Functions whose expressions read their argument many times.

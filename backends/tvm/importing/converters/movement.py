@@ -19,7 +19,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
-from thresher.ir.program import dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 
 
 @semantics(aten.select.int)

@@ -24,7 +24,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import rows
-from thresher.ir.program import dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
 

@@ -24,7 +24,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import batched, gemm
-from thresher.ir.program import shape_of
+from thresher.ir.nodes import shape_of
 
 
 @cpu_kernel(aten.linear.default)

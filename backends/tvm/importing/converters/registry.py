@@ -15,7 +15,7 @@ from torch import fx
 from tvm import relax, te, tirx
 
 from thresher.backends.tvm.importing.importer import Importer
-from thresher.ir.program import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
 aten, ops = torch.ops.aten, torch.ops.thresher

@@ -21,7 +21,7 @@ from tvm import te, tirx
 
 from thresher.backends.tvm.importing.converters.registry import R, aten, axis, result_dtype, semantics
 from thresher.backends.tvm.importing.importer import Importer
-from thresher.ir.program import dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 
 
 @semantics(aten.index_put.default)

@@ -32,7 +32,7 @@ from thresher.backends.tvm.kernels.cpu import elementwise, gemm
 from thresher.backends.tvm.kernels.cpu import pruned_linear as pruned
 from thresher.backends.tvm.kernels.cpu import sparse_linear as kernels
 from thresher.backends.tvm.kernels.cuda import sparse_rows
-from thresher.ir.program import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 
 
 @semantics(ops.sparse_linear.default)

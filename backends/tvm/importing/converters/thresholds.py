@@ -15,7 +15,7 @@ from thresher.backends.tvm.importing.converters.registry import R, cast, cpu_ker
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.backends.tvm.kernels.cpu import kth_largest as kth
-from thresher.ir.program import shape_of
+from thresher.ir.nodes import shape_of
 
 #: (size, t, kept, zero) -> the element, by ``keep``. The comparison stays as it is: its opposite is another one for NaN.
 KEPT: dict[str, Callable[[Any, Any, Any, Any], Any]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from thresher.analysis.slices.facts import Known, known, reduce_to, sizes, slices
 from thresher.analysis.slices.ties import Key, Tie, equal, split
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, mask_of
-from thresher.ir.program import is_tensor
+from thresher.ir.nodes import is_tensor
 
 
 def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:

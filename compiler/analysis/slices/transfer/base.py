@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, hint, sizes
 from thresher.analysis.slices.ties import Key, Tie
-from thresher.ir.program import is_tensor
+from thresher.ir.nodes import is_tensor
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from thresher.analysis.slices.facts import Known, known, sizes, slices
 from thresher.analysis.slices.ties import Key, Tie, equal, ordered
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, aten, evaluate, is_constant, mask_of
 from thresher.ir.lineage import Restore, moved
-from thresher.ir.program import dtype_of
+from thresher.ir.nodes import dtype_of
 
 ops = torch.ops.thresher
 

@@ -1,0 +1,60 @@
+"""The base of approximate passes: what they share is the search for what the budget allows (:mod:`thresher.approximation.search`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from thresher.approximation.calibration import Calibration
+from thresher.approximation.ledger import Change, Spent, coarse
+from thresher.approximation.search import Candidate, Search
+from thresher.errors import PassError
+from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Kind, Note, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class ApproximatePass(Pass):
+    """Base of the approximate passes: a subclass says what could be replaced, and how to replace it."""
+
+    kind: ClassVar[Kind] = "approximate"
+
+    def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
+        """What could be replaced, and refusals for what could not."""
+        raise NotImplementedError
+
+    def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
+        """``program`` with the chosen replacements; at most one per key. Must not change ``program``."""
+        raise NotImplementedError
+
+    def checks(self, result: Program, calibration: Calibration) -> list[str]:
+        """What else a user should know of the result, beside its error: sentences for the report."""
+        return []
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        calibration = context.calibration
+        if calibration is None:
+            raise PassError(
+                f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)"
+            )
+        limit = calibration.budget.limit * context.share
+        if limit == 0:
+            return PassResult(program, [], [Note("", "", "the budget is 0: nothing is approximated")])
+        found, refusals = self.candidates(program, context)
+        search = Search(self.name, self.build, program, calibration, context.progress)
+        chosen = search.run(found, limit)
+        if not chosen:
+            return PassResult(program, [], refusals)
+        result = search.built(chosen)
+        before = calibration.measure(program, calibration.judging).mean
+        judged = search.judged(chosen)
+        changes = [_change(c) for c in chosen]
+        checks = self.checks(result, calibration)
+        spent = Spent(self.name, before, judged.mean, judged, changes, checks)
+        return PassResult(result, [Note(c.node, c.module, c.choice) for c in chosen], refusals, spent=spent)
+
+
+def _change(c: Candidate) -> Change:
+    mass, mask = ([] if t is None else coarse(t.float().tolist()) for t in (c.mass, c.mask))
+    return Change(c.module, c.choice, c.error, 1e3 * c.saved, mass, mask)

@@ -1,0 +1,149 @@
+"""The contract of a pass: what it is given, what it gives back, and what it promises.
+
+A pass is a frozen dataclass with a class-level ``name``; its fields are its options, on the command line too
+(``"fold-channels{strict=true}"``). ``apply`` takes a program and returns a new one with a note for every rewrite and every
+refusal; it never changes its input. :class:`~thresher.rewriting.manager.PassManager` holds passes to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import fx
+
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
+from thresher.analysis.cost.cost import MachineModel, machine_model
+from thresher.approximation.calibration import Calibration
+from thresher.approximation.ledger import Spent
+from thresher.ir.nodes import module_path, source_line
+from thresher.ir.program import Program
+from thresher.rewriting.options import write_options
+from thresher.verification.certificate import Certificate
+
+Kind = Literal["exact", "approximate"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """One rewrite or one refusal: the node's name, the path of its module, a sentence, and the line of the user's code."""
+
+    node: str
+    module: str
+    message: str
+    source: str = ""
+
+    @staticmethod
+    def at(node: fx.Node, message: str) -> Note:
+        """Return the note that says ``message`` of ``node``."""
+        return Note(node.name, module_path(node), message, source_line(node))
+
+
+@dataclass(frozen=True)
+class SkippedZeros:
+    """A layer whose zeros could be skipped.
+
+    ``kind``: whose zeros (``input``, ``gate``, or the layout of a weight: ``rows``, ``panels``, ``runs``); ``nonzero``: the fraction of
+    elements that are not 0; ``saved``: the fraction of the arithmetic that skipping leaves out; ``dense``, ``sparse``: milliseconds without
+    and with skipping, ``measured`` or estimated; ``break_even``: the density from which on dense is faster; ``chosen``: skipped or not.
+    """
+
+    module: str
+    kind: str
+    nonzero: float
+    saved: float
+    dense: float
+    sparse: float
+    break_even: float
+    measured: bool
+    chosen: bool
+
+
+@dataclass
+class PassResult:
+    """What a pass gives back.
+
+    ``rewrites`` is empty where nothing changed; ``program`` is then the one that was given. ``refusals`` are the places that the pass
+    looked at and left alone, each with its reason. The rest is for the report: ``certificate`` proves a fold, ``spent`` is what an
+    approximate pass spent of the budget, ``zeros`` are the layers whose zeros were looked at.
+    """
+
+    program: Program
+    rewrites: list[Note] = field(default_factory=list)
+    refusals: list[Note] = field(default_factory=list)
+    certificate: Certificate | None = None
+    spent: Spent | None = None
+    zeros: Sequence[SkippedZeros] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may look at besides the program.
+
+    ``target``: as in :func:`thresher.compile`. ``progress`` is told what takes long. ``machine``: what the target does in a second;
+    default: a typical one. ``calibration`` is there for approximate passes, and ``share``: the fraction of the budget that may be spent
+    after this pass. ``find_break_even``: seconds that a layer takes dense and skipping zeros; default: estimated.
+    """
+
+    target: str = "cpu"
+    progress: Callable[[str], None] = lambda message: None
+    machine: MachineModel = None  # type: ignore[assignment]
+    calibration: Calibration | None = None
+    share: float = 1.0
+    find_break_even: Callable[[Layer], BreakEven] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "machine", self.machine or machine_model(self.target))
+
+    def break_even(self, layer: Layer) -> BreakEven:
+        """Return what ``layer`` takes dense and skipping zeros, and so from which density on it stays dense."""
+        return estimated(layer, self.machine) if self.find_break_even is None else self.find_break_even(layer)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. A subclass is a frozen dataclass that sets ``name`` and implements :meth:`apply`.
+
+    Attributes:
+        name: by which the pass is asked for, in words joined by hyphens.
+        requires: names of the passes that must run before it.
+        kind: ``exact``: the result computes the same function, which is checked in float64 (1e-9 relative); ``approximate``: see
+            :class:`~thresher.rewriting.approximate_pass.ApproximatePass`.
+        target_ops: where none of these operators occurs, the pass is skipped; empty: it always runs.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[Kind] = "exact"
+    target_ops: ClassVar[tuple[Any, ...]] = ()
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        """Return the rewritten program, with a note for every rewrite and for every place that was looked at and left alone.
+
+        Args:
+            program: well-formed (:meth:`Program.verify`), its shapes and dtypes in ``meta["val"]``. It must not be changed: edit
+                ``program.clone()``, and never write into the tensors of its constants, which clones share.
+            context: the target and what is known of it.
+
+        Returns:
+            A :class:`PassResult` whose program is well-formed again: it takes and returns what it did (structure, shapes, dtypes), every
+            constant is read (``clean()`` drops the others), every new call has metadata (``insert_call`` writes it). Where nothing was
+            rewritten, ``PassResult(program)`` with the refusals. Applied again to its own result, a pass comes to rest.
+
+        New constants are given in float64 where that is more exact than the dtype their node declares. A constant made from parameters
+        leaves a :class:`~thresher.ir.lineage.Restore` in ``program.lineage``, so that training can be carried back to the original.
+
+        Raises:
+            PassError: the pass cannot run at all with these options; any other exception is a defect, after which the manager goes on with
+                the program as it was and reports the failure.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The pass as it is written on the command line: ``make_pass(str(p)) == p``."""
+        changed = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        return self.name + write_options(changed)

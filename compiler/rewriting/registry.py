@@ -1,0 +1,88 @@
+"""Passes by name. Built-in and third-party passes are one thing: entry points of the group ``thresher.passes``, loaded when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+from thresher.errors import PassError
+from thresher.rewriting.contract import Pass
+from thresher.rewriting.options import read_options
+
+GROUP = "thresher.passes"
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register_pass(cls: type[Pass]) -> type[Pass]:
+    """Class decorator: make a pass available by its name, in this process.
+
+    Raises :class:`PassError` where the class has no name, is no frozen dataclass, or has the name of another pass.
+    """
+    if not cls.name:
+        raise PassError(f"{cls.__name__} has no name; give it a class-level `name: ClassVar[str]`")
+    parameters = cls.__dict__.get(
+        "__dataclass_params__"
+    )  # its own: a subclass that is no dataclass inherits its parent's
+    if parameters is None or not parameters.frozen:
+        raise PassError(f"pass {cls.name!r} must be a frozen dataclass: its fields are its options")
+    known = _REGISTRY.get(cls.name)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise PassError(f"two passes are named {cls.name!r}: {known.__qualname__} and {cls.__qualname__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """Return all passes by name, loading those of every installed package."""
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        _load(entry)
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the pass of this name; only its own module is loaded. Raises :class:`PassError` listing the known names."""
+    if name not in _REGISTRY:
+        entries = importlib.metadata.entry_points(group=GROUP)
+        if name not in entries.names:
+            known = sorted({*_REGISTRY, *entries.names})
+            raise PassError(f"unknown pass {name!r}; known passes: {', '.join(known)}")
+        _load(entries[name])
+    return _REGISTRY[name]
+
+
+def make_pass(spec: str | Pass) -> Pass:
+    """Return a pass from its instance, its name, or ``name{option=value,...}``.
+
+    Values are Python literals, or words without quotes: ``fold-channels{strict=true,slack=0.25}``. ``make_pass(str(p)) == p``.
+    Raises :class:`PassError` naming the pass or the option that does not exist, or the type that a value should have.
+    """
+    if isinstance(spec, Pass):
+        return spec
+    name, _, options = spec.partition("{")
+    cls = find_pass(name)
+    if options and not options.endswith("}"):
+        raise PassError(f"cannot read {spec!r}: options are written name{{option=value,...}}")
+    return cls(**_checked(cls, options.removesuffix("}")))
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> None:
+    if entry.name not in _REGISTRY:
+        register_pass(entry.load())
+
+
+def _checked(cls: type[Pass], text: str) -> dict[str, Any]:
+    """Return the options in ``text``, each one of the fields of the pass and of its type."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    known = ", ".join(fields) or "none"
+    try:
+        values = read_options(text)
+    except ValueError as error:
+        raise PassError(f"pass {cls.name!r} has no option {error.args[0]!r}; its options: {known}") from error
+    for key, value in values.items():
+        if key not in fields:
+            raise PassError(f"pass {cls.name!r} has no option {key!r}; its options: {known}")
+        default = fields[key].default
+        if isinstance(default, (bool, int, float)) and not isinstance(value, (bool, int, float)):
+            raise PassError(f"option {key!r} of pass {cls.name!r} takes a {type(default).__name__}, not {value!r}")
+    return values
