@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from thresher.analysis.attention.sites import described
-from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure, record, recorded
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import constant_bytes, count_flops, seconds
 from thresher.analysis.cost.peak_memory import peak_bytes
 from thresher.analysis.slices.batch_independence import (
@@ -32,6 +32,7 @@ from thresher.backends.base import Backend, Executable, LoweringOptions, find_ba
 from thresher.backends.batched import BatchedExecutable
 from thresher.driver import measure_machine
 from thresher.driver.fold_variants import variants
+from thresher.driver.measure_break_even import measure
 from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import InputError, RecordsError, ThresherError, ValidationError
 from thresher.frontend.capture import capture, eval_mode

@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a shared machine: contenders take turns in one process, and medians are compared."""
+"""Time contenders on a shared machine: they take turns in one process, and their medians are compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+Name = TypeVar("Name")
+Sample = TypeVar("Sample")
 PAUSE = 0.1  # seconds between contenders: worker threads of the last one spin for a while before they sleep, and steal a core
 
 
@@ -20,25 +24,39 @@ class Timing:
     rounds: tuple[float, ...] = ()
 
     def over(self, other: Timing) -> float:
-        """How many times as long as ``other``: the median of the ratios of each round, in which both met the same neighbours."""
+        """Return how many times as long this takes as ``other``: the median of the ratios of the rounds.
+
+        In one round both met the same neighbours.
+        """
         return statistics.median(mine / its for mine, its in zip(self.rounds, other.rounds, strict=True))
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 10, calls: int = 3) -> dict[str, Timing]:
-    """Each round gives every contender one warm call and ``calls`` timed ones, in turn."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            time.sleep(PAUSE)
-            call()
-            samples[name].append([_milliseconds(call) for _ in range(calls)])
-    return {name: _timing(values) for name, values in samples.items()}
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
+    """Return the seconds that one call takes."""
     start = time.perf_counter()
     call()
-    return 1e3 * (time.perf_counter() - start)
+    return time.perf_counter() - start
+
+
+def in_turn(contenders: Mapping[Name, Callable[[], Sample]], rounds: int) -> dict[Name, list[Sample]]:
+    """Take one sample of every contender in each round, in turn; return the samples of each."""
+    samples: dict[Name, list[Sample]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, sample in contenders.items():
+            samples[name].append(sample())
+    return samples
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 10, calls: int = 3) -> dict[str, Timing]:
+    """Time the contenders in turn: in each round each makes one warm call and ``calls`` timed ones, after a pause."""
+
+    def sample(call: Callable[[], object]) -> list[float]:
+        time.sleep(PAUSE)
+        call()
+        return [1e3 * seconds(call) for _ in range(calls)]
+
+    samples = in_turn({name: partial(sample, call) for name, call in contenders.items()}, rounds)
+    return {name: _timing(values) for name, values in samples.items()}
 
 
 def _timing(rounds: list[list[float]]) -> Timing:

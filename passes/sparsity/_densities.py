@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost.break_even import FEW, Kind
+from thresher.analysis.cost.break_even import MAX_MEMORY_BOUND_ROWS, Kind
 from thresher.approximation.calibration import watch
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
@@ -86,6 +86,6 @@ def densities(program: Program, sites: Sequence[Site], samples: Sequence[list[An
 def listed(x: Tensor) -> float:
     """The part of the columns of [.., K] that are not 0 in some row of a tile; the mean over the tiles."""
     rows = (x != 0).flatten(0, -2)
-    tile = len(rows) if len(rows) <= FEW else TILE
+    tile = len(rows) if len(rows) <= MAX_MEMORY_BOUND_ROWS else TILE
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % tile))
     return float(rows.unflatten(0, (-1, tile)).any(1).double().mean())

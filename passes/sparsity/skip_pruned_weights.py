@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost.break_even import CACHED, LEFT, RUN, WIDE, Kind, Layer
+from thresher.analysis.cost.break_even import CACHED_BYTES, PANEL_OUTPUTS, PRUNED_DENSITIES, RUN_INPUTS, Kind, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import dtype_of, module_path, shape_of
@@ -45,7 +45,7 @@ class SkipPrunedWeights(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         if context.target.startswith("cuda"):
             return PassResult(program, [], [Note("", "", "GPUs have no kernel for pruned weights")])
-        work, cold = program.clone(), constant_bytes(program) > CACHED
+        work, cold = program.clone(), constant_bytes(program) > CACHED_BYTES
         notes, lines = [], []
         for node in pruned_layers(work):
             weight = work.constants[node.args[1].target].flatten(1)
@@ -112,7 +112,7 @@ def best(
         times = context.break_even(Layer(layout, _rows(node), inputs, outputs, cold))
         tried.append((times.at(density), density, layout, times))
     seconds, density, layout, times = min(tried, key=lambda t: t[0])
-    nonzero, faster = float((weight != 0).double().mean()), times.worth(density)
+    nonzero, faster = float((weight != 0).double().mean()), times.worthwhile(density)
     line = SkippedZeros(
         module_path(node), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
         times.density, times.measured, faster,
@@ -122,9 +122,9 @@ def best(
 
 def stored(weight: Tensor, rows: int) -> dict[Kind, float]:
     """The part of a weight that each layout keeps, where that is not nearly all."""
-    found: dict[Kind, float] = {"rows": _blocks(weight, 1, 1), "panels": _blocks(weight, WIDE, 1)}
-    found |= {"runs": _blocks(weight, 1, RUN)} if rows == 1 else {}
-    return {layout: density for layout, density in found.items() if density <= LEFT[-1]}
+    found: dict[Kind, float] = {"rows": _blocks(weight, 1, 1), "panels": _blocks(weight, PANEL_OUTPUTS, 1)}
+    found |= {"runs": _blocks(weight, 1, RUN_INPUTS)} if rows == 1 else {}
+    return {layout: density for layout, density in found.items() if density <= PRUNED_DENSITIES[-1]}
 
 
 def _blocks(weight: Tensor, high: int, wide: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.cost.break_even import CACHED, FEW, BreakEven, Layer
+from thresher.analysis.cost.break_even import CACHED_BYTES, MAX_MEMORY_BOUND_ROWS, BreakEven, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import module_path, shape_of
@@ -43,15 +43,15 @@ class SkipZeros(Pass):
         work = program.clone()
         sites = sites_of(work)
         if context.target.startswith("cuda"):  # there are kernels for a few rows, whose input is 0
-            sites = [s for s in sites_of(work, ON_A_GPU) if s.kind == "input" and s.rows <= FEW]
+            sites = [s for s in sites_of(work, ON_A_GPU) if s.kind == "input" and s.rows <= MAX_MEMORY_BOUND_ROWS]
         calibration = context.calibration
         samples = [list(work.probe)] if calibration is None else calibration.choosing[:SAMPLES]
         found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
-        cold = constant_bytes(work) > CACHED
+        cold = constant_bytes(work) > CACHED_BYTES
         judged = [Judged(s, d, context.break_even(_layer(s, cold))) for s, d in found.items()]
         notes, lines, done = [], [], set()
         for one in sorted(judged, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
-            chosen = one.times.worth(one.density.listed) and one.site.linear not in done
+            chosen = one.times.worthwhile(one.density.listed) and one.site.linear not in done
             lines.append(one.line(chosen))
             if chosen:
                 done.add(one.site.linear)

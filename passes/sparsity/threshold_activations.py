@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.cost.break_even import CACHED
+from thresher.analysis.cost.break_even import CACHED_BYTES
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.approximation.calibration import watch
 from thresher.approximation.search import Candidate
@@ -91,7 +91,7 @@ class ThresholdActivations(ApproximatePass):
         choices = thresholds(program, targets, samples, kinds, densities)
         context.progress(f"{self.name}: errors of {sum(map(len, choices.values()))} thresholds")
         found = effects(program, targets, choices, samples)
-        cold, made, refusals = constant_bytes(program) > CACHED, [], []
+        cold, made, refusals = constant_bytes(program) > CACHED_BYTES, [], []
         for target in targets:
             times = [context.break_even(layer) for layer in target.layers(cold)]
             own = []

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from thresher.ir.nodes import dtype_of, shape_of
 from thresher.ir.program import Program
 from thresher.tuning.options import Remote, TorchKernel, Tune
 from thresher.tuning.records import Record
+from thresher.tuning.timing import in_turn
 
 FOOTPRINT = 64 << 20  # bytes of weights that certainly leave the cache
 COPIES = 16  # of the weights, at most
@@ -221,10 +223,7 @@ def turns(calls: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str,
     """Median seconds per call, the contenders in turn; fast kernels are called more often in a round."""
     once = min(call(1) for call in calls.values())
     repeats = max(1, min(50, int(ENOUGH / (rounds * len(calls) * max(once, 1e-6)))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(call(repeats))
+    samples = in_turn({name: partial(call, repeats) for name, call in calls.items()}, rounds)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

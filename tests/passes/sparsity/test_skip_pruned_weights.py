@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher
-from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
+from thresher.driver.measure_break_even import measure
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes.sparsity.skip_pruned_weights import SkipPrunedWeights, pattern_of, stored

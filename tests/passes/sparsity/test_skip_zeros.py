@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.modules import Function
-from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, measure, record, recorded
+from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
+from thresher.driver.measure_break_even import measure
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import densities, listed, sites_of
@@ -128,7 +129,7 @@ def test_break_even_points_are_measured_and_remembered() -> None:
 def test_between_what_was_measured() -> None:
     times = BreakEven(2.0, (0.5, 1.5, 4.5), (0.0, 0.5, 1.0))
     assert times.at(0.25) == pytest.approx(1.0) and times.at(0.75) == pytest.approx(3.0) and times.at(1.0) == 4.5
-    assert times.density == pytest.approx(0.54, abs=0.011) and times.worth(0.5) and not times.worth(0.56)
+    assert times.density == pytest.approx(0.54, abs=0.011) and times.worthwhile(0.5) and not times.worthwhile(0.56)
     guess = estimated(Layer("input", 1, 1024, 1024, True), machine_model("cpu"))
     assert guess.at(0.1) < guess.dense < guess.at(1.0) and not guess.measured
     assert estimated(Layer("gate", 64, 64, 64, True), machine_model("cpu")).density <= 0.01
