@@ -6,45 +6,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import thresher
-from thresher.frontend.capture import capture
-from thresher.ir.program import Program
-from thresher.passes import pipelines
-from thresher.rewriting.manager import PassManager
-from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
-
-aten = torch.ops.aten
-SDPA, SPARSE = aten.scaled_dot_product_attention.default, torch.ops.thresher.sparse_attention.default
-
-
-class Masked(nn.Module):
-    def __init__(self, mask: Tensor):
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, self.mask)
-
-
-def qkv(rows: int, keys: int, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, heads, n, 8, generator=g) for n in (rows, keys, keys))  # type: ignore[return-value]
-
-
-def passed(model: nn.Module, *inputs: Tensor) -> Program:
-    program = capture(model, inputs)
-    manager = PassManager([*pipelines.canonicalize, "skip-masked-blocks"], "each")
-    result = manager.run(program)
-    assert [r.failure for r in manager.records if r.status == "reverted"] == []
-    assert not compare_programs(observe(program), result).exceeds(EXACT_TOLERANCE)
-    return result
-
-
-def band(rows: int, keys: int, width: int) -> Tensor:
-    return (torch.arange(rows)[:, None] - torch.arange(keys)).abs() <= width
+from helpers.masked_attention import SDPA, SPARSE, Masked, band, passed, qkv
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -92,14 +57,3 @@ def test_heads_have_their_own_blocks() -> None:
 def test_compiled_with_a_band() -> None:
     compiled = thresher.compile(Masked(band(300, 300, 16)), qkv(300, 300))
     assert all(c.passed for c in compiled.report.checks)
-
-
-def test_repeated_key_heads_are_shared() -> None:
-    class Grouped(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = (t[:, :, None].expand(1, 2, 3, 20, 8).reshape(1, 6, 20, 8) for t in (k, v))
-            return F.scaled_dot_product_attention(q, k, v)
-
-    q, (_, k, v) = qkv(20, 20, 6)[0], qkv(20, 20)
-    (node,) = passed(Grouped(), q, k, v).calls(SDPA)
-    assert node.kwargs["enable_gqa"] and node.args[1].op == "placeholder"

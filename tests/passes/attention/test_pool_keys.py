@@ -1,0 +1,82 @@
+"""Means of keys: exact where keys are equal, measured as built, and within the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thresher
+from helpers.attention import SLOW, Layers, canonical, sequences
+from thresher import Budget
+from thresher.analysis.attention.sites import SDPA, attention_sites
+from thresher.approximation.calibration import Calibration
+from thresher.frontend.capture import capture
+from thresher.ir.folded_module import to_module
+from thresher.ir.nodes import shape_of
+from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_means_of_equal_keys_are_exact(fused: bool, masked: bool) -> None:
+    x = sequences(1, 128, 4)[0]
+    there = (torch.arange(128) % 8 < 4).reshape(1, -1)
+    there[:, 0::4] = False  # of some runs a part is masked, of others all
+    inputs = (x, there) if masked else (x,)
+    program = canonical(Layers(1, fused), *inputs)
+    work = program.clone()
+    (pooling,) = [p for p in poolings(128, (4,))]
+    edit(work, attention_sites(work)[0][0].node.name, pooling)
+    work.clean().verify()
+    assert shape_of(next(work.calls(SDPA)).args[1])[2] == 32
+    assert compare(program.run(*inputs), work.run(*inputs)).relative < 1e-5
+
+
+def test_the_error_is_measured_on_what_is_built() -> None:
+    x = sequences(1)[0]
+    program = canonical(Layers(1), x)
+    (site,) = attention_sites(program)[0]
+    values: dict = {}
+    program.run(x, watch=values.__setitem__)
+    pooling = poolings(64, (2,))[-1]
+    work = program.clone()
+    edit(work, site.node.name, pooling)
+    seen: dict = {}
+    work.clean().run(x, watch=lambda node, value: seen.__setitem__(node.name, value))
+    assert not compare([_pooled(site, values, pooling)], [seen[site.node.name]]).exceeds(1e-5)
+
+
+def test_squares_of_an_image_and_what_stands_before_it() -> None:
+    pooling = poolings(1 + 14 * 14, (4,))[0]
+    assert pooling.count == 1 + 7 * 7 and pooling.assign[0] == 0
+    image = pooling.assign[1:].reshape(14, 14)
+    assert image[0, 0] == image[1, 1] == image[0, 1] == 1 and image[0, 2] == 2 and image[2, 0] == 8
+
+
+def test_smooth_keys_are_averaged_within_the_budget() -> None:
+    data = [x + 0.01 * torch.randn_like(x) for x in sequences(12, 128, 2)]
+    program = canonical(Layers(2), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.01))
+    manager = PassManager([PoolKeys()])
+    result = manager.run(program, Context(machine=SLOW, calibration=calibration))
+    assert {shape_of(n.args[1])[2] for n in result.calls(SDPA)} == {64}
+    assert manager.ledger[0].held_out.bound <= 0.01
+    compiled = thresher.compile(to_module(result), (data[0],), passes="none")
+    assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+def test_causal_keys_are_not_averaged() -> None:
+    class Causal(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    data = list(torch.randn(8, 1, 2, 128, 8))
+    program = capture(Causal(), (data[0],))
+    manager = PassManager([PoolKeys()])
+    manager.run(program, Context(calibration=Calibration.of(program, data, Budget(rel_l2=0.5))))
+    assert "look ahead" in manager.records[0].refusals[0].message

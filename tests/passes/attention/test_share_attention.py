@@ -1,0 +1,30 @@
+"""Attention weights that are taken over from the layer before."""
+
+from __future__ import annotations
+
+import torch
+
+from helpers.attention import Layers, canonical, sequences
+from thresher import Budget
+from thresher.analysis.attention.sites import SDPA
+from thresher.approximation.calibration import Calibration
+from thresher.passes.attention.share_attention import ShareAttention
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
+
+
+def test_weights_are_taken_over_from_layers_that_are_alike() -> None:
+    model = Layers(3)
+    with torch.no_grad():
+        for maps in model.maps:
+            maps[0].load_state_dict(model.maps[0][0].state_dict())
+            maps[1].load_state_dict(model.maps[0][1].state_dict())
+            maps[3].weight *= 0.02
+    data = sequences(12)
+    program = canonical(model, data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.02))
+    manager = PassManager([ShareAttention()])
+    result = manager.run(program, Context(calibration=calibration))
+    assert len({n.args[:2] for n in result.calls(SDPA)}) == 1
+    linears = [len(list(p.calls(torch.ops.aten.linear.default))) for p in (program, result)]
+    assert linears == [12, 8]

@@ -1,0 +1,37 @@
+"""Blocks of small attention weights are left out, within the budget."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import thresher
+from helpers.attention import SLOW, canonical
+from thresher import Budget
+from thresher.approximation.calibration import Calibration
+from thresher.ir.folded_module import to_module
+from thresher.passes.attention.skip_small_weights import SkipSmallWeights
+from thresher.rewriting.contract import Context
+from thresher.rewriting.manager import PassManager
+from thresher.verification.compare import compare
+
+
+def test_small_weights_are_left_out_within_the_budget() -> None:
+    class Peaked(nn.Module):
+        """Every token looks at those like it, which lie together."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.reshape(1, 128, 2, 8).transpose(1, 2)
+            return F.scaled_dot_product_attention(3 * q, q, q).transpose(1, 2).reshape(1, 128, 16)
+
+    groups = torch.randn(12, 1, 4, 16, generator=torch.Generator().manual_seed(0)) * 2
+    data = [g.repeat_interleave(32, 1) + 0.1 * torch.randn(1, 128, 16) for g in groups]
+    program = canonical(Peaked(), data[0])
+    calibration = Calibration.of(program, data, Budget(rel_l2=0.01))
+    manager = PassManager([SkipSmallWeights()])
+    result = manager.run(program, Context(machine=SLOW, calibration=calibration))
+    (note,) = manager.records[0].rewrites
+    assert "left out" in note.message and manager.ledger[0].held_out.bound <= 0.01
+    compiled = thresher.compile(to_module(result), (data[0],), passes="none")
+    assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)

@@ -1,0 +1,108 @@
+"""Attention: every spelling before, one site after, the same function; and what is refused, by its message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from helpers.canonical import canonical, count
+from helpers.modules import Function
+from thresher.ir.folded_module import to_module
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+Q, K, V = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+BELOW = torch.ones(5, 5, dtype=torch.bool).tril()
+ATTENTION: dict[str, Callable] = {
+    "divide": lambda q, k, v: (q @ k.transpose(-1, -2) / math.sqrt(4)).softmax(-1) @ v,
+    "multiply": lambda q, k, v: torch.softmax(torch.matmul(q, k.mT) * 0.5, dim=-1) @ v,
+    "scaled queries": lambda q, k, v: ((q * 0.5) @ k.mT).softmax(-1) @ v,
+    "no scale": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "mask": lambda q, k, v: (q @ k.mT / 2 + v[0, 0, :, :1].T).softmax(-1) @ v,
+    "mask first": lambda q, k, v: (v[0, 0, :, :1].T + q @ k.mT).softmax(-1) @ v,
+    "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, False) @ v,
+    "where": lambda q, k, v: torch.where(BELOW, q @ k.mT / 2, -math.inf).softmax(-1) @ v,
+    "masked fill": lambda q, k, v: (q @ k.mT / 2).masked_fill(~BELOW, -1e9).softmax(-1) @ v,
+    "masked and biased": lambda q, k, v: ((q @ k.mT).masked_fill(~BELOW, -1e9) + v[0, 0, :, :1].T).softmax(-1) @ v,
+    "biased, then scaled": lambda q, k, v: ((q @ k.mT + v[0, 0, :, :1].T) * 0.5).softmax(-1) @ v,
+    "scaled by head": lambda q, k, v: ((q @ k.mT) * v[0, :, :1, :1]).softmax(-1) @ v,
+    "windows": lambda q, k, v: ((q @ k.mT).view(1, 2, 3, 5, 5) + v[0, 0, :, :1].T).view(2, 3, 5, 5).softmax(-1) @ v,
+    "alibi by baddbmm": lambda q, k, v: (
+        torch.baddbmm(
+            v[:, :, 0, :1].reshape(6, 1, 1) * torch.arange(5), q.reshape(6, 5, 4), k.reshape(6, 5, 4).mT, alpha=0.5
+        )
+        .view(2, 3, 5, 5)
+        .softmax(-1)
+        .view(6, 5, 5)
+        .bmm(v.reshape(6, 5, 4))
+        .view(2, 3, 5, 4)
+    ),
+    "channels first": lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT,
+    "in float64 between": lambda q, k, v: (q @ k.mT).double().softmax(-1).float() @ v,
+    "bmm": lambda q, k, v: torch.bmm(torch.bmm(q[0], k[0].mT).softmax(-1), v[0]),
+    "einsum": lambda q, k, v: torch.einsum("bhls,bhsd->bhld", torch.einsum("bhld,bhsd->bhls", q, k).softmax(-1), v),
+    "split heads": lambda q, k, v: (
+        (
+            q.transpose(1, 2).reshape(2, 5, 3, 4).permute(0, 2, 1, 3)
+            @ k.permute(0, 2, 1, 3).reshape(2, 5, 3, 4).permute(0, 2, 3, 1)
+        ).softmax(-1)
+        @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_attention_spellings(name: str) -> None:
+    program, _ = canonical(Function(ATTENTION[name]), Q, K, V)
+    assert count(program, SDPA) == 1 and count(program, aten.softmax.int) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda q, k, v: (lambda w: w @ v + w.sum())((q @ k.mT).softmax(-1)), "used besides"),
+        (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not over the keys"),
+        (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "not a scaled product"),
+        (lambda q, k, v: ((q @ k.mT + v[..., :1].mT).tanh() * 3).softmax(-1) @ v, "capped"),
+        (lambda q, k, v: torch.where(BELOW, q @ k.mT, 0.0).softmax(-1) @ v, "not a large negative number"),
+        (lambda q, k, v: (q @ k.mT).transpose(0, 1).reshape(2, 3, 5, 5).softmax(-1) @ v, "change places"),
+    ],
+)
+def test_what_is_no_attention_site(function: Callable, message: str) -> None:
+    program, records = canonical(Function(function), Q, K, V)
+    assert count(program, SDPA) == 0
+    assert message in records["canonicalize-attention"].refusals[0].message
+
+
+def test_masks_are_not_trained() -> None:
+    """What stands for masked and allowed scores is no parameter of the model that rewrite returns."""
+    masked = Function(lambda q, k, v: (q @ k.mT).masked_fill(q[0, 0, :, :1] > 0, -1e9).softmax(-1) @ v)
+    program, _ = canonical(masked, Q, K, V)
+    assert count(program, SDPA) == 1 and program.constants and not list(to_module(program).parameters())
+
+
+def test_capped_scores() -> None:
+    program, _ = canonical(
+        Function(lambda q, k, v: (torch.tanh(q @ k.mT / 2 / 5) * 5 + BELOW.log()).softmax(-1) @ v), Q, K, V
+    )
+    assert count(program, torch.ops.thresher.sparse_attention.default) == 1 and count(program, aten.softmax.int) == 0
+
+
+def test_talking_heads_are_named() -> None:
+    mix = nn.Linear(3, 3)
+    talking = Function(lambda q, k, v, m: m((q @ k.mT).softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v, mix)
+    _, records = canonical(talking, Q, K, V)
+    assert "talking heads" in records["canonicalize-attention"].refusals[0].message
+
+
+def test_multihead_attention_module() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    program, _ = canonical(Function(lambda x, a: a(x, x, x)[0], layer), torch.randn(2, 5, 8))
+    assert count(program, SDPA) == 1
+    program, _ = canonical(Function(lambda x, a: a(x, x, x, need_weights=False)[0], layer), torch.randn(2, 5, 8))
+    assert count(program, SDPA) == 1

@@ -1,0 +1,42 @@
+"""Calls on constants alone are evaluated; random numbers are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from helpers.canonical import canonical
+from helpers.modules import Function
+from thresher.frontend.capture import capture
+from thresher.rewriting.manager import PassManager
+
+aten = torch.ops.aten
+
+
+def test_masks_parametrizations_and_grids_are_evaluated() -> None:
+    torch.manual_seed(0)
+    masked = nn.Linear(6, 6)
+    prune.l1_unstructured(masked, "weight", 0.5)
+    normed = parametrizations.weight_norm(nn.Linear(6, 6))
+    model = Function(lambda x, a, b: b(a(x)) * torch.arange(6) + torch.ones(6).cumsum(0), masked, normed)
+    program, _ = canonical(model, torch.randn(2, 6))
+    assert [n.target for n in program.calls()] == [
+        aten.linear.default,
+        aten.linear.default,
+        aten.mul.Tensor,
+        aten.add.Tensor,
+    ]
+
+
+def test_a_mask_used_often_becomes_one_constant() -> None:
+    layer = nn.Linear(6, 6, bias=False)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    program, _ = canonical(Function(lambda x, a: a(a(a(x).relu()).relu()), layer), torch.randn(2, 6))
+    assert len(program.constants) == 1
+
+
+def test_random_numbers_are_not_constants() -> None:
+    program = capture(Function(lambda x: x + torch.rand(3)), (torch.randn(3),))
+    result = PassManager(["evaluate-constants"], "off").run(program)
+    assert any("rand" in str(n.target) for n in result.calls())

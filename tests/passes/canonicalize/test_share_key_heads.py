@@ -1,0 +1,19 @@
+"""Keys that are repeated for groups of query heads are stored once."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers.masked_attention import SDPA, passed, qkv
+
+
+def test_repeated_key_heads_are_shared() -> None:
+    class Grouped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (t[:, :, None].expand(1, 2, 3, 20, 8).reshape(1, 6, 20, 8) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q, (_, k, v) = qkv(20, 20, 6)[0], qkv(20, 20)
+    (node,) = passed(Grouped(), q, k, v).calls(SDPA)
+    assert node.kwargs["enable_gqa"] and node.args[1].op == "placeholder"

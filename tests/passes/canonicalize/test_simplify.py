@@ -1,0 +1,77 @@
+"""Simplification: what does nothing goes, products with constants are linear, equal calls are made once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers.canonical import canonical, count
+from helpers.modules import Function
+from thresher.frontend.capture import capture
+from thresher.rewriting.manager import PassManager
+
+aten = torch.ops.aten
+
+
+def test_no_ops_go() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = F.dropout(x.clone().detach(), 0.5, False) * 1 + 0
+        return y[:, :].view(y.shape).to(torch.float32).contiguous().relu()
+
+    program, _ = canonical(Function(f), torch.randn(2, 6))
+    assert [n.target for n in program.calls()] == [aten.relu.default]
+
+
+def test_parts_become_slices() -> None:
+    def f(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        c, d, e = b.split([1, 1, 1], -1)
+        return torch.cat([a * c, d - e], -1) + torch.stack(x.unbind(0)).sum()
+
+    program, _ = canonical(Function(f), torch.randn(2, 6))
+    assert count(program, aten.slice.Tensor) >= 4
+    assert not any("split" in str(n.target) or "chunk" in str(n.target) for n in program.calls())
+
+
+@pytest.mark.parametrize("spelling", ["matmul", "mm", "addmm", "einsum"])
+def test_products_with_a_constant_are_linear(spelling: str) -> None:
+    w, b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = w, b
+
+        def forward(self, x: Tensor) -> Tensor:
+            if spelling == "einsum":
+                return torch.einsum("ni,io->no", x, self.w)
+            return torch.addmm(self.b, x, self.w) if spelling == "addmm" else getattr(torch, spelling)(x, self.w)
+
+    program, _ = canonical(Product(), torch.randn(3, 6))
+    assert count(program, aten.linear.default) == 1
+
+
+def test_what_is_computed_twice_is_computed_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = x.relu().sum(-1), x.relu().sum(-1)
+            return a + b + x.relu().sum(0)
+
+    x = torch.randn(3, 3)
+    program = PassManager(["simplify"]).run(capture(Twice(), (x,)))
+    targets = [n.target for n in program.calls()]
+    assert targets.count(torch.ops.aten.relu.default) == 1 and targets.count(torch.ops.aten.sum.dim_IntList) == 2
+    assert torch.equal(program.run(x)[0], Twice()(x))
+
+
+def test_numbers_of_other_kinds_are_not_the_same() -> None:
+    class Kinds(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x + 1, x + 1.0, x.float() / 0.0, x.float() / -0.0]
+
+    x = torch.tensor([1, 2, 3])
+    program = PassManager(["simplify"]).run(capture(Kinds(), (x,)))
+    for wanted, found in zip(Kinds()(x), program.run(x)):
+        assert wanted.dtype is found.dtype and torch.equal(wanted, found)
