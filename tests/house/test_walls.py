@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import networkx as nx
 import pytest
+import rooms
+from rooms import ROOT
 
-ROOT = Path(__file__).parents[2]
-PLACES = {
-    "compiler": "thresher",
-    "passes": "thresher.passes",
-    "backends": "thresher.backends",
-    "models": "thresher.models",
-}
 #: Imports that stand where none may. Each step of the move deletes some; the goal is none.
 EXCEPTIONS = {
     ("thresher.analysis.attention.kinds", "thresher.analysis.attention.sites"),
@@ -32,30 +24,9 @@ WALLS = [
 ]
 
 
-def modules() -> dict[str, Path]:
-    """Every module by its dotted name."""
-    found = {}
-    for place, package in PLACES.items():
-        for path in (ROOT / place).rglob("*.py"):
-            parts = path.relative_to(ROOT / place).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = path
-    return found
-
-
 def imports() -> nx.DiGraph:
-    """An edge from every module to every module of ours that it imports, wherever in its text."""
-    files, graph = modules(), nx.DiGraph()
-    for name, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                named = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                named = [
-                    f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in files else node.module for a in node.names
-                ]
-            else:
-                continue
-            graph.add_edges_from((name, other) for other in named if other in files and other != name)
+    """Return the imports between modules, without the exceptions."""
+    graph = rooms.imports()
     graph.remove_edges_from(EXCEPTIONS)
     return graph
 
