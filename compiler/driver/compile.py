@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from thresher.analysis.attention.sites import described
+from thresher.analysis.attention.summary import describe_attentions
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import constant_bytes, count_flops, seconds
 from thresher.analysis.cost.peak_memory import peak_bytes
@@ -552,7 +552,7 @@ class _Build:
             library=list(self.lowered.library), approximation=self.approximation,
             sparsity=self.zeros,
             spent=[] if self.exact is None else self.ledger,
-            attention=described(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
+            attention=describe_attentions(self.exact or self.rewritten), estimate=1e3 * seconds(self.rewritten, self.machine),
             memory={**self.lowered.memory, "one operator at a time": peak_bytes(self.rewritten)},
             graph=graph, kernels=self.kernels(), batch=self._batch(),
         )  # fmt: skip

@@ -105,7 +105,7 @@ def poolings(keys: int, factors: Sequence[int]) -> list[Pooling]:
 def _unfit(site: AttentionSite) -> str:
     if site.causal:
         return "causal: a mean would look ahead"
-    if site.masks_by_place:
+    if site.masks_by_position:
         return "a mask by places"
     return "" if poolings(site.shape[3], (2, 4)) else f"{site.shape[3]} keys are few already"
 

@@ -89,7 +89,7 @@ class PoolValues(ApproximatePass):
 def _unfit(site: AttentionSite) -> str:
     if site.causal:
         return "causal: it would look ahead"
-    if site.masks_by_place:
+    if site.masks_by_position:
         return "a mask by places"
     return "grouped heads" if shape_of(site.k)[1] != site.shape[1] else ""
 

@@ -89,7 +89,7 @@ class Pyramid:
         site = self.site
         if site.causal:
             return "causal: a mean would look ahead"
-        if site.masks_by_place:
+        if site.masks_by_position:
             return "a mask by places"
         if site.shape[3] % self.blocks.k:  # blocks of means follow whole blocks of keys
             return f"{site.shape[3]} keys are no whole blocks of {self.blocks.k}"

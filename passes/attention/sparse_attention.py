@@ -94,7 +94,7 @@ class SparseAttention(ApproximatePass):
         if self.static:
             for name, grid in static_patterns(mass, *site.shape[2:], blocks.q, blocks.k).items():
                 found[name] = [HeadPattern(g) for g in grid.expand(heads, rows, columns)]
-        if self.selected and not site.masks_by_place:  # else the means of blocks cannot be told
+        if self.selected and not site.masks_by_position:  # else the means of blocks cannot be told
             nothing = torch.zeros(rows, columns, dtype=torch.bool)
             for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
                 words, groups = f"the {keep} most promising of {columns} blocks", 2 * -(-keep // GROUP)

@@ -46,7 +46,7 @@ def _stream_behind(site: AttentionSite) -> fx.Node | str:
     batch, _, rows, keys = site.shape
     if rows != keys:
         return "queries and keys are different tokens"
-    if site.causal or site.masks_by_place:
+    if site.causal or site.masks_by_position:
         return "a mask by places"
     node: fx.Node | None = site.node
     while node is not None:

@@ -9,18 +9,22 @@ from rooms import ROOT
 
 #: Imports that stand where none may. Each step of the move deletes some; the goal is none.
 EXCEPTIONS = {
-    ("thresher.analysis.attention.kinds", "thresher.analysis.attention.sites"),
     ("thresher.artifact.bundle", "thresher.artifact.writer"),
     ("thresher.backends.tvm.importing.importer", "thresher.backends.tvm.importing.converters"),
     ("thresher.report.html", "thresher.report.data"),
 }
 MOST_LOOSE = 5  # modules in compiler/ itself
+#: What analyses and what they stand on: these import nothing from rewriting upward.
+LOWER = ("ir", "ops", "analysis", "approximation", "verification", "tuning")
+UPPER = (
+    *("rewriting", "frontend", "exporters", "report", "artifact", "debugging", "driver", "cli", "testing"),
+    *("passes", "backends"),
+)
 #: (who, must not import, from whom).
 WALLS = [
     ("thresher.passes", "thresher.backends"),
     ("thresher.backends", "thresher.passes"),
-    ("thresher.analysis", "thresher.passes"),
-    ("thresher.ops", "thresher.passes"),
+    *((f"thresher.{lower}", f"thresher.{upper}") for lower in LOWER for upper in UPPER),
 ]
 
 

@@ -11,7 +11,8 @@ from torch import nn
 import thresher
 from helpers.architectures import build
 from helpers.transformer_models import TEXT, THERE, TOKENS, transformers
-from thresher.analysis.attention.sites import SOFTMAX, attention_sites, described
+from thresher.analysis.attention.sites import SOFTMAX, attention_sites
+from thresher.analysis.attention.summary import describe_attentions
 from thresher.frontend.capture import capture
 from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import EXACT_TOLERANCE, compare
@@ -130,7 +131,7 @@ KINDS = {
 def test_kinds_that_models_were_trained_with_are_named(name: str) -> None:
     make, wanted = KINDS[name]
     program = PassManager(thresher.pipelines.canonicalize, "off").run(capture(*make()))
-    words = [line.partition(":")[0] for _, line in described(program)]
+    words = [line.partition(":")[0] for _, line in describe_attentions(program)]
     assert {w: words.count(w) for w in wanted} == wanted
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.attention.kinds import kind_of, mixers
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import is_tensor, module_path, shape_of
 from thresher.ir.program import Program
@@ -20,9 +19,9 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One dense attention with static shapes: q [B, H, L, E], k [B, G, S, E], v [B, G, S, F], mask broadcast to [B, H, L, S].
+    """A dense attention with static shapes: q [B, H, L, E], k [B, G, S, E], v [B, G, S, F], mask broadcast to [B, H, L, S].
 
-    ``projection``: the weight of the linear layer behind it, [C, H * F], if the heads go there side by side."""
+    ``projection``: the weight of the linear layer after it, [C, H * F], if the heads go there side by side."""
 
     node: fx.Node
     q: fx.Node
@@ -35,17 +34,18 @@ class AttentionSite:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """B, H, L, S"""
+        """The sizes (B, H, L, S)."""
         b, h, rows, _ = shape_of(self.q)
         return b, h, rows, shape_of(self.k)[2]
 
     @property
     def module(self) -> str:
+        """The dotted path of the module that the attention stands in."""
         return module_path(self.node)
 
     @property
-    def masks_by_place(self) -> bool:
-        """Whether the mask is more than a row of keys, [B or 1, 1, 1, S], that all queries and heads share."""
+    def masks_by_position(self) -> bool:
+        """True if the mask is more than a row of keys, [B or 1, 1, 1, S], that all queries and heads share."""
         return self.mask is not None and (len(shape_of(self.mask)) != 4 or shape_of(self.mask)[1:3] != (1, 1))
 
     def __str__(self) -> str:
@@ -58,13 +58,13 @@ class AttentionSite:
         return ", ".join([*parts, *([f"batch {batch}"] if batch > 1 else [])])
 
     def flops(self) -> float:
-        """Of both products."""
+        """Return the floating-point operations of both products."""
         b, h, rows, keys = self.shape
         return 2.0 * b * h * rows * keys * (shape_of(self.q)[3] + shape_of(self.v)[3])
 
 
 def site_of(node: fx.Node) -> AttentionSite | str:
-    """The site at an attention, or why it has another form."""
+    """Return the site at an attention, or the reason why it has another form."""
     q, k, v = node.args[:3]
     if any(len(shape_of(n)) != 4 for n in (q, k, v)):
         return "queries, keys and values have not the four dimensions batch, heads, tokens, channels"
@@ -79,42 +79,32 @@ def site_of(node: fx.Node) -> AttentionSite | str:
 
 
 def attention_sites(program: Program) -> tuple[list[AttentionSite], dict[fx.Node, str]]:
-    """All sites in order, and what looks like an attention and is none, with the reason."""
-    found, others = [], {}
+    """Return all sites in order, and the other attentions, each with the reason why it has another form."""
+    sites, others = [], {}
     for node in program.calls(SDPA):
         site = site_of(node)
         if isinstance(site, str):
             others[node] = site
         else:
-            found.append(site)
-    return found, others
-
-
-def described(program: Program) -> list[tuple[str, str]]:
-    """(module, what it is) of every attention: of the sites with their kind, of those of another form, of those already over lists of
-    blocks, and of means that stand in for one."""
-    sites, others = attention_sites(program)
-    lines = [(s.node, s.module, ": ".join(filter(None, (kind_of(program, s), str(s))))) for s in sites]
-    lines += [(n, module_path(n), "pooling instead of attention") for n in mixers(program)]
-    lines += [(node, module_path(node), f"an attention, and {reason}") for node, reason in others.items()]
-    lines += [
-        (n, module_path(n), "over lists of blocks") for n in program.calls(torch.ops.thresher.sparse_attention.default)
-    ]
-    return [(module, words) for _, module, words in sorted(lines, key=lambda line: line[0])]
+            sites.append(site)
+    return sites, others
 
 
 def head_weights(program: Program, site: AttentionSite) -> Tensor:
-    """What a change of each head's output weighs behind the projection: float64 [H, F, F], W_h^T W_h; identities where there is none."""
+    """Return the quadratic form by which a change of each head's output counts after the projection.
+
+    It is W_h^T W_h per head, float64 [H, F, F]; identities where there is no projection.
+    """
     heads, width = shape_of(site.node)[1], shape_of(site.node)[3]
     weight = program.constant(site.projection)
     if weight is None:
         return torch.eye(width, dtype=torch.float64).expand(heads, -1, -1)
-    parts = weight.double().unflatten(1, (heads, width)).permute(1, 0, 2)
-    return parts.mT @ parts
+    head_columns = weight.double().unflatten(1, (heads, width)).permute(1, 0, 2)
+    return head_columns.mT @ head_columns
 
 
 def _projection(node: fx.Node) -> fx.Node | None:
-    """[B, H, L, F] -> permute -> [B, L, H, F] -> reshape -> [B, L, H F] -> linear"""
+    """Return the weight after [B, H, L, F] -> permute -> [B, L, H, F] -> reshape -> [B, L, H F] -> linear, if that is how it goes on."""
     heads, width = shape_of(node)[1], shape_of(node)[3]
     swap = _only_user(node)
     if swap is None or swap.target is not aten.permute.default or [d % 4 for d in swap.args[1]] != [0, 2, 1, 3]:
