@@ -8,7 +8,7 @@ refusal; it never changes its input. :class:`~thresher.rewriting.manager.PassMan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +18,10 @@ from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import MachineModel, machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.ledger import Spent
+from thresher.errors import PassError
 from thresher.ir.nodes import module_path, source_line
 from thresher.ir.program import Program
-from thresher.rewriting.options import write_options
+from thresher.rewriting.options import has_type_of, names_in, type_name, write_options
 from thresher.verification.certificate import Certificate
 
 Kind = Literal["exact", "approximate"]
@@ -119,6 +120,21 @@ class Pass:
     kind: ClassVar[Kind] = "exact"
     target_ops: ClassVar[tuple[Any, ...]] = ()
 
+    def __post_init__(self) -> None:
+        """Raise :class:`PassError` for an option of another type than its default; a subclass that checks more calls this first."""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if not has_type_of(option.default, value):
+                wanted = type_name(option.default)
+                raise PassError(f"option {option.name!r} of pass {self.name!r} takes {wanted}, not {value!r}")
+            if isinstance(value, list):
+                object.__setattr__(self, option.name, tuple(value))
+
+    def require(self, holds: bool, option: str, rule: str) -> None:
+        """Raise :class:`PassError` that ``option`` must be ``rule``, unless that ``holds``."""
+        if not holds:
+            raise PassError(f"option {option!r} of pass {self.name!r} must be {rule}, not {getattr(self, option)!r}")
+
     def apply(self, program: Program, context: Context) -> PassResult:
         """Return the rewritten program, with a note for every rewrite and for every place that was looked at and left alone.
 
@@ -140,6 +156,11 @@ class Pass:
                 the program as it was and reports the failure.
         """
         raise NotImplementedError
+
+    def require_names(self, option: str, known: Iterable[str]) -> None:
+        """Raise :class:`PassError` unless every name in the text of ``option`` is ``known``."""
+        unknown = set(names_in(getattr(self, option))) - set(known)
+        self.require(not unknown, option, f"some of {', '.join(known)}, joined by plus signs")
 
     def __str__(self) -> str:
         """The pass as it is written on the command line: ``make_pass(str(p)) == p``."""

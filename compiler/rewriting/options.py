@@ -29,10 +29,11 @@ def read_options(text: str) -> dict[str, Any]:
 
 def _items(text: str) -> Iterator[str]:
     """Yield what stands between commas, but for those within quotes or brackets."""
-    item, quote, depth = "", "", 0
+    item, quote, depth, escaped = "", "", 0, False
     for character in text:
         if quote:
-            quote = "" if character == quote and not item.endswith("\\") else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
         else:
@@ -69,3 +70,27 @@ def _value(tree: ast.expr) -> Any:
     if isinstance(tree, ast.List):
         return list(map(_value, tree.elts))
     return ast.literal_eval(tree)
+
+
+def names_in(text: str) -> list[str]:
+    """Return the names in ``a+b`` or ``a,b``."""
+    return [name.strip() for name in text.replace("+", ",").split(",")]
+
+
+def has_type_of(default: Any, value: Any) -> bool:
+    """Return whether ``value`` may stand for ``default``: an int for a float, a list for a tuple, anything for what is no plain type."""
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, (int, float)):
+        number = (int, float) if isinstance(default, float) else int
+        return isinstance(value, number) and not isinstance(value, bool) and value == value
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(has_type_of(default[0], item) for item in value if default)
+    return True
+
+
+def type_name(default: Any) -> str:
+    """Return how a message names the type of an option with this default."""
+    if isinstance(default, tuple) and default:
+        return f"a tuple of {type(default[0]).__name__}"
+    return f"{'an' if isinstance(default, int) and not isinstance(default, bool) else 'a'} {type(default).__name__}"

@@ -52,6 +52,10 @@ class PoolKeys(ApproximatePass):
     target_ops: ClassVar[tuple] = (SDPA,)
     factors: tuple[int, ...] = (2, 4, 8)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(all(f > 1 for f in self.factors), "factors", "numbers of keys from 2 on")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found, others = attention_sites(program)

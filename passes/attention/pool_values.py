@@ -54,6 +54,11 @@ class PoolValues(ApproximatePass):
     target_ops: ClassVar[tuple] = (SDPA,)
     windows: tuple[int, ...] = (0, 3, 5, 9)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        odd = all(w == 0 or (w > 0 and w % 2) for w in self.windows)
+        self.require(odd, "windows", "odd numbers of tokens, or 0 for all of them")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found, _ = attention_sites(program)

@@ -135,6 +135,11 @@ class PyramidAttention(ApproximatePass):
     factor: int = 4
     block: int = 0  # keys of a block; 0: by the length
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.factor > 1, "factor", "a number of keys from 2 on")
+        self.require(self.block >= 0, "block", "a number of keys, or 0 for one by the length")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         all_sites = [self.pyramid(s, context.target) for s in attention_sites(program)[0]]

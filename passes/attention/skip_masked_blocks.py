@@ -40,6 +40,10 @@ class SkipMaskedBlocks(Pass):
     target_ops: ClassVar[tuple] = (SDPA,)
     max_remaining_cost: float = 0.9  # at most this part of the dense cost may be left, else nothing is changed
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.max_remaining_cost >= 0, "max_remaining_cost", "a fraction of the dense cost, from 0 on")
+
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         for node in list(work.calls(SDPA)):

@@ -41,6 +41,10 @@ class SkipSmallWeights(ApproximatePass):
     target_ops: ClassVar[tuple] = (SDPA,)
     skips: tuple[float, ...] = (4.0, 6.0, 8.0, 10.0, 12.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(all(s > 0 for s in self.skips), "skips", "positive numbers s, of weights under exp(-s)")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found, _ = attention_sites(program)

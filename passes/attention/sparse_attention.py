@@ -65,6 +65,10 @@ class SparseAttention(ApproximatePass):
     static: bool = True
     selected: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.block >= 0, "block", "a number of tokens, or 0 for one by the length")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found, others = attention_sites(program)

@@ -38,6 +38,10 @@ class EvaluateConstants(Pass):
     name: ClassVar[str] = "evaluate-constants"
     limit: int = 1 << 24  # a result may have this many elements, or as many as the constants it is made from
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.limit >= 0, "limit", "a number of elements, from 0 on")
+
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         values: dict[fx.Node, Any] = {}

@@ -52,9 +52,14 @@ class FoldChannels(Pass):
     strict: bool = False
     round_to: int = 0  # keep dead channels up to a multiple of this (0: the target's tile, 1: never) ...
     slack: float = 0.125  # ... where that is at most this fraction more: a part-filled tile costs as much as a full one
-    min_improvement: float = (
-        1.25  # two sides of an edge keep different channels where that saves this many times what it costs; inf: never
-    )
+    #: Two sides of an edge keep different channels where that saves this many times what it costs; inf: never.
+    min_improvement: float = 1.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.round_to >= 0, "round_to", "a number of channels, or 0 for the target's tile")
+        self.require(self.slack >= 0, "slack", "a fraction of the channels, from 0 on")
+        self.require(self.min_improvement >= 0, "min_improvement", "a factor from 0 on")
 
     def apply(self, program: Program, context: Context) -> PassResult:
         result = PassResult(program)

@@ -36,7 +36,14 @@ class FoldVocabulary(Pass):
     target_ops: ClassVar[tuple] = (aten.embedding.default,)
     tokens: Sequence[int] | str | None = None  # the only ones that occur: numbers, or a file with one number a line
     input: str = ""  # the input that holds the tokens; default: the one that reads the longest table
-    least: float = 0.1  # at least this fraction of the rows must go: reading ``place`` costs, too
+    min_removed: float = 0.1  # at least this fraction of the rows must go: reading ``row_of_token`` costs, too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.tokens, Sequence) and not isinstance(self.tokens, str):
+            object.__setattr__(self, "tokens", tuple(self.tokens))
+        self.require(_names_tokens(self.tokens), "tokens", "numbers from 0 on, or a file with one number a line")
+        self.require(0 <= self.min_removed <= 1, "min_removed", "a fraction of the rows, from 0 to 1")
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work, result = program.clone(), PassResult(program)
@@ -51,7 +58,7 @@ class FoldVocabulary(Pass):
                 continue
             row = _rows(table, self.occurring(len(table)) if node in limited else None)
             kept = row.unique()
-            if len(kept) > (1 - self.least) * len(table):
+            if len(kept) > (1 - self.min_removed) * len(table):
                 continue
             if held:
                 result.refusals.append(Note.at(node, f"{len(table) - len(kept)} rows kept: held by {held}"))
@@ -96,6 +103,11 @@ class FoldVocabulary(Pass):
         if not found or found[0] < 0 or found[-1] >= rows:
             raise PassError(f"fold-vocabulary: tokens must be numbers from 0 to {rows - 1}, at least one")
         return found
+
+
+def _names_tokens(tokens: object) -> bool:
+    numbers = isinstance(tokens, tuple) and len(tokens) > 0 and all(isinstance(t, int) and t >= 0 for t in tokens)
+    return tokens is None or isinstance(tokens, str) or numbers
 
 
 def _held(program: Program, table: fx.Node) -> str:

@@ -41,9 +41,12 @@ class PermuteChannels(Pass):
 
     name: ClassVar[str] = "permute-channels"
     requires: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
-    min_improvement: float = (
-        1.25  # only for what would save this many times what adding or taking a range costs; inf: never
-    )
+    #: Only for what would save this many times what adding or taking a range costs; inf: never.
+    min_improvement: float = 1.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.min_improvement >= 0, "min_improvement", "a factor from 0 on")
 
     def apply(self, program: Program, context: Context) -> PassResult:
         if self.min_improvement == float("inf"):

@@ -52,6 +52,10 @@ class DropSublayers(ApproximatePass):
     target_ops: ClassVar[tuple] = (aten.add.Tensor,)
     speed: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.speed == 0 or self.speed > 1, "speed", "a factor above 1, or 0 for what the budget allows")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found = branches(program)

@@ -46,6 +46,10 @@ class SelectNeurons(ApproximatePass):
     target_ops: ClassVar[tuple] = (aten.linear.default,)
     block: int = BLOCK
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.block > 0, "block", "a number of neurons, from 1 on")
+
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found = [t for t in targets_of(program) if t.kind == "gate"]

@@ -24,18 +24,19 @@ from thresher.analysis.cost.break_even import CACHED_BYTES
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.approximation.calibration import watch
 from thresher.approximation.search import Candidate
-from thresher.errors import PassError
 from thresher.ir.nodes import dtype_of
 from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import listed
 from thresher.passes.sparsity._targets import Target, targets_of
 from thresher.rewriting.approximate_pass import ApproximatePass
 from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.options import names_in
 from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 DENSITIES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # what stays
 KINDS = ("number", "channel", "top-k")
+VALUES = ("gate", "input")
 SAMPLES = 16
 ELEMENTS = 1 << 20  # of a value, that quantiles are made of
 
@@ -71,19 +72,19 @@ class ThresholdActivations(ApproximatePass):
 
     name: ClassVar[str] = "threshold-activations"
     target_ops: ClassVar[tuple] = (aten.linear.default,)
-    kinds: str = "number,channel"  # which to try
-    where: str = "gate,input"
+    kinds: str = "number,channel"  # of thresholds, that are tried; joined by commas or plus signs
+    where: str = "gate,input"  # which values get one
     density: float = 0.0  # the only one that is tried; 0: what the budget allows
 
-    def tried(self) -> list[str]:
-        found = [k.strip() for k in self.kinds.replace("+", ",").split(",")]
-        if unknown := [k for k in found if k not in KINDS]:
-            raise PassError(f"threshold-activations has no kind {unknown[0]!r}; it has {', '.join(KINDS)}")
-        return found
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_names("kinds", KINDS)
+        self.require_names("where", VALUES)
+        self.require(0 <= self.density <= 1, "density", "a fraction of the elements, or 0 for what the budget allows")
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        kinds, places = self.tried(), self.where.replace("+", ",").split(",")
+        kinds, places = names_in(self.kinds), names_in(self.where)
         targets = [t for t in targets_of(program) if t.kind in places]
         samples = context.calibration.choosing[:SAMPLES]
         context.progress(f"{self.name}: thresholds of {len(targets)} activations")

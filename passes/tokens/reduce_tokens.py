@@ -27,7 +27,6 @@ from thresher.analysis.attention.sites import SDPA
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import Calibration, watch
 from thresher.approximation.search import Candidate
-from thresher.errors import PassError
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
 from thresher.passes.tokens._by_place import in_words
@@ -37,6 +36,7 @@ from thresher.passes.tokens._resize import NeedsAllTokens, Resize
 from thresher.passes.tokens._streams import Stream, read_by_place, streams
 from thresher.rewriting.approximate_pass import ApproximatePass
 from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.options import names_in
 from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
@@ -52,29 +52,31 @@ class ReduceTokens(ApproximatePass):
 
     name: ClassVar[str] = "reduce-tokens"
     target_ops: ClassVar[tuple] = (SDPA,)
-    score: str = "merge,received"  # which kinds to try
+    kinds: str = "merge,received"  # of scores, that are tried; joined by commas or plus signs
     drop: bool = False
     every: int = 0
     protected: int = -1  # tokens at the front that stay; -1: those that are read by their place
 
-    def kinds(self) -> list[str]:
-        found = [k.strip() for k in self.score.replace("+", ",").split(",")]
-        if unknown := [k for k in found if k not in SIDES]:
-            raise PassError(f"reduce-tokens has no score {unknown[0]!r}; it has {', '.join(SIDES)}")
-        return found
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_names("kinds", SIDES)
+        self.require(self.every >= 0, "every", "a number of tokens, or 0 for no uniform sample")
+        self.require(
+            self.protected >= -1, "protected", "a number of tokens, or -1 for those that are read by their place"
+        )
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
         found, refusals = streams(program)
         protected, gains = self.front(program), {}
         for stream in found:
-            for kind in self.kinds():
+            for kind in names_in(self.kinds):
                 gain, why = self.gain(program, stream, kind, protected, context)
                 if gain > 0:
                     gains[stream.value, kind] = gain
                 else:
                     refusals.append(Note.at(stream.value, f"fewer tokens ({kind}) save nothing here: {why}"))
-        usable = [s for s in found if any((s.value, k) in gains for k in self.kinds())]
+        usable = [s for s in found if any((s.value, k) in gains for k in names_in(self.kinds))]
         context.progress(f"{self.name}: {len(usable)} layers")
         errors = self.errors(program, usable, protected, context.calibration.choosing[:SAMPLES])
         made = []
@@ -127,7 +129,7 @@ class ReduceTokens(ApproximatePass):
         self, program: Program, found: Sequence[Stream], protected: int, samples: Sequence[list[Any]]
     ) -> dict[fx.Node, dict[tuple[str, int], float]]:
         """The squared relative change that merging (or dropping) makes to the stream, by kind and count."""
-        sums = {s.value: {(k, c): 0.0 for k in self.kinds() for c in self.counts(s, protected)} for s in found}
+        sums = {s.value: {(k, c): 0.0 for k in names_in(self.kinds) for c in self.counts(s, protected)} for s in found}
         keep: dict[fx.Node, dict[fx.Node, Any]] = {}
 
         def remember(stream: Stream, values: dict[fx.Node, Any]) -> None:

@@ -145,6 +145,6 @@ def test_many_rows_share_no_zeros() -> None:
 
 
 def test_unknown_kinds() -> None:
-    with pytest.raises(PassError, match="no kind 'best'"):
-        ThresholdActivations(kinds="best").tried()
+    with pytest.raises(PassError, match="some of number, channel, top-k, joined by plus signs, not 'best'"):
+        ThresholdActivations(kinds="best")
     assert str(ThresholdRule("top-k", 0.5, None, 7)) == "the 7 largest stay"

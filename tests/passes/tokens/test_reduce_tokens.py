@@ -213,7 +213,7 @@ def test_within_the_budget() -> None:
     data = smooth(16)
     program = folded(vit(), data[0])
     calibration = Calibration.of(program, data, Budget(rel_l2=0.05))
-    manager = PassManager([ReduceTokens(score="merge+energy+received")])
+    manager = PassManager([ReduceTokens(kinds="merge+energy+received")])
     result = manager.run(program, Context(calibration=calibration))
     assert manager.records[0].status == "changed" and manager.ledger[0].held_out.bound <= 0.05
     assert any("tokens" in words and "by their place" in words for words in manager.ledger[0].checks)
@@ -238,8 +238,8 @@ def test_what_stays_of_every_place() -> None:
 
 
 def test_unknown_scores() -> None:
-    with pytest.raises(PassError, match="no score 'best'"):
-        ReduceTokens(score="best").kinds()
+    with pytest.raises(PassError, match="some of merge, energy, received, pagerank, joined by plus signs, not 'best'"):
+        ReduceTokens(kinds="best")
 
 
 def test_a_reduced_model_can_be_trained() -> None:
