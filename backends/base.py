@@ -64,6 +64,10 @@ class Executable(ABC):
         """The kernels in the order in which they run, each with its median time; empty where a backend has nothing to say."""
         return []
 
+    def as_text(self) -> str:
+        """Return the generated code in a readable form; empty where a backend has none."""
+        return ""
+
     def constants(self) -> Weights | None:
         """The constants as they are packed, by their content; None where a backend has no such form."""
         return None

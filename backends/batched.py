@@ -25,6 +25,9 @@ class BatchedExecutable(Executable):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.splitter(inputs)
 
+    def as_text(self) -> str:
+        return "\n".join(f"batch of {size}:\n{part.as_text()}" for size, part in self.parts.items())
+
     def constants(self) -> Weights | None:
         return self.parts[max(self.parts)].constants()
 

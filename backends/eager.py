@@ -20,6 +20,9 @@ class EagerExecutable(Executable):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.program.run(*inputs)
 
+    def as_text(self) -> str:
+        return self.program.text()
+
     def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
         raise BackendError(
             "the eager backend has nothing to save: it runs the captured program in torch; use backend='tvm'"

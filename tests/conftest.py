@@ -11,7 +11,7 @@ from torch import nn
 
 from thresher.analysis.cost.break_even import estimated
 from thresher.analysis.cost.cost import machine_model
-from thresher.driver import compile as driver
+from thresher.driver.clock import Clock
 from thresher.testing import ZOO, settle
 from thresher.tuning import timing
 
@@ -27,7 +27,9 @@ def shared_fixtures_measure_nothing(tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THRESHER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(timing, "PAUSE", 0.0)
-        patch.setattr(driver, "measure", lambda backend, target, layer: estimated(layer, machine_model(target)))
+        patch.setattr(
+            Clock, "break_even", lambda clock, backend, target, layer: estimated(layer, machine_model(target))
+        )
         yield
 
 

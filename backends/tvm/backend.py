@@ -102,6 +102,12 @@ class TVMExecutable(Executable):
             found.append(KernelTime(name, waiting.popleft()[1] if waiting else (), milliseconds))
         return found
 
+    def as_text(self) -> str:
+        """Return CUDA C++ for a GPU, LLVM IR for a CPU; empty for code that was loaded: it is machine code."""
+        if self.device == "cuda":
+            return self.device_code()
+        return "" if isinstance(self.code, Loaded) else str(_llvm_module(self.code.mod).inspect_source("ll"))
+
     def device_code(self) -> str:
         """The generated device source (CUDA C++) of a module compiled for a GPU."""
         host = (self._library if isinstance(self.code, Loaded) else self.code.mod).imports[0]
@@ -129,6 +135,11 @@ class TVMExecutable(Executable):
             "library": self.library,
             "weights": weights.add(self.weights),
         }
+
+
+def _llvm_module(module: Any) -> Any:
+    """Return the module of LLVM code among those that ``module`` imports."""
+    return next((m for m in module.imports if m.kind == "llvm"), None) or _llvm_module(module.imports[0])
 
 
 def _check_room(directory: Path) -> None:

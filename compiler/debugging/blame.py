@@ -24,8 +24,7 @@ from thresher.artifact.compiled import check_outputs
 from thresher.atomic_files import replacing, write_text
 from thresher.backends.base import Backend, find_backend
 from thresher.debugging.bisect import extract_subprogram
-from thresher.driver.compile import Model
-from thresher.frontend.capture import capture
+from thresher.frontend.capture import Model, capture
 from thresher.ir import parser, printer
 from thresher.ir.nodes import is_tensor, module_path
 from thresher.ir.program import Program

@@ -12,6 +12,7 @@ it is. What cannot be captured or lowered runs as it is, too, with a warning tha
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import re
@@ -25,15 +26,14 @@ from torch import Tensor, fx, nn
 
 from thresher.artifact.compiled import Compiled
 from thresher.driver.compile import compile as compile_model
+from thresher.driver.options import CompileOptions
 from thresher.errors import BackendError, CaptureError, InputError
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
 from thresher.rewriting.registry import make_pass
 
 #: What ``options=`` may say: the arguments of thresher.compile() that describe how, and ``fallback``.
-OPTIONS = {
-    name for name, p in inspect.signature(compile_model).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
-} - {"masks", "certificate", "dynamic_shapes"}
+OPTIONS = {f.name for f in dataclasses.fields(CompileOptions)} - {"masks", "certificate", "dynamic_shapes"}
 KEPT = 32  # compiled graphs that are remembered
 
 _CACHE: OrderedDict[str, Compiled] = OrderedDict()

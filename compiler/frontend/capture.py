@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,6 +78,9 @@ KEPT_WHOLE = frozenset(
     ]
 )
 
+#: What can be captured: a module, an exported program, or the path of a ``.pt2`` or ``.onnx`` file.
+Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike
+
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 CURES = """Usual cures:
@@ -88,7 +91,7 @@ CURES = """Usual cures:
 
 
 def capture(
-    model: nn.Module | ExportedProgram | str | os.PathLike,
+    model: Model,
     args: Sequence[Any] = (),
     kwargs: dict[str, Any] | None = None,
     *,

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from helpers.clocks import FakeClock, compile_with
 from thresher.backends.tvm import TVMBackend
 from thresher.backends.tvm.importing.converters.registry import CPU_KERNELS
 from thresher.errors import BackendError, PassError, ThresherError, ValidationError
+from thresher.passes import pipelines
 from thresher.report.data import Report
 from thresher.testing import ZOO, settle
 
@@ -75,19 +77,11 @@ def half_dead() -> nn.Module:
 
 
 @pytest.mark.parametrize(("fastest", "hidden"), [("folded", 3), ("not folded", 6), ("to the last channel", 3)])
-def test_measured_widths_keep_the_fastest(fastest: str, hidden: int, monkeypatch) -> None:
+def test_measured_widths_keep_the_fastest(fastest: str, hidden: int) -> None:
     """Whichever candidate the clock prefers is what comes back, and all times are told."""
-    from thresher.driver import compile as driver
-    from thresher.tuning.timing import Timing
-
-    def clock(contenders: dict) -> dict:
-        for call in contenders.values():
-            call()
-        return {name: Timing(1.0 if name == fastest else 2.0, 0.0, 3.0) for name in contenders}
-
-    monkeypatch.setattr(driver, "interleaved", clock)
     model = half_dead()
-    compiled = thresher.compile(model, (X,), target="cpu", backend="eager", widths="measured")
+    clock = FakeClock({fastest: 1.0})
+    compiled = compile_with(clock, model, (X,), target="cpu", backend="eager", widths="measured")
     assert compiled.report.widths[fastest] == min(compiled.report.widths.values())
     assert compiled.report.after.parameters == hidden * 4 + hidden + 2 * hidden + 2
     assert torch.allclose(compiled(X), model(X), atol=1e-6)
@@ -120,8 +114,11 @@ def test_memory_is_reported(tmp_path) -> None:
 
 def test_pipelines_and_passes_mix() -> None:
     compiled = thresher.compile(mlp(), (X,), target="cpu", passes=["canonicalize", "fold-channels"])
-    assert [r.name for r in compiled.report.passes][-1] == "fold-channels"
-    assert thresher.compile(mlp(), (X,), target="cpu", passes="none").report.passes == []
+    names = [r.name for r in compiled.report.passes]
+    specialize = [p.name for p in pipelines.specialize]
+    assert names[: -len(specialize)][-1] == "fold-channels" and names[-len(specialize) :] == specialize
+    none = thresher.compile(mlp(), (X,), target="cpu", passes="none", backend="eager")
+    assert none.report.passes == []
 
 
 def test_eager_backend_is_the_reference() -> None:

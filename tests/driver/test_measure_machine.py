@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import thresher
+from helpers.clocks import FakeClock, compile_with
 from thresher import Records, Tune, capture
 from thresher.analysis.cost.cost import MACHINES, MachineModel, machine_model, seconds, seconds_of
 from thresher.backends.base import find_backend
@@ -24,13 +25,12 @@ def test_measured_numbers_are_of_this_machine() -> None:
     assert found.width == MACHINES["cpu"].width
 
 
-def test_measured_once_and_used(monkeypatch) -> None:
-    backend, seen = find_backend("tvm"), []
-    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: seen.append(1) or SLOW)
+def test_measured_once_and_used() -> None:
+    backend, clock = find_backend("tvm"), FakeClock(machine=SLOW)
     model, x = nn.Linear(8, 8).eval(), torch.randn(4, 8)
     for _ in range(2):
-        report = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2)).report
-    assert len(seen) == 1
+        report = compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2)).report
+    assert clock.asked == ["machine"]
     assert report.estimate > 1.0  # a launch of SLOW
     plans = Records().plans(backend.fingerprint("cpu"))
     assert measure_machine.recorded(plans, "cpu") == SLOW

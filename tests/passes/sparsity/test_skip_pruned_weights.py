@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-import thresher
+from helpers.clocks import FakeClock, compile_with
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
@@ -96,15 +96,14 @@ def test_it_stays_dense_where_that_is_faster() -> None:
     assert stored(blocks(1, 16, 0.1), 1)["runs"] == pytest.approx(0.1, abs=0.03)
 
 
-def test_pruned_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_by_torch() -> None:
     """torch.nn.utils.prune, end to end; what is stored is what is left."""
-    monkeypatch.setattr("thresher.driver.compile.measure", lambda backend, target, layer: by_density(layer))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
     for layer in (model[0], model[2]):
         prune.l1_unstructured(layer, "weight", 0.9)
     x = torch.randn(5, 256)
-    compiled = thresher.compile(model, (x,))
+    compiled = compile_with(FakeClock(break_even=by_density), model, (x,))
     assert not compare([model(x)], [compiled(x)]).exceeds(1e-5)
     assert [line["kind"] for line in compiled.report.sparsity if line["chosen"]] == ["weight (scattered)"] * 2
     dense = 4 * 2 * 256 * 256

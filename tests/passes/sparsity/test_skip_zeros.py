@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+from helpers.clocks import FakeClock, compile_with
 from helpers.modules import Function
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import machine_model
@@ -135,12 +136,11 @@ def test_between_what_was_measured() -> None:
     assert estimated(Layer("gate", 64, 64, 64, True), machine_model("cpu")).density <= 0.01
 
 
-def test_builds_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("thresher.driver.compile.measure", lambda *a: calls.append(a[2]) or free(a[2]))
+def test_builds_measure_once() -> None:
+    clock = FakeClock(break_even=free)
     model, x = FFN(False), rand(2, 32)
-    compiled = thresher.compile(model, (x,))
-    again = thresher.compile(model, (x,))
-    assert [layer.workload for layer in calls] == ["skip zeros 2/input/2x256x32/hot"]
+    compiled = compile_with(clock, model, (x,))
+    again = compile_with(clock, model, (x,))
+    assert clock.asked == ["skip zeros 2/input/2x256x32/hot"]
     assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0]["chosen"]
     assert "not 0" in str(compiled.report) and "down" in compiled.report.to_html()

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from helpers.clocks import FakeClock, compile_with
 from thresher import Records, Tune
-from thresher.analysis.cost.cost import machine_model
 from thresher.backends.tvm.plans import tuner
-from thresher.driver import compile as driver
 from thresher.driver import measure_machine
 from thresher.tuning.options import TorchKernel
-from thresher.tuning.timing import Timing
 
 
 class Net(nn.Module):
@@ -31,16 +29,12 @@ class Net(nn.Module):
         return self.up(y), nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) @ v.transpose(-1, -2)
 
 
-def prefer(monkeypatch, tuned: float = 1.0, own: float = 2.0) -> None:
+def prefer(monkeypatch, tuned: float = 1.0, own: float = 2.0) -> FakeClock:
     """Torch's kernels win alone; as a whole, the model takes ``tuned`` with them and ``own`` without, 3 untuned."""
-    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_model("cpu"))
     monkeypatch.setattr(
         tuner, "turns", lambda calls, rounds: {plan: 1.0 if plan == repr(TorchKernel()) else 2.0 for plan in calls}
     )
-    times = {"tuned": tuned, "untuned": 3.0, "tuned, without torch": own}
-    monkeypatch.setattr(
-        driver, "interleaved", lambda calls, rounds: {name: Timing(times[name], 0, 9) for name in calls}
-    )
+    return FakeClock({"tuned": tuned, "untuned": 3.0, "tuned, without torch": own})
 
 
 def plans() -> list[str]:
@@ -48,9 +42,9 @@ def plans() -> list[str]:
 
 
 def test_torch_computes_what_it_wins(monkeypatch, tmp_path) -> None:
-    prefer(monkeypatch)
+    clock = prefer(monkeypatch)
     model, x = Net().eval(), torch.randn(1, 3, 19, 17)
-    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
+    compiled = compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2))
     assert len(compiled.report.library) == len(plans()) == compiled.report.tuned[0] == 6
     assert set(plans()) == {repr(TorchKernel())}
     loaded = thresher.load(compiled.save(tmp_path / "m.thresher"))
@@ -63,29 +57,31 @@ def test_torch_computes_what_it_wins(monkeypatch, tmp_path) -> None:
 
 def test_never_means_never(monkeypatch) -> None:
     """Neither by record nor by tuning; a workload that only torch has won is measured again."""
-    prefer(monkeypatch)
+    clock = prefer(monkeypatch)
     model, x = Net().eval(), torch.randn(1, 3, 19, 17)
-    thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
+    compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2))
     for tune in ("recorded", Tune(trials=2)):
-        compiled = thresher.compile(model, (x,), target="cpu", tune=tune, library="never", validate="off", verify="off")
+        compiled = compile_with(
+            clock, model, (x,), target="cpu", tune=tune, library="never", validate="off", verify="off"
+        )
         assert compiled.report.library == [] and "thresher.library" not in compiled.executable.code.as_text()
     assert plans().count("") == 5  # attention has no other plan
 
 
 @pytest.mark.parametrize(("tuned", "own", "left"), [(2.5, 2.0, "tuned, without torch"), (4.0, 5.0, "untuned")])
 def test_withdrawn_where_the_model_is_slower(tuned: float, own: float, left: str, monkeypatch) -> None:
-    prefer(monkeypatch, tuned, own)
+    clock = prefer(monkeypatch, tuned, own)
     model, x = Net().eval(), torch.randn(1, 3, 19, 17)
-    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
+    compiled = compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2))
     assert min(compiled.report.tuning, key=compiled.report.tuning.__getitem__) == left
     assert compiled.report.library == [] and set(plans()) == {""}
 
 
 def test_of_another_version(monkeypatch) -> None:
     """What another torch won says nothing about this one."""
-    prefer(monkeypatch)
+    clock = prefer(monkeypatch)
     model, x = nn.Linear(16, 24).eval(), torch.randn(6, 16)
-    thresher.compile(model, (x,), target="cpu", tune=Tune(trials=2))
+    compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2))
     records = Records()
     records.put([thresher.Record.now(r.target, r.workload, "TorchKernel(torch='1.0')", 1, 1) for r in records.all()])
     assert thresher.compile(model, (x,), target="cpu").report.library == []

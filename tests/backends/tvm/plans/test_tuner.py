@@ -12,17 +12,17 @@ from tvm.rpc import base
 from tvm.runtime.vm import VirtualMachine
 
 import thresher
+from helpers.clocks import FakeClock, compile_with
 from thresher import BackendError, InputError, Records, Remote, Tune
 from thresher.analysis.cost.cost import machine_model
+from thresher.backends.base import find_backend
 from thresher.backends.tvm.plans import tuner
 from thresher.backends.tvm.plans.metaschedule import TRACE
 from thresher.cli.main import main, remote
 from thresher.debugging.bisect import extract_subprogram
-from thresher.driver import compile as driver
-from thresher.driver import measure_machine
+from thresher.driver.clock import Clock
 from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import ThresherError
-from thresher.tuning.timing import Timing
 
 FAST = Tune(trials=3)
 
@@ -57,7 +57,7 @@ def measured() -> list[thresher.Record]:
 
 
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(measure_machine, "calibrate", lambda *_: machine_model("cpu"))
+    monkeypatch.setattr(Clock, "machine", lambda clock, backend, target: machine_model(target))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ENOUGH", 0.001)
@@ -139,10 +139,8 @@ def test_no_time_no_workloads(monkeypatch) -> None:
 def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
     quick(monkeypatch)
     model, x = example()
-    monkeypatch.setattr(
-        driver, "interleaved", lambda calls, rounds: {"untuned": Timing(1.0, 1, 1), "tuned": Timing(1.1, 1, 1)}
-    )
-    compiled = thresher.compile(model, (x,), target="cpu", tune=Tune(trials=8, min_speedup=0.0))
+    clock = FakeClock({"untuned": 1.0, "tuned": 1.1})
+    compiled = compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=8, min_speedup=0.0))
     assert compiled.report.tuned[0] == 0
     assert [r.plan for r in measured()] == [""] * 4
 
@@ -150,7 +148,7 @@ def test_slower_as_a_whole_is_withdrawn(monkeypatch) -> None:
 def test_a_record_cannot_bring_in_a_plan() -> None:
     model, x = example()
     plain = thresher.compile(model, (x,), target="cpu", tune="never")
-    fingerprint = driver.find_backend("tvm").fingerprint("cpu")
+    fingerprint = find_backend("tvm").fingerprint("cpu")
     workload = "aten.linear.default 2x16x16:float32 24x16:float32* 24:float32*"
     Records().put([thresher.Record(fingerprint, workload, "Plan(rows=10**9)", 1.0, 1.0, 1.0)])
     assert torch.equal(thresher.compile(model, (x,), target="cpu")(x), plain(x))
@@ -174,11 +172,9 @@ class Rows(nn.Module):
 def test_a_searched_schedule_is_recorded_used_and_right(monkeypatch) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(tuner, "turns", lambda calls, rounds: {p: 2.0 - p.startswith(TRACE) for p in calls})
-    monkeypatch.setattr(
-        driver, "interleaved", lambda calls, rounds: {"untuned": Timing(1.0, 1, 1), "tuned": Timing(0.9, 1, 1)}
-    )
     x = torch.randn(4, 40, 30)
-    thresher.compile(Rows(), (x,), target="cpu", tune=Tune(trials=2, search=4))
+    clock = FakeClock({"untuned": 1.0, "tuned": 0.9})
+    compile_with(clock, Rows(), (x,), target="cpu", tune=Tune(trials=2, search=4))
     assert len(measured()) == 1 and measured()[0].plan.startswith(TRACE)
     compiled = thresher.compile(Rows(), (x,), target="cpu")
     assert compiled.report.tuned == (1, 1)
@@ -233,7 +229,7 @@ def test_command_line(monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_shipped_records_are_for_this_code() -> None:
-    backend = driver.find_backend("tvm")
+    backend = find_backend("tvm")
     found = backend.shipped()
     version = backend.fingerprint("cpu").split(" plans ")[1].split(" ")[0]
     assert found and all(f" plans {version} " in r.target for r in found), (
