@@ -31,6 +31,7 @@ from thresher.backends.tvm.cpu import cpu_name
 from thresher.frontend.capture import capture
 from thresher.models.pretrained import minilm, news
 from thresher.ops.sparse_attention import block_lists
+from thresher.passes import pipelines
 from thresher.rewriting.contract import Context
 from thresher.rewriting.manager import PassManager
 from thresher.tuning.timing import interleaved
@@ -76,7 +77,7 @@ def kernel_rows(threads: int) -> list[dict[str, Any]]:
             keep = max(1, round(columns * (1 - sparsity)))
             scores = torch.rand(1, HEADS, columns, columns, generator=generator)
             grid = scores >= scores.topk(keep, -1).values[..., -1:]
-            program = PassManager(thresher.pipelines.specialize, "off").run(capture(Sparse(grid), inputs)).rounded()
+            program = PassManager(pipelines.specialize, "off").run(capture(Sparse(grid), inputs)).rounded()
             lowered = TVMBackend().lower(program, "cpu")
             allowed = grid.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
             wanted = F.scaled_dot_product_attention(*inputs, allowed)
@@ -170,7 +171,7 @@ def vit() -> dict[str, Any]:
 def budgets() -> dict[str, Any]:
     """MiniLM at 64 tokens, 100 times 24 other texts that choose and judge; 40 fresh texts say whether the budget held."""
     model, texts = minilm(), news(64, 640)
-    program = PassManager(thresher.pipelines.exact).run(capture(model, texts[0]))
+    program = PassManager(pipelines.exact).run(capture(model, texts[0]))
     fresh = [list(t) for t in texts[-40:]]
     amounts, held, rows = {}, 0, []
 

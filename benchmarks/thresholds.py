@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from thresher import Budget
 from thresher.backends.tvm import TVMBackend
 from thresher.backends.tvm.cpu import cpu_name

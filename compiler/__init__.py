@@ -3,81 +3,59 @@
 >>> compiled = thresher.compile(model, (x,))
 >>> y = compiled(x)
 >>> compiled.save("model.thresher"); thresher.load("model.thresher")(x)
+
+These are the names that a user needs; those that a pass is written with are in :mod:`thresher.authoring`. Each is imported when it is first
+asked for: ``import thresher`` itself loads neither torch nor TVM.
 """
 
+import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if not TYPE_CHECKING and importlib.util.find_spec("torch") is None:  # then compiled models run, and nothing is compiled
-    from thresher.artifact.numpy_reader import load
-else:
-    import thresher.ops  # noqa: F401  (registers the operators)
+if TYPE_CHECKING:
     from thresher.approximation.budget import Budget
-    from thresher.approximation.search import Candidate
     from thresher.artifact.bundle import Bundle
     from thresher.artifact.compiled import Compiled
     from thresher.artifact.writer import load
-    from thresher.driver.compile import compile, rewrite
-    from thresher.errors import (
-        ArtifactError,
-        BackendError,
-        CaptureError,
-        InputError,
-        PassError,
-        ProgramError,
-        RecordsError,
-        ThresherError,
-        ValidationError,
-    )
-    from thresher.exporters.onnx import write_onnx
+    from thresher.driver.compile import compile, lower, rewrite
+    from thresher.errors import ThresherError
     from thresher.frontend.capture import capture
-    from thresher.frontend.masks import apply_masks
-    from thresher.frontend.onnx.reader import read_onnx
-    from thresher.ir.program import Program
-    from thresher.passes import pipelines
-    from thresher.report.data import Report
-    from thresher.rewriting.approximate_pass import ApproximatePass
-    from thresher.rewriting.contract import Context, Note, Pass, PassResult
-    from thresher.rewriting.manager import PassManager
-    from thresher.rewriting.registry import register_pass
-    from thresher.tuning.options import Remote, Tune
-    from thresher.tuning.records import Record, Records
-    from thresher.verification.certificate import Certificate
+    from thresher.tuning.options import Tune
 
-__all__ = [
-    "ApproximatePass",
-    "ArtifactError",
-    "BackendError",
-    "Budget",
-    "Bundle",
-    "Candidate",
-    "CaptureError",
-    "Certificate",
-    "Compiled",
-    "Context",
-    "InputError",
-    "Note",
-    "Pass",
-    "PassError",
-    "PassManager",
-    "PassResult",
-    "Program",
-    "ProgramError",
-    "Record",
-    "Records",
-    "RecordsError",
-    "Remote",
-    "Report",
-    "ThresherError",
-    "Tune",
-    "ValidationError",
-    "apply_masks",
-    "capture",
-    "compile",
-    "load",
-    "pipelines",
-    "read_onnx",
-    "register_pass",
-    "rewrite",
-    "write_onnx",
-]
+__all__ = ["Budget", "Bundle", "Compiled", "ThresherError", "Tune", "capture", "compile", "load", "lower", "rewrite"]
+
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+#: The module of each public name. Without torch, artifacts run on NumPy arrays.
+_MODULES = {
+    "Budget": "thresher.approximation.budget",
+    "Bundle": "thresher.artifact.bundle",
+    "Compiled": "thresher.artifact.compiled",
+    "ThresherError": "thresher.errors",
+    "Tune": "thresher.tuning.options",
+    "capture": "thresher.frontend.capture",
+    "compile": "thresher.driver.compile",
+    "load": "thresher.artifact.writer" if _HAS_TORCH else "thresher.artifact.numpy_reader",
+    "lower": "thresher.driver.compile",
+    "rewrite": "thresher.driver.compile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562). Raises :class:`ImportError` where it needs torch and there is none."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"thresher.{name} needs torch: pip install torch. Without it, thresher.load runs artifacts"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

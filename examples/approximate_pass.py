@@ -21,13 +21,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from thresher import Budget, Context, Note, Program, register_pass
+from thresher import Budget
 from thresher.analysis.cost.cost import seconds_of
-from thresher.analysis.slices.transfer.base import argument
-from thresher.approximation.calibration import watch
-from thresher.approximation.search import Candidate
-from thresher.ir.nodes import dtype_of, module_path
-from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.authoring import (
+    ApproximatePass,
+    Candidate,
+    Context,
+    Note,
+    Program,
+    argument,
+    dtype_of,
+    module_path,
+    register_pass,
+    watch,
+)
 
 aten = torch.ops.aten
 PARTS = (0.5, 0.25, 0.125)  # of the full rank

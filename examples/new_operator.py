@@ -18,12 +18,11 @@ from torch import Tensor, fx, nn
 from tvm import te, tirx
 
 import thresher
-from thresher import Context, Note, Pass, PassResult, Program, register_pass
+from thresher.authoring import Context, Note, Pass, PassResult, Program, matches, register_pass
 from thresher.backends.tvm.importing.converters.registry import semantics
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.ops.define import define
-from thresher.rewriting.pattern import matches
 
 aten, ops = torch.ops.aten, torch.ops.examples
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from thresher import Context, Note, Pass, PassResult, Program, register_pass
 from thresher.analysis.signs import nonnegative
+from thresher.authoring import Context, Note, Pass, PassResult, Program, register_pass
 
 aten = torch.ops.aten
 

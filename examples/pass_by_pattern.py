@@ -13,9 +13,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from thresher import Context, Note, Pass, PassResult, Program, register_pass
-from thresher.ir.nodes import is_tensor, shape_of
-from thresher.rewriting.pattern import Match, matches
+from thresher.authoring import (
+    Context,
+    Match,
+    Note,
+    Pass,
+    PassResult,
+    Program,
+    is_tensor,
+    matches,
+    register_pass,
+    shape_of,
+)
 
 aten = torch.ops.aten
 

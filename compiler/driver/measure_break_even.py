@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.cost.break_even import (
     DENSITIES,
     PANEL_OUTPUTS,

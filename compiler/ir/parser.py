@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.errors import ProgramError
 from thresher.ir.printer import SHORT
 from thresher.ir.program import Program

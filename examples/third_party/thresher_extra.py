@@ -10,8 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from thresher import Context, Note, Pass, PassResult, Program, register_pass
-from thresher.ir.nodes import is_tensor
+from thresher.authoring import Context, Note, Pass, PassResult, Program, is_tensor, register_pass
 
 aten = torch.ops.aten
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.search import Candidate

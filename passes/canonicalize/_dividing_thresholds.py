@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.ir.nodes import dtype_of
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Note

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.transfer.base import argument, concrete
 from thresher.ir.lineage import moved
 from thresher.ir.nodes import dtype_of, getitem_users, is_tensor, shape_of

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.operators import TABLE
 from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear

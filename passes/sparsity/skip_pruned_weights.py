@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.cost.break_even import CACHED_BYTES, PANEL_OUTPUTS, PRUNED_DENSITIES, RUN_INPUTS, Kind, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument

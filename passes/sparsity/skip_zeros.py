@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.cost.break_even import CACHED_BYTES, MAX_MEMORY_BOUND_ROWS, BreakEven, Layer
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument

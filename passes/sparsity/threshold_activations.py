@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.cost.break_even import CACHED_BYTES
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.approximation.calibration import watch

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.attention.sites import SDPA, SOFTMAX
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import shape_of

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.attention.sites import SDPA
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.calibration import Calibration, watch

@@ -28,6 +28,7 @@ from thresher.artifact import numpy_reader
 from thresher.cli import main as cli
 from thresher.errors import ArtifactError, ProgramError, ThresherError
 from thresher.ir import parser
+from thresher.runtime.format import digest
 
 
 def compiled_model() -> thresher.Compiled:
@@ -97,7 +98,7 @@ def test_every_field_of_a_header(artifact: Path, tmp_path: Path, member: str) ->
     for place, value in choices:
         data = json.dumps(changed(tree, place, value)).encode()
         manifest = json.loads(members["manifest.json"])
-        manifest["hashes"]["main/report.json"] = thresher.runtime.format.digest(data)
+        manifest["hashes"]["main/report.json"] = digest(data)
         path = tmp_path / "m.thresher"
         with zipfile.ZipFile(path, "w") as package:
             for name, content in (members | {"manifest.json": json.dumps(manifest).encode()} | {member: data}).items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import thresher
 from thresher.artifact.numpy_reader import load
-from thresher.errors import InputError
+from thresher.errors import BackendError, InputError
 from thresher.runtime.pytree import PyTree
 from thresher.testing import ZOO, settle
 
@@ -124,7 +124,7 @@ def test_nesting_and_bad_arguments(tmp_path: Path) -> None:
 
 def test_what_needs_torch_says_so(tmp_path: Path) -> None:
     compiled = thresher.compile(nn.ReLU(), (torch.randn(3),), backend="eager")
-    with pytest.raises(thresher.BackendError):
+    with pytest.raises(BackendError):
         compiled.save(tmp_path / "eager.thresher")
 
 

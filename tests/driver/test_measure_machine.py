@@ -8,11 +8,12 @@ from torch import nn
 
 import thresher
 from helpers.clocks import FakeClock, compile_with
-from thresher import Records, Tune, capture
+from thresher import Tune, capture
 from thresher.analysis.cost.cost import MACHINES, MachineModel, machine_model, seconds, seconds_of
 from thresher.backends.base import find_backend
 from thresher.driver import measure_machine
 from thresher.rewriting.contract import Context
+from thresher.tuning.records import Records
 
 SLOW = MachineModel(1e9, 1e9, 1e8, 1e-3, 16)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import thresher
+from thresher.errors import InputError
 from thresher.frontend.masks import apply_masks
 from thresher.testing import settle
 
@@ -141,11 +142,11 @@ def test_a_torch_pruning_history_takes_the_coupled_layers_along() -> None:
     ],
 )
 def test_refusals(masks: object, message: str) -> None:
-    with pytest.raises(thresher.InputError) as error:
+    with pytest.raises(InputError) as error:
         apply_masks(made(), masks, (torch.randn(1, 3, 9, 9),))  # type: ignore[arg-type]
     assert message in str(error.value)
 
 
 def test_masks_need_a_module() -> None:
-    with pytest.raises(thresher.InputError, match=r"nn\.Module"):
+    with pytest.raises(InputError, match=r"nn\.Module"):
         thresher.rewrite("model.pt2", (), masks={"a": [1]})

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import thresher
 from thresher.analysis.cost.cost import machine_model
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
+from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
 
 SLOW = replace(machine_model("cpu"), flops=1e8, launch=0.0)  # on which even small products are worth saving
@@ -44,4 +44,4 @@ def sequences(count: int, tokens: int = 64, repeated: int = 1) -> list[Tensor]:
 
 def canonical(model: nn.Module, *inputs: Tensor) -> Program:
     """Return the program after the exact passes."""
-    return PassManager(thresher.pipelines.exact).run(capture(model.eval(), inputs))
+    return PassManager(pipelines.exact).run(capture(model.eval(), inputs))

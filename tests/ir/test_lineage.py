@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import thresher
+from thresher.errors import ProgramError
 from thresher.testing import ZOO, mask_channels, settle
 from thresher.verification.compare import compare
 
@@ -59,7 +60,7 @@ def test_what_has_no_way_back_is_named() -> None:
     assert len(new) == 1
     with torch.no_grad():
         small.get_parameter(new[0]).add_(1.0)
-    with pytest.raises(thresher.ProgramError, match=new[0]):
+    with pytest.raises(ProgramError, match=new[0]):
         small.unfold()
 
 

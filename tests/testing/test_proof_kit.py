@@ -11,6 +11,7 @@ from helpers.planted import CONV_BN, MLP, PLANTED
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
 from thresher.testing import (
+    ZOO,
     Case,
     IndexMapError,
     before_after,
@@ -133,7 +134,7 @@ def test_index_maps_are_what_torch_does() -> None:
 
 
 def test_replay_names_the_models_that_changed() -> None:
-    zoo = {name: thresher.testing.ZOO[name] for name in ("lista", "vit", "mobilenet")}
+    zoo = {name: ZOO[name] for name in ("lista", "vit", "mobilenet")}
     old, new = replay("evaluate-constants", zoo=zoo), replay("evaluate-constants", "fold-batch-norm", zoo=zoo)
     assert {name for name in zoo if old[name].digest != new[name].digest} == {"mobilenet"}
     assert new["mobilenet"].rewrites > 0 and all(r.error < 1e-9 for r in new.values())

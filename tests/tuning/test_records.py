@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher import Record, Records, RecordsError
-from thresher.tuning.records import default_path, read_lines, write_lines
+from thresher.errors import RecordsError
+from thresher.tuning.records import Record, Records, default_path, read_lines, write_lines
 
 RECORD = Record("machine a", "conv 1x3", "Plan(rows=6)", 10.0, 12.5, 100.0)
 

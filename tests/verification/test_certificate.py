@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import thresher
 from thresher.cli.main import main
+from thresher.errors import ProgramError
 from thresher.testing import ZOO, mask_channels, settle
 from thresher.verification.certificate import Certificate, Step
 from thresher.verification.verifier import verify
@@ -142,7 +143,7 @@ def test_accepted() -> None:
 @pytest.mark.parametrize("lie", LIES, ids=lambda f: f.__name__)
 def test_lies_are_rejected(lie: Callable[[Step], Step]) -> None:
     made = certificate()
-    with pytest.raises(thresher.ProgramError) as error:
+    with pytest.raises(ProgramError) as error:
         verify(Certificate([lie(made.steps[0]), *made.steps[1:]]))
     assert LIES[lie] in str(error.value)
 
@@ -157,7 +158,7 @@ def test_every_single_weight_counts() -> None:
         after.constants[name] = tensor.clone()
         place = int(torch.randint(tensor.numel(), (1,), generator=generator))
         after.constants[name].view(-1)[place] += 0.01
-        with pytest.raises(thresher.ProgramError):
+        with pytest.raises(ProgramError):
             verify(Certificate([dataclasses.replace(step, after=after)]))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import thresher
+import thresher.ops
 from thresher.frontend.capture import capture
 from thresher.verification.compare import compare, undecided
 

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 import thresher
 from helpers.architectures import build
 from thresher.exporters.huggingface import folded_config
+from thresher.passes import pipelines
 from thresher.verification.compare import compare
 
-EXACT = [*thresher.pipelines.canonicalize, "fold-channels{round_to=1,min_improvement=inf}"]
+EXACT = [*pipelines.canonicalize, "fold-channels{round_to=1,min_improvement=inf}"]
 
 
 def pruned(counts: list[int]) -> tuple[nn.Module, tuple]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from thresher.verification.compare import compare
 
 SIGNAL, CODE, LAYERS = 24, 64, 6

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import thresher
+import thresher.ops
 from helpers.architectures import build
 from helpers.transformer_models import TEXT, THERE, TOKENS, transformers
 from thresher.analysis.attention.sites import SOFTMAX, attention_sites
 from thresher.analysis.attention.summary import describe_attentions
 from thresher.frontend.capture import capture
+from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import EXACT_TOLERANCE, compare
 
@@ -65,7 +67,7 @@ def test_every_attention_is_found(name: str) -> None:
     make, count = MODELS[name]
     model, args = make()
     program = capture(model, args)
-    manager = PassManager(thresher.pipelines.canonicalize, "off")
+    manager = PassManager(pipelines.canonicalize, "off")
     result = manager.run(program)
     assert [r.failure for r in manager.records if r.status == "reverted"] == []
     sites, others = attention_sites(result)
@@ -78,7 +80,7 @@ def test_every_attention_is_found(name: str) -> None:
 def test_talking_heads_are_named_and_their_neighbours_found() -> None:
     """CaiT mixes the weights of its heads in 24 layers; the two class attention layers are plain."""
     program = capture(*zoo("timm", "cait_xxs24_224")())
-    manager = PassManager(thresher.pipelines.canonicalize, "off")
+    manager = PassManager(pipelines.canonicalize, "off")
     result = manager.run(program)
     refused = next(r for r in manager.records if r.name == "canonicalize-attention").refusals
     assert len(attention_sites(result)[0]) == 2
@@ -130,7 +132,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_that_models_were_trained_with_are_named(name: str) -> None:
     make, wanted = KINDS[name]
-    program = PassManager(thresher.pipelines.canonicalize, "off").run(capture(*make()))
+    program = PassManager(pipelines.canonicalize, "off").run(capture(*make()))
     words = [line.partition(":")[0] for _, line in describe_attentions(program)]
     assert {w: words.count(w) for w in wanted} == wanted
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-import thresher
 from helpers.transformer_models import TEXT, TOKENS, transformers
 from thresher.analysis.cost.break_even import BreakEven, Layer
 from thresher.frontend.capture import capture
+from thresher.passes import pipelines
 from thresher.passes.sparsity._densities import densities, sites_of
 from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
@@ -47,7 +47,7 @@ def free(layer: Layer) -> BreakEven:
 def test_zeros_are_found_and_skipped(name: str) -> None:
     make, layers, gates = MODELS[name]
     model, args = make()
-    program = PassManager(thresher.pipelines.exact).run(capture(model, args))
+    program = PassManager(pipelines.exact).run(capture(model, args))
     sites = sites_of(program)
     often = {s: d for s, d in densities(program, sites, [list(program.probe)]).items() if d.nonzero < 0.8}
     assert len({s.linear for s in often if s.kind == "input"}) == layers

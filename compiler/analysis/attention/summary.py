@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.attention.kinds import find_pooling_mixers, kind_of
 from thresher.analysis.attention.sites import attention_sites
 from thresher.ir.nodes import module_path

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.cost.cost import MachineModel
 from thresher.tuning.records import Record
 

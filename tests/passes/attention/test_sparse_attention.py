@@ -18,6 +18,7 @@ from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
 from thresher.ir.program import Program
 from thresher.ops.sparse_attention import block_mask
+from thresher.passes import pipelines
 from thresher.passes.attention._block_sizes import Blocks
 from thresher.passes.attention._head_errors import HeadErrors, each_head
 from thresher.passes.attention._patterns import attended, planes, shapes
@@ -58,7 +59,7 @@ def rewritten(
     data = samples(12)
     program = capture(model, (data[0],))
     calibration = Calibration.of(program, data, budget)
-    manager = PassManager([*thresher.pipelines.canonicalize, options or SparseAttention(block=16)])
+    manager = PassManager([*pipelines.canonicalize, options or SparseAttention(block=16)])
     return manager.run(program, Context(calibration=calibration)), manager, calibration
 
 
@@ -94,7 +95,7 @@ def test_errors_of_patterns_are_those_of_masked_attention() -> None:
     """The shortcut over blocks against attention under the mask, behind the projection."""
     torch.manual_seed(1)
     model, x = Layer(2.0), samples(1)[0]
-    program = PassManager(thresher.pipelines.canonicalize).run(capture(model, (x,)))
+    program = PassManager(pipelines.canonicalize).run(capture(model, (x,)))
     (site,) = attention_sites(program)[0]
     values: dict = {}
     program.run(x, watch=values.__setitem__)

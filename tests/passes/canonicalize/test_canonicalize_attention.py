@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.canonical import canonical, count
 from helpers.modules import Function
 from thresher.ir.folded_module import to_module

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from helpers.modules import Function
 from thresher.frontend.capture import capture
 from thresher.ir.nodes import dtype_of, is_tensor

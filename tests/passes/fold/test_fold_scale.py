@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.modules import Function
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import thresher
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.search import Candidate
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.models.vit import ViT
+from thresher.passes import pipelines
 from thresher.passes.layers.drop_sublayers import DropSublayers, branches
 from thresher.rewriting.contract import Context
 from thresher.rewriting.manager import PassManager
@@ -34,13 +34,13 @@ def images(count: int) -> list[Tensor]:
 
 def passed(model: nn.Module, budget: Budget, rule: DropSublayers) -> tuple[Program, PassManager, Program]:
     data = images(12)
-    program = PassManager(thresher.pipelines.exact).run(capture(model, (data[0],)))
+    program = PassManager(pipelines.exact).run(capture(model, (data[0],)))
     manager = PassManager([rule])
     return manager.run(program, Context(calibration=Calibration.of(program, data, budget))), manager, program
 
 
 def test_the_branches_of_a_vit() -> None:
-    found = branches(PassManager(thresher.pipelines.exact).run(capture(vit(), (images(1)[0],))))
+    found = branches(PassManager(pipelines.exact).run(capture(vit(), (images(1)[0],))))
     assert [b.module.split(".")[-1] for b in found] == ["proj", "2"] * 4
 
 
@@ -64,7 +64,7 @@ def test_evenly_spread_for_a_speed_or_not_at_all() -> None:
 
 
 def test_all_branches_can_go() -> None:
-    program = PassManager(thresher.pipelines.exact).run(capture(vit(), (images(1)[0],)))
+    program = PassManager(pipelines.exact).run(capture(vit(), (images(1)[0],)))
     found = branches(program)
     everything = Candidate("", "", "", 0.0, 0.0, payload=tuple(b.sum.name for b in found))
     small = DropSublayers().build(program, [everything])

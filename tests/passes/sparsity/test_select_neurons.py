@@ -15,6 +15,7 @@ from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
 from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
+from thresher.passes import pipelines
 from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.select_neurons import SelectNeurons, chosen_neurons, edit, importance
 from thresher.rewriting.contract import Context
@@ -49,7 +50,7 @@ def texts(count: int, rows: int = 12) -> list[Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_built_is_what_is_measured(bias: bool) -> None:
     model, data = Gated(bias), texts(6)
-    program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (data[0],)))
+    program = PassManager(pipelines.exact).run(capture(model.eval(), (data[0],)))
     (target,) = targets_of(program)[:1] if targets_of(program)[0].kind == "gate" else targets_of(program)[1:]
     rule, samples = SelectNeurons(block=BLOCK), [[x] for x in data]
     weights = importance(program, [target], samples)
@@ -77,7 +78,7 @@ def test_what_is_built_is_what_is_measured(bias: bool) -> None:
 
 def test_within_the_budget() -> None:
     data = texts(40)
-    program = PassManager(thresher.pipelines.exact).run(capture(Gated().eval(), (data[0],)))
+    program = PassManager(pipelines.exact).run(capture(Gated().eval(), (data[0],)))
     calibration = Calibration.of(program, data, Budget(rel_l2=0.75))
     manager = PassManager([SelectNeurons(block=BLOCK)])
     manager.run(program, Context(machine=SLOW, calibration=calibration))
@@ -87,7 +88,7 @@ def test_within_the_budget() -> None:
 
 def test_odd_widths_are_refused() -> None:
     data = texts(8)
-    program = PassManager(thresher.pipelines.exact).run(capture(Gated().eval(), (data[0],)))
+    program = PassManager(pipelines.exact).run(capture(Gated().eval(), (data[0],)))
     manager = PassManager([SelectNeurons(block=24)])
     manager.run(program, Context(machine=SLOW, calibration=Calibration.of(program, data, Budget(rel_l2=0.3))))
     assert "no four blocks of 24" in manager.records[0].refusals[0].message

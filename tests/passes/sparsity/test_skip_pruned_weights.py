@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.clocks import FakeClock, compile_with
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model

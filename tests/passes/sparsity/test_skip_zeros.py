@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from helpers.clocks import FakeClock, compile_with
 from helpers.modules import Function
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
@@ -20,6 +21,7 @@ from thresher.backends.base import find_backend
 from thresher.driver.measure_break_even import measure
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
+from thresher.passes import pipelines
 from thresher.passes.sparsity._densities import densities, listed, sites_of
 from thresher.passes.sparsity.skip_zeros import SkipZeros
 from thresher.rewriting.contract import Context
@@ -53,7 +55,7 @@ def free(layer: Layer, overhead: float = 0.0) -> BreakEven:
 
 def skipped(model: nn.Module, x: Tensor, break_even=free) -> tuple[Program, list, list]:
     """The program, what was rewritten, and what was found."""
-    program = PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
+    program = PassManager(pipelines.exact).run(capture(model.eval(), (x,)))
     manager, context = PassManager([SkipZeros()]), Context(find_break_even=break_even)
     return manager.run(program, context), manager.records[0].rewrites, [asdict(z) for z in manager.zeros]
 

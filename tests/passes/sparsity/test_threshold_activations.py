@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from thresher import Budget
 from thresher.analysis.cost.break_even import BreakEven
 from thresher.approximation.calibration import Calibration
@@ -15,6 +16,7 @@ from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
 from thresher.ir.program import Program
+from thresher.passes import pipelines
 from thresher.passes.sparsity._targets import targets_of
 from thresher.passes.sparsity.threshold_activations import (
     ThresholdActivations,
@@ -58,7 +60,7 @@ def free(layer) -> BreakEven:
 
 
 def program_of(model: nn.Module, x: Tensor) -> Program:
-    return PassManager(thresher.pipelines.exact).run(capture(model.eval(), (x,)))
+    return PassManager(pipelines.exact).run(capture(model.eval(), (x,)))
 
 
 def test_what_can_be_thresholded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
@@ -15,6 +16,7 @@ from thresher.ir.folded_module import to_module
 from thresher.ir.nodes import shape_of
 from thresher.ir.program import Program
 from thresher.models.vit import ViT
+from thresher.passes import pipelines
 from thresher.passes.tokens._by_place import error_by_place, in_words, kept_by_place
 from thresher.passes.tokens._importance import SIDES
 from thresher.passes.tokens._streams import read_by_place, streams
@@ -42,7 +44,7 @@ def smooth(count: int) -> list[Tensor]:
 
 
 def folded(model: nn.Module, *inputs: Tensor) -> Program:
-    return PassManager(thresher.pipelines.exact).run(capture(model, inputs))
+    return PassManager(pipelines.exact).run(capture(model, inputs))
 
 
 def edited(

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from tvm import relax, te, tirx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name

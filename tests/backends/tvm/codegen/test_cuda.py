@@ -19,12 +19,16 @@ from tvm.runtime.vm import VirtualMachine
 import thresher
 from helpers.cuda import MMA, bodies, compiled_code, half
 from helpers.nvrtc import kernels
-from thresher import BackendError, PassManager, Records, Tune, capture, pipelines
+from thresher import Tune, capture
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cuda.schedules import MULTIPROCESSORS, TILES, tiles
 from thresher.backends.tvm.plans import tuner
 from thresher.backends.tvm.runtime import weight_array
+from thresher.errors import BackendError
+from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 from thresher.testing import ZOO, settle
+from thresher.tuning.records import Records
 from thresher.verification.compare import compare
 
 

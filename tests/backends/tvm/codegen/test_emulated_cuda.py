@@ -19,13 +19,16 @@ import tvm
 from torch import Tensor, nn
 from tvm import tirx
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.cuda import EMULATION, MMA, half
-from thresher import PassManager, capture, pipelines
+from thresher import capture
 from thresher.backends.tvm.backend import resolve_target
 from thresher.backends.tvm.codegen.relax_pipeline import context_of, fuse, schedule
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cuda.schedules import TILES
 from thresher.backends.tvm.plans.plan_selection import PlanSelector
+from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
 
 TARGET = resolve_target("cuda:sm_80")[0]
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')

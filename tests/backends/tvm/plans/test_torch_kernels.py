@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.clocks import FakeClock, compile_with
-from thresher import Records, Tune
+from thresher import Tune
 from thresher.backends.tvm.plans import tuner
 from thresher.driver import measure_machine
 from thresher.tuning.options import TorchKernel
+from thresher.tuning.records import Record, Records
 
 
 class Net(nn.Module):
@@ -83,7 +84,7 @@ def test_of_another_version(monkeypatch) -> None:
     model, x = nn.Linear(16, 24).eval(), torch.randn(6, 16)
     compile_with(clock, model, (x,), target="cpu", tune=Tune(trials=2))
     records = Records()
-    records.put([thresher.Record.now(r.target, r.workload, "TorchKernel(torch='1.0')", 1, 1) for r in records.all()])
+    records.put([Record.now(r.target, r.workload, "TorchKernel(torch='1.0')", 1, 1) for r in records.all()])
     assert thresher.compile(model, (x,), target="cpu").report.library == []
 
 

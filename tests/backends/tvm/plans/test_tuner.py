@@ -13,7 +13,7 @@ from tvm.runtime.vm import VirtualMachine
 
 import thresher
 from helpers.clocks import FakeClock, compile_with
-from thresher import BackendError, InputError, Records, Remote, Tune
+from thresher import Tune
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
 from thresher.backends.tvm.plans import tuner
@@ -22,7 +22,9 @@ from thresher.cli.main import main, remote
 from thresher.debugging.bisect import extract_subprogram
 from thresher.driver.clock import Clock
 from thresher.driver.measure_machine import WORKLOAD
-from thresher.errors import ThresherError
+from thresher.errors import BackendError, InputError, ThresherError
+from thresher.tuning.options import Remote
+from thresher.tuning.records import Record, Records
 
 FAST = Tune(trials=3)
 
@@ -51,7 +53,7 @@ def model_and_inputs() -> tuple[nn.Module, tuple]:
     return model, (x,)
 
 
-def measured() -> list[thresher.Record]:
+def measured() -> list[Record]:
     """The records of kernels; there is one of the machine, too."""
     return [r for r in Records().all() if r.workload != WORKLOAD]
 
@@ -99,7 +101,7 @@ def test_every_plan_of_every_kernel_is_right(model: nn.Module, x: Tensor, monkey
             (result,) = main(*self.runner.sent(given.inputs), *self.runner.sent(weights))
             assert torch.allclose(torch.from_dlpack(result), wanted, atol=1e-4), plan
             seen.append(plan)
-        return thresher.Record.now(fingerprint, workload, given.plans[0], 1.0, 1.0)
+        return Record.now(fingerprint, workload, given.plans[0], 1.0, 1.0)
 
     quick(monkeypatch)
     monkeypatch.setattr(tuner.Bench, "measure", compare)
@@ -150,7 +152,7 @@ def test_a_record_cannot_bring_in_a_plan() -> None:
     plain = thresher.compile(model, (x,), target="cpu", tune="never")
     fingerprint = find_backend("tvm").fingerprint("cpu")
     workload = "aten.linear.default 2x16x16:float32 24x16:float32* 24:float32*"
-    Records().put([thresher.Record(fingerprint, workload, "Plan(rows=10**9)", 1.0, 1.0, 1.0)])
+    Records().put([Record(fingerprint, workload, "Plan(rows=10**9)", 1.0, 1.0, 1.0)])
     assert torch.equal(thresher.compile(model, (x,), target="cpu")(x), plain(x))
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.modules import Function
 from thresher.backends.tvm import TVMBackend
 from thresher.frontend.capture import capture

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.cuda import EMULATION, bodies, compiled_code
 from helpers.nvrtc import kernels
+from thresher.analysis.cost.break_even import BreakEven
 from thresher.backends.tvm.kernels.cuda.sparse_rows import LEAST, MOST, Problem, fits, source
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity.skip_zeros import SkipZeros
@@ -103,6 +105,6 @@ def test_it_is_translated(dtype: torch.dtype) -> None:
 def test_zeros_are_skipped_on_gpus_too() -> None:
     model, x = FFN().half().eval(), torch.randn(2, 64).half()
     manager = PassManager([SkipZeros()])
-    free = lambda layer: thresher.analysis.cost.break_even.BreakEven(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
+    free = lambda layer: BreakEven(1.0, (0.01, 1.0), (0.01, 1.0))  # noqa: E731
     manager.run(capture(model, (x,)), Context("cuda:sm_80", find_break_even=free))
     assert len(manager.records[0].rewrites) == 1
