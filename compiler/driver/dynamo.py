@@ -32,9 +32,9 @@ from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
 from thresher.rewriting.registry import make_pass
 
-#: What ``options=`` may say: the arguments of thresher.compile() that describe how, and ``fallback``.
+#: What ``options=`` may say: the arguments of thresher.compile() that describe how to build, and ``fallback``.
 OPTIONS = {f.name for f in dataclasses.fields(CompileOptions)} - {"masks", "certificate", "dynamic_shapes"}
-KEPT = 32  # compiled graphs that are remembered
+MAX_REMEMBERED = 32  # compiled graphs
 
 _CACHE: OrderedDict[str, Compiled] = OrderedDict()
 
@@ -42,28 +42,28 @@ _CACHE: OrderedDict[str, Compiled] = OrderedDict()
 def thresher_backend(
     module: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend that Dynamo finds by the entry point ``torch_dynamo_backends``.
+    """Return what Dynamo calls in the place of ``module``. Dynamo finds this function by the entry point ``torch_dynamo_backends``.
 
     ``options``: how to build, as in :func:`thresher.compile` (``passes``, ``target``, ``validate``, ``tune``, ...); ``fallback=False``
     raises where a graph would run as it is. ``calibration`` and ``budget`` concern the graph's inputs: they are for models without breaks.
 
     Raises :class:`InputError` naming an option that is none.
     """
-    how = dict(options or {})
-    fallback = bool(how.pop("fallback", True))
-    if unknown := sorted(how.keys() - OPTIONS):
+    settings = dict(options or {})
+    fallback = bool(settings.pop("fallback", True))
+    if unknown := sorted(settings.keys() - OPTIONS):
         known = ", ".join(sorted({*OPTIONS, "fallback"}))
         raise InputError(f"torch.compile(backend='thresher') has no option {unknown[0]!r}; its options: {known}")
-    return _Graph(module, how, fallback)
+    return _Graph(module, settings, fallback)
 
 
 def built() -> list[Compiled]:
-    """The compiled graphs that are remembered, the latest last: for their reports."""
+    """Return the compiled graphs that are remembered, the latest last: for their reports."""
     return list(_CACHE.values())
 
 
 def clear() -> None:
-    """Forget them. ``torch._dynamo.reset()`` does so, too."""
+    """Forget all compiled graphs. ``torch._dynamo.reset()`` does so, too."""
     _CACHE.clear()
 
 
@@ -71,7 +71,7 @@ thresher_backend.reset = clear  # type: ignore[attr-defined]
 
 
 def identity(item: str | Pass) -> str:
-    """What a pass is: where it is defined, its options and its source. A pass that was edited is another one."""
+    """Return a text that stands for a pass: where it is defined, its options and its source. A pass that was edited is another one."""
     made = make_pass(item)
     cls = type(made)
     try:
@@ -84,70 +84,70 @@ def identity(item: str | Pass) -> str:
 class _Graph:
     """One graph of Dynamo's, built for each combination of shapes that it is called with."""
 
-    def __init__(self, module: fx.GraphModule, how: dict[str, Any], fallback: bool):
-        self.module, self.how, self.fallback = module, how, fallback
+    def __init__(self, module: fx.GraphModule, settings: dict[str, Any], fallback: bool):
+        self.module, self.settings, self.fallback = module, settings, fallback
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.state = [i for i, n in enumerate(placeholders) if _is_state(n)]
-        self.own = [i for i in range(len(placeholders)) if i not in self.state]
-        self.numbers = [i for i in self.own if any(map(_is_number, placeholders[i].users))]
-        self.outputs = _depending(module.graph, [placeholders[i] for i in self.own if i not in self.numbers])
+        self.inputs = [i for i in range(len(placeholders)) if i not in self.state]
+        self.numbers = [i for i in self.inputs if any(map(_is_number, placeholders[i].users))]
+        self.outputs = _depending(module.graph, [placeholders[i] for i in self.inputs if i not in self.numbers])
         self.runs: dict[Any, Callable[..., Any]] = {}
-        self.seen: Any = None
+        self.last_state: Any = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             _warn_once("a gradient is asked for: thresher compiles for inference, under torch.no_grad()")
             return self.module(*args)
         state = tuple((id(args[i]), _version(args[i])) for i in self.state)
-        if state != self.seen:
+        if state != self.last_state:
             self.runs.clear()
-            self.seen = state
-        key = tuple(_kind(args[i].item() if i in self.numbers else args[i]) for i in self.own)
+            self.last_state = state
+        key = tuple(_kind(args[i].item() if i in self.numbers else args[i]) for i in self.inputs)
         if key not in self.runs:
             with torch.inference_mode(False), torch.no_grad():
                 self.runs[key] = self.build(args)
         return self.runs[key](*args)
 
     def build(self, args: Sequence[Any]) -> Callable[..., Any]:
-        if not any(self.outputs) or not any(isinstance(args[i], Tensor) for i in self.own):
+        if not any(self.outputs) or not any(isinstance(args[i], Tensor) for i in self.inputs):
             return self.module
-        own = [_plain(args[i]) for i in self.own]
+        examples = [_plain(args[i]) for i in self.inputs]
         model = _bound(self.module, args, self.state, self.outputs)
         try:
-            compiled = _remembered(model, own, self.how)
+            compiled = _remembered(model, examples, self.settings)
         except (CaptureError, BackendError) as error:
             if not self.fallback:
                 raise
             calls = sum(n.op.startswith("call") for n in self.module.graph.nodes)
             warnings.warn(f"a graph of {calls} calls runs in eager mode: {error}", stacklevel=2)
             return self.module
-        rest = [] if all(self.outputs) else self.module(*args)  # what depends on no input: computed once
+        constants = [] if all(self.outputs) else self.module(*args)  # results that depend on no input: computed once
 
         def run(*args: Any) -> Any:
-            found = iter(compiled(*(args[i] for i in self.own)))
-            return [next(found) if yes else rest[k] for k, yes in enumerate(self.outputs)]
+            results = iter(compiled(*(args[i] for i in self.inputs)))
+            return [next(results) if depends else constants[k] for k, depends in enumerate(self.outputs)]
 
         return run
 
 
-def _remembered(model: fx.GraphModule, args: Sequence[Any], how: dict[str, Any]) -> Compiled:
-    """Built before, from the same graph, numbers, shapes and passes; else built now."""
-    how = dict(how)
+def _remembered(model: fx.GraphModule, args: Sequence[Any], settings: dict[str, Any]) -> Compiled:
+    """Return what was built before from the same graph, numbers, shapes and passes, or build it now."""
+    settings = dict(settings)
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "cpu":
-        how.setdefault("target", "cpu")
-    if "calibration" in how:  # what samples make of a model is not known by a key
-        return compile_model(model, tuple(args), **how)
-    passes = [identity(p) for p in pipelines.resolve(how.get("passes", "exact"))]
+        settings.setdefault("target", "cpu")
+    if "calibration" in settings:  # what samples make of a model is not known by a key
+        return compile_model(model, tuple(args), **settings)
+    passes = [identity(p) for p in pipelines.resolve(settings.get("passes", "exact"))]
     digest = hashlib.sha256(repr((model.code, [_kind(a) for a in args], passes)).encode())
-    digest.update(repr(sorted((k, v) for k, v in how.items() if k != "passes")).encode())
+    digest.update(repr(sorted((k, v) for k, v in settings.items() if k != "passes")).encode())
     for value in [*model.parameters(), *model.buffers()]:
         digest.update(repr(_kind(value)).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     key = digest.hexdigest()
     if key not in _CACHE:
-        _CACHE[key] = compile_model(model, tuple(args), **how)
-        while len(_CACHE) > KEPT:
+        _CACHE[key] = compile_model(model, tuple(args), **settings)
+        while len(_CACHE) > MAX_REMEMBERED:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)
     return _CACHE[key]
@@ -156,7 +156,7 @@ def _remembered(model: fx.GraphModule, args: Sequence[Any], how: dict[str, Any])
 def _bound(
     module: fx.GraphModule, args: Sequence[Any], state: Sequence[int], outputs: Sequence[bool]
 ) -> fx.GraphModule:
-    """The graph with parameters and buffers as its own, with numbers as they are now, and with the outputs that depend on an input."""
+    """Return the graph with parameters and buffers as its own, numbers as they are now, and the outputs that depend on an input."""
     graph, root = fx.Graph(), nn.Module()
     mapping: dict[fx.Node, Any] = {}
     for name, child in module.named_children():
@@ -164,9 +164,9 @@ def _bound(
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         root.register_buffer(name, value.detach())
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for place, (node, value) in enumerate(zip(placeholders, args)):
-        if place in state:
-            name = f"{_name(node)}_{place}" if hasattr(root, _name(node)) else _name(node)
+    for index, (node, value) in enumerate(zip(placeholders, args)):
+        if index in state:
+            name = f"{_name(node)}_{index}" if hasattr(root, _name(node)) else _name(node)
             if isinstance(value, nn.Parameter):
                 root.register_parameter(name, nn.Parameter(value.detach(), value.is_floating_point()))
             else:
@@ -174,13 +174,13 @@ def _bound(
             mapping[node] = graph.get_attr(name)
         else:
             mapping[node] = graph.node_copy(node)
-    given = dict(zip(placeholders, args))
+    values = dict(zip(placeholders, args))
     for node in module.graph.nodes:
         if node.op == "output":
-            kept = [v for v, yes in zip(node.args[0], outputs) if yes]
-            graph.output(tuple(fx.map_arg(kept, lambda n: mapping[n])))
+            results = [v for v, depends in zip(node.args[0], outputs) if depends]
+            graph.output(tuple(fx.map_arg(results, lambda n: mapping[n])))
         elif _is_number(node):
-            mapping[node] = given[node.args[0]].item()
+            mapping[node] = values[node.args[0]].item()
         elif node.op != "placeholder":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     graph.eliminate_dead_code()
@@ -199,7 +199,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _is_state(node: fx.Node) -> bool:
-    """Whether an input of Dynamo's is a parameter or a buffer of a module, by where it says that it comes from."""
+    """Return whether an input of Dynamo's is a parameter or a buffer of a module, by where it says that it comes from."""
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None)
     while source is not None:
@@ -210,7 +210,7 @@ def _is_state(node: fx.Node) -> bool:
 
 
 def _depending(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[bool]:
-    """Of each output whether it depends on one of the inputs."""
+    """Return, for each output, whether it depends on one of the inputs."""
     moved = set(inputs)
     for node in graph.nodes:
         if any(n in moved for n in node.all_input_nodes):
@@ -235,7 +235,7 @@ def _plain(value: Any) -> Any:
 _WARNED: set[str] = set()
 
 
-def _warn_once(words: str) -> None:
-    if words not in _WARNED:
-        _WARNED.add(words)
-        warnings.warn(words, stacklevel=3)
+def _warn_once(message: str) -> None:
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, stacklevel=3)

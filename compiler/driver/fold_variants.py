@@ -1,5 +1,6 @@
-"""How narrow a fold should leave a model is a question to the machine: a width that ends in the middle of a tile can cost more than one
-that does not. The rule of ``fold-channels`` answers it from a table; measuring answers it for this model on this target.
+"""Variants of a pipeline that fold to other widths. How narrow a fold should leave a model depends on the machine: a width that ends in the
+middle of a tile can cost more than a larger one. The rule of ``fold-channels`` takes the answer from a table; measuring the variants gives
+it for this model on this target.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from thresher.rewriting.registry import make_pass
 
 
 def variants(passes: Sequence[str | Pass]) -> dict[str, list[Pass]]:
-    """The pipeline with other widths: as given, cut to the last channel, padded up to whole tiles, and not folded at all.
+    """Return the pipeline with other widths: as given, cut to the last channel, padded up to whole tiles, and not folded at all.
 
     Raises :class:`PassError` where the pipeline folds nothing.
     """

@@ -1,4 +1,4 @@
-"""What the machine that is here does in a second, measured with what the backend itself generates, and remembered among the tuning records.
+"""Measure what this machine does in a second, with code that the backend itself generates; the numbers go to the tuning records.
 
 Four small programs, in turn: a product that is bound by arithmetic, an elementwise operator on more than the cache holds, a gather of
 single elements, and a chain of operators too small to take any time but their launch.
@@ -42,8 +42,8 @@ class _Chain(nn.Module):
         return x
 
 
-def calibrate(backend: Backend, target: str) -> MachineModel:
-    """Measure; seconds. The tile's width is not measured: it is the kernels'."""
+def measure(backend: Backend, target: str) -> MachineModel:
+    """Return the measured speeds, each per second, in about two seconds. The width of a tile is not measured: it is that of the kernels."""
     wide = torch.randn(ELEMENTS >> 10, 1 << 10)
     programs = {
         "product": (nn.Linear(WIDTH, WIDTH, bias=False), torch.randn(ROWS, WIDTH)),
@@ -54,25 +54,25 @@ def calibrate(backend: Backend, target: str) -> MachineModel:
     calls = {}
     for name, (module, x) in programs.items():
         calls[name] = partial(backend.lower(capture(module.eval(), (x,)).rounded(), target).run, [x])
-    took = {name: timing.median / 1e3 for name, timing in interleaved(calls, rounds=5).items()}
+    times = {name: timing.median / 1e3 for name, timing in interleaved(calls, rounds=5).items()}
     return dataclasses.replace(
         machine_model(target),
-        flops=2 * ROWS * WIDTH * WIDTH / took["product"],
-        bandwidth=2 * 4 * ELEMENTS / took["stream"],
-        gathered=4 * ELEMENTS / took["gather"],
-        launch=took["chain"] / CHAIN,
+        flops=2 * ROWS * WIDTH * WIDTH / times["product"],
+        bandwidth=2 * 4 * ELEMENTS / times["stream"],
+        gathered=4 * ELEMENTS / times["gather"],
+        launch=times["chain"] / CHAIN,
     )
 
 
 def record(machine: MachineModel, fingerprint: str) -> Record:
-    """The measured numbers as a record."""
+    """Return the measured numbers as a record for the machine ``fingerprint``."""
     return Record.now(
         fingerprint, WORKLOAD, json.dumps(dataclasses.asdict(machine)), 1e6 * machine.launch, 1e6 * machine.launch
     )
 
 
 def recorded(plans: Mapping[str, str], target: str) -> MachineModel:
-    """The numbers on record, else the typical ones."""
+    """Return the numbers on record, else typical ones for ``target``: also where the record cannot be read."""
     try:
         numbers = json.loads(plans[WORKLOAD])
         flops, bandwidth, gathered, launch = (float(numbers[k]) for k in ("flops", "bandwidth", "gathered", "launch"))

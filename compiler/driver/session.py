@@ -46,7 +46,7 @@ class Session:
 
     @property
     def runs_here(self) -> bool:
-        """Whether this machine can run code for the target."""
+        """True where this machine can run code for the target."""
         return self.backend.runs_here(self.target)
 
     @contextmanager

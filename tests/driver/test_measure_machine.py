@@ -19,7 +19,7 @@ SLOW = MachineModel(1e9, 1e9, 1e8, 1e-3, 16)
 
 
 def test_measured_numbers_are_of_this_machine() -> None:
-    found = measure_machine.calibrate(find_backend("tvm"), "cpu")
+    found = measure_machine.measure(find_backend("tvm"), "cpu")
     assert 1e9 < found.flops < 1e13
     assert 1e8 < found.gathered <= 2 * found.bandwidth < 1e12
     assert 1e-8 < found.launch < 1e-2  # other processes can make it a hundred times what it is
