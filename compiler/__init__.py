@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from thresher.approximation.budget import Budget
     from thresher.artifact.bundle import Bundle
     from thresher.artifact.compiled import Compiled
-    from thresher.artifact.writer import load
+    from thresher.artifact.reader import load
     from thresher.driver.compile import compile, lower, rewrite
     from thresher.errors import ThresherError
     from thresher.frontend.capture import capture
@@ -35,7 +35,7 @@ _MODULES = {
     "Tune": "thresher.tuning.options",
     "capture": "thresher.frontend.capture",
     "compile": "thresher.driver.compile",
-    "load": "thresher.artifact.writer" if _HAS_TORCH else "thresher.artifact.numpy_reader",
+    "load": "thresher.artifact.reader" if _HAS_TORCH else "thresher.artifact.numpy_reader",
     "lower": "thresher.driver.compile",
     "rewrite": "thresher.driver.compile",
 }

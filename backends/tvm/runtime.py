@@ -1,4 +1,4 @@
-"""Running a compiled module. Needs the TVM runtime only: not the compiler, not the model, and torch only if torch tensors are given."""
+"""Run a compiled module. Needs the TVM runtime only: not the compiler, not the model, and torch only for torch tensors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from tvm.runtime.vm import VirtualMachine
 
 from thresher.runtime.batching import memory_of
 
-ROUNDS, SECONDS = 7, 1.0  # of a profile: every build makes one
+PROFILE_RUNS, PROFILE_SECONDS = 7, 1.0  # every build makes a profile
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
 
 
 class TVMModule:
-    """A loaded library with its weights. Calls from several threads wait for each other: the virtual machine has one stack."""
+    """A loaded library with its weights. Calls from several threads wait for each other: the virtual machine has one stack.
+
+    Args:
+        library: the loaded code.
+        weights: the constants in the order of the code.
+        device: ``cpu`` or ``cuda``.
+        placed: arrays that are on a device already, see :class:`thresher.runtime.weight_store.Weights`.
+    """
 
     def __init__(
         self, library: Any, weights: Sequence[np.ndarray], device: str, placed: dict[tuple[int, str], Any] | None = None
     ):
-        """``placed``: see :class:`thresher.runtime.weight_store.Weights`."""
         self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
         self.machine = VirtualMachine(library, self.device)
         self.main = self.machine["main"]
@@ -35,13 +41,11 @@ class TVMModule:
         self.lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Flat inputs, all torch tensors or all NumPy arrays; outputs of the same kind. No copies on the way in or out."""
+        """Compute flat outputs from flat inputs: all torch tensors, or all NumPy arrays. Torch tensors are not copied, in nor out."""
         if all(isinstance(x, np.ndarray) for x in inputs):
             values = [tvm.runtime.tensor(np.ascontiguousarray(x), self.device) for x in inputs]
             with self.lock:
-                return [
-                    np.from_dlpack(y) for y in self.main(*values, self.weights)
-                ]  # owns the memory; .numpy() does not
+                return [_to_numpy(y) for y in self.main(*values, self.weights)]
         import torch
 
         values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
@@ -49,8 +53,10 @@ class TVMModule:
             return [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
 
     def profile(self, inputs: Sequence[Any], kernels: Container[str]) -> list[tuple[str, float]]:
-        """The calls of ``kernels`` in the order in which they run, each with the median of its milliseconds over ROUNDS runs, or as many
-        as end within SECONDS."""
+        """Return the calls of ``kernels`` in the order in which they run, each with the median of its milliseconds.
+
+        They are measured in PROFILE_RUNS runs, or in as many as end within PROFILE_SECONDS.
+        """
         began, started, calls = time.perf_counter(), 0.0, []
 
         def watch(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
@@ -66,7 +72,7 @@ class TVMModule:
         with self.lock:
             self.machine.set_instrument(tvm_ffi.convert(watch))
             try:
-                while len(runs) < ROUNDS and (not runs or time.perf_counter() - began < SECONDS):
+                while len(runs) < PROFILE_RUNS and (not runs or time.perf_counter() - began < PROFILE_SECONDS):
                     self.main(*values, self.weights)
                     runs.append(list(calls))
                     calls.clear()
@@ -76,7 +82,7 @@ class TVMModule:
 
 
 def weight_array(weights: Sequence[np.ndarray], device: Any, placed: dict[tuple[int, str], Any] | None = None) -> Any:
-    """The weights on the device, as the one argument that compiled code takes; what is ``placed`` already is not copied again."""
+    """Return the weights on the device as the one argument that compiled code takes; arrays in ``placed`` are not copied again."""
     placed = {} if placed is None else placed
     for array in weights:
         if (id(array), str(device)) not in placed:
@@ -85,15 +91,20 @@ def weight_array(weights: Sequence[np.ndarray], device: Any, placed: dict[tuple[
 
 
 def load_code(code: bytes) -> Any:
-    """The library in ``code``. The system's loader wants a file; it is gone when this returns."""
+    """Return the library in ``code``. The system's loader wants a file; it is gone when this returns."""
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
         path = Path(folder) / "model.so"
         path.write_bytes(code)
         return tvm.runtime.load_module(str(path))
 
 
+def _to_numpy(output: Any) -> np.ndarray:
+    """Return an array that keeps the memory of ``output``; bfloat16, which NumPy does not read from others, is copied."""
+    return output.numpy() if str(output.dtype) == "bfloat16" else np.from_dlpack(output)
+
+
 def _aligned(x: Any) -> Any:
-    """A contiguous tensor at an address that compiled code may load whole registers from; a copy only where ``x`` is neither."""
+    """Return ``x`` contiguous, at an address that compiled code may load whole registers from; copied only where it is not."""
     x = x.detach().contiguous()
     if x.data_ptr() % ALIGNMENT == 0:
         return x

@@ -3,16 +3,14 @@ batch sizes. Weights that are the same are stored once and held once."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from thresher.errors import ArtifactError
+from thresher.runtime.format import NAME
 
 M = TypeVar("M")
-MAIN = "main"  # the name of the only model of an artifact
-NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
 class Bundle(Mapping[str, M], Generic[M]):
@@ -48,11 +46,11 @@ class Bundle(Mapping[str, M], Generic[M]):
         return f"Bundle({', '.join(self._models)})"
 
     def validate(self) -> dict[str, Any]:
-        """Each model proves itself; what each of them says."""
+        """Let each model prove itself; return the result of each by its name."""
         return {name: model.validate() for name, model in self._models.items()}  # type: ignore[attr-defined]
 
     def save(self, path: str | Path) -> Path:
-        """Write one artifact with all of them."""
-        from thresher.artifact.writer import save
+        """Write one artifact with all of them. Raise :class:`ArtifactError` where it cannot be written."""
+        from thresher.artifact.writer import save  # needs torch; a bundle is also loaded where torch is not
 
         return save(self._models, Path(path))  # type: ignore[arg-type]

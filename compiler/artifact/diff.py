@@ -11,8 +11,8 @@ from torch import Tensor
 
 from thresher.artifact.compiled import Compiled
 from thresher.errors import ThresherError
+from thresher.runtime.comparison import compare
 from thresher.runtime.tensor_spec import TensorSpec
-from thresher.verification.compare import compare
 
 
 def difference(a: Compiled, b: Compiled) -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch
 import thresher
 from thresher.approximation.budget import METRICS, Budget
 from thresher.artifact.diff import difference
-from thresher.artifact.writer import load_all
+from thresher.artifact.reader import load_all
 from thresher.debugging.blame import blame
 from thresher.errors import ThresherError
 from thresher.exporters.onnx import write_onnx

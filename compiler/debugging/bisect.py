@@ -8,11 +8,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from thresher.artifact.compiled import check_outputs
 from thresher.backends.base import Backend
 from thresher.errors import BackendError
 from thresher.ir.nodes import is_tensor, module_path, source_line
 from thresher.ir.program import Program
+from thresher.runtime.comparison import check_outputs
 
 
 def first_wrong_operator(program: Program, backend: Backend, target: str) -> str:

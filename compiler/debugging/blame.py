@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, fx
 
-from thresher.artifact.compiled import check_outputs
 from thresher.atomic_files import replacing, write_text
 from thresher.backends.base import Backend, find_backend
 from thresher.debugging.bisect import extract_subprogram
@@ -31,6 +30,7 @@ from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Context, Pass
 from thresher.rewriting.registry import make_pass
+from thresher.runtime.comparison import check_outputs
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 #: What is wrong with a program, in words; empty where nothing is.

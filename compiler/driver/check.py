@@ -9,13 +9,12 @@ from typing import Any
 
 from thresher.analysis.slices.batch_independence import resized
 from thresher.approximation.calibration import Calibration
-from thresher.artifact.compiled import check_outputs
 from thresher.debugging.bisect import first_wrong_operator
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured, lower_again
 from thresher.errors import ValidationError
-from thresher.report.data import Check
+from thresher.runtime.comparison import Check, check_outputs
 from thresher.verification.compare import probes, steps, undecided
 
 OTHER_INPUTS = 8  # that are tried where rounding decides a choice

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from thresher.analysis.attention.summary import describe_attentions
 from thresher.analysis.cost.peak_memory import peak_bytes
-from thresher.artifact.compiled import Compiled, ReferenceRun
+from thresher.artifact.compiled import Compiled
 from thresher.backends.batched import BatchedExecutable
 from thresher.driver.options import CompileOptions
 from thresher.driver.race import Times
@@ -15,8 +15,10 @@ from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured, cost_of
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
-from thresher.report.data import Check, Figures, Kernel, Report
+from thresher.report.data import Figures, Kernel, Report
 from thresher.report.graph_diff import Line, graph_lines, mark_differences
+from thresher.runtime.comparison import Check
+from thresher.runtime.reference_run import ReferenceRun
 from thresher.verification.compare import steps
 
 
@@ -30,7 +32,7 @@ def summarize(
 ) -> Compiled:
     """Return the compiled model. ``races``: the times of ``widths``, ``approximation`` and ``tuning``, where they were measured."""
     program, probe = build.rewritten.program, build.rewritten.program.probe
-    reference_run = ReferenceRun(list(probe), captured.eager(probe), steps(program, probe))
+    reference_run = ReferenceRun.of(probe, captured.eager(probe), steps(program, probe))
     report = _report(captured, build, checks, races, session)
     certificate = build.rewritten.certificate if options.certificate else None
     return Compiled(

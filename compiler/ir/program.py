@@ -29,8 +29,9 @@ from thresher.ir.interpreter import Interpreter
 from thresher.ir.lineage import Restore
 from thresher.ir.nodes import copy_origin, dtype_of, is_tensor, shape_of
 from thresher.ir.printer import render
-from thresher.ir.signature import Signature, dimension, flatten_call
-from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec
+from thresher.ir.signature import dimension, tree_of
+from thresher.runtime.signature import Signature
+from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec, dtype_name
 
 
 class Role(enum.Enum):
@@ -105,19 +106,19 @@ class Program:
     def signature(self, device: str) -> Signature:
         """What the program takes and returns, for a module that runs on ``device``."""
         inputs = tuple(
-            TensorSpec(n.name, str(dtype_of(n)).removeprefix("torch."), tuple(dimension(d) for d in shape_of(n)))
+            TensorSpec(n.name, dtype_name(dtype_of(n)), tuple(dimension(d) for d in shape_of(n)))
             if is_tensor(n)
             else LiteralSpec(n.name, n.meta.get("val"))
             for n in self.placeholders
         )
         outputs = tuple(None if is_tensor(o) else LiteralSpec("output", o) for o in self.output_nodes)
-        return Signature(inputs, outputs, self.in_spec, self.out_spec, device)
+        return Signature(inputs, outputs, tree_of(self.in_spec), tree_of(self.out_spec), device)
 
     # ------------------------------------------------------------------ running
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Any]:
         """The leaves of a call, checked against the structure that was captured."""
-        return flatten_call(self.in_spec, args, kwargs or {})
+        return tree_of(self.in_spec).flatten_call(args, kwargs or {})
 
     def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
         return pytree.tree_unflatten(list(leaves), self.out_spec)

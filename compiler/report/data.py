@@ -18,6 +18,7 @@ from thresher.atomic_files import write_text
 from thresher.report.graph_diff import Line
 from thresher.rewriting.contract import Note
 from thresher.rewriting.manager import PassRecord
+from thresher.runtime.comparison import Check
 
 Table = tuple[Sequence[str], list[tuple[str, ...]]]  # columns and rows
 
@@ -29,17 +30,6 @@ class Figures:
     parameters: int
     flops: int
     bytes: int
-
-
-@dataclass
-class Check:
-    """One comparison that was made: ``error`` is relative to the scale of the reference output."""
-
-    name: str
-    error: float
-    tolerance: float
-    passed: bool
-    detail: str = ""
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""A batch of any size, computed in pieces of sizes that there is code for. Needs neither torch nor the compiler.
+"""A batch of any size, computed in pieces of sizes that there is code for.
 
 A batch of n is covered by pieces whose sizes add up to n or more; what is missing in the last piece is filled with copies of its last
-sample, and cut off the results. Which pieces: those that take the least time together, by the time that each size takes.
+sample, and cut off the results. Those pieces are taken that need the least time together, by the time that each size takes.
 
     best(0) = 0,  best(n) = min over sizes b: time(b) + best(max(n - b, 0))
 """
@@ -18,71 +18,92 @@ Run = Callable[[Sequence[Any]], list[Any]]
 
 
 class BatchSplitter:
-    """``runs``: what computes a batch of each size; ``batched``: for every input, whether it has a sample for each of the batch (its first
-    dimension); ``times``: milliseconds of each size."""
+    """Computes a batch of any size in pieces.
+
+    Args:
+        runs: the function that computes a batch, by the size of the batch.
+        batched: for every input, True if its first dimension is the batch.
+        times: the time of each size in milliseconds.
+    """
 
     def __init__(self, runs: Mapping[int, Run], batched: Sequence[bool], times: Mapping[int, float]):
         self.runs, self.batched, self.times = dict(runs), list(batched), dict(times)
         self.plan = lru_cache(256)(self._plan)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Flat inputs, all torch tensors or all NumPy arrays, to flat outputs of the same kind."""
+        """Compute flat outputs from flat inputs; all are torch tensors, or all NumPy arrays."""
         count = self.count(inputs)
         sizes = self.plan(count)
         if sizes == (count,):
             return self.runs[count](inputs)
         done, results = 0, []
         for size in sizes:
-            part = [_part(x, done, size) if batched else x for x, batched in zip(inputs, self.batched)]
-            results.append([y[: count - done] for y in self.runs[size](part)])
+            piece = [_piece(x, done, size) if batched else x for x, batched in zip(inputs, self.batched)]
+            results.append([y[: count - done] for y in self.runs[size](piece)])
             done += size
-        return [_joined(parts) for parts in zip(*results)]
+        return [_joined(pieces) for pieces in zip(*results)]
 
     def count(self, inputs: Sequence[Any]) -> int:
-        """How many samples there are."""
+        """Return the number of samples."""
         return next(len(x) for x, batched in zip(inputs, self.batched) if batched)
 
     def _plan(self, count: int) -> tuple[int, ...]:
-        """The sizes for a batch of ``count``, the largest first; a batch of none is computed as one and cut."""
+        """Return the sizes for a batch of ``count``, the largest first; a batch of none is computed as one and cut."""
         best, chosen = [0.0], [0]
         for n in range(1, max(count, 1) + 1):
             time, size = min((self.times[b] + best[max(n - b, 0)], b) for b in self.runs)
             best.append(time)
             chosen.append(size)
-        sizes, left = [], max(count, 1)
-        while left > 0:
-            sizes.append(chosen[left])
-            left -= chosen[left]
+        sizes, remaining = [], max(count, 1)
+        while remaining > 0:
+            sizes.append(chosen[remaining])
+            remaining -= chosen[remaining]
         return tuple(sorted(sizes, reverse=True))
 
 
-def _part(x: Any, start: int, size: int) -> Any:
-    part = x[start : start + size]
-    missing = size - len(part)
+def _piece(x: Any, start: int, size: int) -> Any:
+    """Return ``size`` samples from ``start`` on; where there are fewer, the last one again."""
+    piece = x[start : start + size]
+    missing = size - len(piece)
     if not missing:
-        return part
-    if not len(part):  # a batch of none: any numbers do
-        return x.new_zeros((size, *x.shape[1:])) if hasattr(x, "new_zeros") else np.zeros((size, *x.shape[1:]), x.dtype)
-    return _joined([part, *[part[-1:]] * missing])
+        return piece
+    if not len(piece):  # a batch of none: any numbers do
+        return x.new_zeros((size, *x.shape[1:])) if _is_torch(x) else np.zeros((size, *x.shape[1:]), x.dtype)
+    return _joined([piece, *[piece[-1:]] * missing])
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    import torch
-
-    if parts[0].device.type != "cpu":
-        return torch.cat(list(parts))
-    # by one thread: after work of several, torch's threads spin for a while, and whoever runs next waits for a core
-    whole = torch.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), dtype=parts[0].dtype)
-    np.concatenate([memory_of(p.detach().contiguous()) for p in parts], out=memory_of(whole))
+def _joined(pieces: Sequence[Any]) -> Any:
+    """Return the pieces, all torch tensors or all NumPy arrays, as one along the first dimension."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if not _is_torch(first):
+        return np.concatenate(pieces)
+    whole = first.new_empty((sum(len(p) for p in pieces), *first.shape[1:]))
+    if first.device.type == "cpu":
+        # by one thread: after work of several, torch's threads spin for a while, and whoever runs next waits for a core
+        np.concatenate([memory_of(p.detach().contiguous()) for p in pieces], out=memory_of(whole))
+        return whole
+    start = 0
+    for piece in pieces:
+        whole[start : start + len(piece)].copy_(piece)
+        start += len(piece)
     return whole
 
 
-def memory_of(x: Any) -> np.ndarray:
-    """The bytes of a contiguous tensor on the CPU, whatever its dtype (NumPy has no bfloat16)."""
-    import torch
+def _is_torch(x: Any) -> bool:
+    return not isinstance(x, np.ndarray)
 
-    return x.reshape(-1).view(torch.uint8).numpy()
+
+class _Memory:
+    """The bytes of a torch tensor, in the protocol by which NumPy reads the memory of others; it keeps the tensor alive."""
+
+    def __init__(self, tensor: Any):
+        self.tensor = tensor
+        address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+def memory_of(tensor: Any) -> np.ndarray:
+    """Return a view of the bytes of a contiguous torch tensor on the CPU, whatever its dtype (NumPy has no bfloat16)."""
+    return np.asarray(_Memory(tensor))

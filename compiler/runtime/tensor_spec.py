@@ -1,4 +1,4 @@
-"""What one argument of a compiled model must be. Used where torch is, and where it is not."""
+"""The requirements on one argument of a compiled model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from thresher.errors import InputError
+
+#: Sizes of the symbols seen so far in a call, each with the place of its first occurrence.
+Symbols = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,40 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def check(self, value: Any, device: str, symbols: Symbols) -> None:
+        """Raise :class:`InputError` unless ``value`` is a tensor of this dtype and shape; a torch tensor must be on ``device``."""
+        if not is_tensor(value):
+            raise InputError(f"argument {self.name!r} must be a tensor or a NumPy array, not {type(value).__name__}")
+        dtype = dtype_name(value.dtype)
+        if dtype != self.dtype:
+            raise InputError(
+                f"argument {self.name!r} has dtype {dtype}, but the model was compiled for {self.dtype}; convert it first"
+            )
+        if not isinstance(value, np.ndarray) and value.device.type != device:
+            raise InputError(
+                f"argument {self.name!r} is on {value.device}, but the model was compiled for {device}; "
+                f"move it with .to({device!r})"
+            )
+        if tuple(value.shape) != self.shape:
+            self._check_shape(tuple(map(int, value.shape)), symbols)
+
+    def _check_shape(self, shape: tuple[int, ...], symbols: Symbols) -> None:
+        compiled = "(" + ", ".join(map(str, self.shape)) + ")"
+        message = f"argument {self.name!r} has shape {shape}, but the model was compiled for {compiled}"
+        if len(shape) != len(self.shape):
+            raise InputError(message)
+        for dim, (size, expected) in enumerate(zip(shape, self.shape)):
+            if isinstance(expected, str):
+                first, where = symbols.setdefault(expected, (size, f"{self.name}[{dim}]"))
+                if size != first:
+                    raise InputError(
+                        f"dimension {dim} of argument {self.name!r} is {size}, but {where}, which must be the same, is {first}"
+                    )
+            elif size != expected:
+                raise InputError(
+                    f"{message}; compile again with such an example, or free the dimension with dynamic_shapes"
+                )
+
 
 @dataclass(frozen=True)
 class LiteralSpec:
@@ -25,30 +64,20 @@ class LiteralSpec:
     name: str
     value: Any
 
+    def check(self, value: Any) -> None:
+        """Raise :class:`InputError` unless ``value`` equals the captured one; NaN equals NaN."""
+        if is_tensor(value) or not (value == self.value or (value != value and self.value != self.value)):
+            raise InputError(
+                f"argument {self.name!r} was {self.value!r} when the model was captured and cannot change to {value!r}"
+            )
+
+
+def is_tensor(value: Any) -> bool:
+    """Return True for NumPy arrays and torch tensors; the latter are known by their methods, because torch may not be installed."""
+    return isinstance(value, np.ndarray) or hasattr(value, "data_ptr")
+
 
 @functools.cache
 def dtype_name(dtype: Any) -> str:
-    """``torch.float32`` or NumPy's -> ``float32``."""
+    """Return the name of a torch or NumPy dtype: ``torch.float32`` -> ``float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def check_shape(spec: TensorSpec, value: Any, symbols: dict[str, tuple[int, str]]) -> None:
-    if tuple(value.shape) == spec.shape:
-        return
-    shown = "(" + ", ".join(map(str, spec.shape)) + ")"
-    advice = "compile again with such an example, or free the dimension with dynamic_shapes"
-    if len(value.shape) != len(spec.shape):
-        raise InputError(
-            f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}"
-        )
-    for place, (have, want) in enumerate(zip(value.shape, spec.shape)):
-        if isinstance(want, str):
-            first, where = symbols.setdefault(want, (int(have), f"{spec.name}[{place}]"))
-            if have != first:
-                raise InputError(
-                    f"dimension {place} of argument {spec.name!r} is {have}, but {where}, which must be the same, is {first}"
-                )
-        elif have != want:
-            raise InputError(
-                f"argument {spec.name!r} has shape {tuple(value.shape)}, but the model was compiled for {shown}; {advice}"
-            )

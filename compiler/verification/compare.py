@@ -16,67 +16,11 @@ from torch import Tensor, fx
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
+from thresher.runtime.comparison import EXACT_TOLERANCE as EXACT_TOLERANCE  # the public name
+from thresher.runtime.comparison import TOLERANCE, Divergence, compare
 
-EXACT_TOLERANCE = 1e-9
-LOWERING_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a candidate is from its reference, over all outputs: worst error relative to the output's scale."""
-
-    relative: float
-    absolute: float
-    output: int = 0  # index of the worst output
-    reason: str = ""  # set where the two cannot be compared at all
-
-    def exceeds(self, tolerance: float) -> bool:
-        return bool(self.reason) or not self.relative <= tolerance
-
-
-def compare(reference: Sequence[Any], candidate: Sequence[Any]) -> Divergence:
-    """The :class:`Divergence` of two lists of outputs (tensors, or literals that must be equal)."""
-    if len(reference) != len(candidate):
-        return Divergence(float("inf"), float("inf"), 0, f"{len(reference)} outputs against {len(candidate)}")
-    worst = Divergence(0.0, 0.0)
-    for index, (a, b) in enumerate(zip(reference, candidate)):
-        found = _compare_one(a, b, index)
-        if found.reason or not found.relative <= worst.relative:
-            worst = found
-        if found.reason:
-            break
-    return worst
-
-
-def _compare_one(reference: Any, candidate: Any, index: int) -> Divergence:
-    infinite = float("inf")
-    if not isinstance(reference, Tensor) or not isinstance(candidate, Tensor):
-        equal = type(reference) is type(candidate) and reference == candidate
-        return (
-            Divergence(0.0, 0.0, index)
-            if equal
-            else Divergence(infinite, infinite, index, f"{reference!r} != {candidate!r}")
-        )
-    if reference.shape != candidate.shape:
-        return Divergence(infinite, infinite, index, f"shape {tuple(reference.shape)} != {tuple(candidate.shape)}")
-    wide = torch.complex128 if reference.is_complex() else torch.float64
-    a, b = reference.detach().cpu().to(wide), candidate.detach().cpu().to(wide)
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
-        return Divergence(infinite, infinite, index, "NaN or infinity in different places")
-    if not torch.equal(_kinds(a[~finite]), _kinds(b[~finite])):
-        return Divergence(infinite, infinite, index, "NaN or infinities of another sign")
-    if not finite.any():
-        return Divergence(0.0, 0.0, index)
-    a, b = a[finite], b[finite]
-    absolute, scale = (a - b).abs().max().item(), a.abs().max().item()
-    return Divergence(absolute / scale if scale > 0 else absolute, absolute, index)
-
-
-def _kinds(values: Tensor) -> Tensor:
-    """Numbers that tell NaN and the two infinities apart."""
-    parts = torch.view_as_real(values) if values.is_complex() else values
-    return torch.nan_to_num(parts, nan=0.0, posinf=1.0, neginf=-1.0)
+#: The tolerances of :mod:`thresher.runtime.comparison` by torch's dtypes.
+LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOLERANCE.items()}
 
 
 # ---------------------------------------------------------------------- programs in float64

@@ -4,7 +4,7 @@
 //     std::vector<thresher::Tensor> out = model({x});
 //
 // Everything is checked before a byte of code is loaded, but for one thing that Python's loader checks too: whether this CPU has the
-// instructions that the artifact was built for (manifest: entries.*.lowered.cpu). Build for others with --target cpu:x86-64-v3.
+// instructions that the artifact was built for (manifest: entries.*.code.cpu). Build for others with --target cpu:x86-64-v3.
 #pragma once
 
 #include <openssl/evp.h>
@@ -42,7 +42,7 @@ namespace ffi = tvm::ffi;
 using Tensor = ffi::Tensor;
 using Json = ffi::json::Value;
 
-constexpr int64_t kFormat = 2;
+constexpr int64_t kFormat = 3;
 
 // What is wrong with a file or an argument, in words.
 struct Error : std::runtime_error {
@@ -111,10 +111,10 @@ inline std::string sha256(std::string_view data) {
 }
 
 // What the manifest says of an entry's code: once, or once for each size of batches.
-inline std::vector<Json> parts(const Json& lowered) {
-  if (!lowered.cast<ffi::json::Object>().count(ffi::String("sizes"))) return {lowered};
+inline std::vector<Json> parts(const Json& code) {
+  if (!code.cast<ffi::json::Object>().count(ffi::String("sizes"))) return {code};
   std::vector<Json> found;
-  for (const auto& [size, part] : field(lowered, "sizes").cast<ffi::json::Object>()) found.push_back(part);
+  for (const auto& [size, part] : field(code, "sizes").cast<ffi::json::Object>()) found.push_back(part);
   return found;
 }
 
@@ -237,10 +237,10 @@ namespace detail {
 // Compiled code with its weights.
 class Code {
  public:
-  Code(std::string_view library_bytes, const Json& lowered, const std::map<std::string, Tensor>& weights) {
-    if (!list(field(lowered, "library")).empty()) throw Error("this artifact needs torch: build it with library='never'");
-    if (text(field(lowered, "device")) != "cpu") throw Error("this example runs artifacts for CPUs");
-    for (const Json& stored : list(field(lowered, "weights"))) weights_.push_back(weights.at(text(field(stored, "name"))));
+  Code(std::string_view library_bytes, const Json& code, const std::map<std::string, Tensor>& weights) {
+    if (!list(field(code, "library")).empty()) throw Error("this artifact needs torch: build it with library='never'");
+    if (text(field(code, "device")) != "cpu") throw Error("this example runs artifacts for CPUs");
+    for (const Json& stored : list(field(code, "weights"))) weights_.push_back(weights.at(text(field(stored, "name"))));
     machine_ = library(library_bytes)->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
     (*machine_)->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, 2);  // 2: memory is kept for the next call
     main_ = (*machine_)->GetFunction("main").value();
@@ -287,7 +287,7 @@ class Model {
   Model(const detail::Zip& zip, const Json& entry, const std::string& name, const std::map<std::string, Tensor>& weights)
       : lock_(std::make_unique<std::mutex>()) {
     using namespace detail;
-    Json lowered = field(entry, "lowered"), signature = field(entry, "signature");
+    Json code = field(entry, "code"), signature = field(entry, "signature");
     if (text(field(entry, "backend")) != "tvm") throw Error("this artifact needs torch: build it with backend='tvm'");
     for (const Json& input : list(field(signature, "inputs"))) {
       if (!input.cast<ffi::json::Object>().count(ffi::String("shape"))) continue;  // a number that was fixed when it was captured
@@ -299,24 +299,24 @@ class Model {
       }
       inputs_.push_back(found);
     }
-    auto proof = tensors(zip[name + "/proof.safetensors"], {});
+    auto tensors_by_name = tensors(zip[name + "/reference_run.safetensors"], {});
     for (const char* side : {"inputs", "outputs"})
-      for (const Json& value : list(field(field(entry, "proof"), side)))
+      for (const Json& value : list(field(field(entry, "reference_run"), side)))
         if (value.cast<ffi::json::Object>().count(ffi::String("tensor")))
-          (side[0] == 'i' ? proof_in_ : proof_out_).push_back(proof.at(text(field(value, "tensor"))));
-    if (!lowered.cast<ffi::json::Object>().count(ffi::String("sizes"))) {
-      codes_.emplace(0, Code(zip[name + "/model.so"], lowered, weights));
+          (side[0] == 'i' ? reference_inputs_ : reference_outputs_).push_back(tensors_by_name.at(text(field(value, "tensor"))));
+    if (!code.cast<ffi::json::Object>().count(ffi::String("sizes"))) {
+      codes_.emplace(0, Code(zip[name + "/model.so"], code, weights));
       return;
     }
-    for (const auto& [size, part] : field(lowered, "sizes").cast<ffi::json::Object>()) {
+    for (const auto& [size, part] : field(code, "sizes").cast<ffi::json::Object>()) {
       codes_.emplace(std::stoll(text(size)), Code(zip[name + "/" + text(size) + "/model.so"], part, weights));
-      times_[std::stoll(text(size))] = field(field(lowered, "times"), text(size)).cast<double>();
+      times_[std::stoll(text(size))] = field(field(code, "times"), text(size)).cast<double>();
     }
-    for (const Json& batched : list(field(lowered, "batched"))) batched_.push_back(batched.cast<bool>());
+    for (const Json& batched : list(field(code, "batched"))) batched_.push_back(batched.cast<bool>());
   }
 
   const std::vector<Input>& inputs() const { return inputs_; }
-  const std::vector<Tensor>& example() const { return proof_in_; }
+  const std::vector<Tensor>& example() const { return reference_inputs_; }
 
   std::vector<Tensor> operator()(const std::vector<Tensor>& given) const {
     check(given);
@@ -326,16 +326,16 @@ class Model {
 
   // The worst error, relative to the output's scale, against what the eager model said when this was built.
   double validate() const {
-    std::vector<Tensor> found = (*this)(proof_in_);
+    std::vector<Tensor> found = (*this)(reference_inputs_);
     double worst = 0;
-    if (found.size() != proof_out_.size()) throw Error("the model gives another number of results than the proof has");
+    if (found.size() != reference_outputs_.size()) throw Error("the model gives another number of results than the reference run has");
     for (size_t i = 0; i < found.size(); ++i) {
       double scale = 0, error = 0;
-      size_t count = proof_out_[i].numel();
-      if (static_cast<size_t>(found[i].numel()) != count) throw Error("a result has another size than the proof has");
+      size_t count = reference_outputs_[i].numel();
+      if (static_cast<size_t>(found[i].numel()) != count) throw Error("a result has another size than the reference run has");
       for (size_t j = 0; j < count; ++j) {
-        scale = std::max(scale, std::fabs(detail::at(proof_out_[i], j)));
-        error = std::max(error, std::fabs(detail::at(found[i], j) - detail::at(proof_out_[i], j)));
+        scale = std::max(scale, std::fabs(detail::at(reference_outputs_[i], j)));
+        error = std::max(error, std::fabs(detail::at(found[i], j) - detail::at(reference_outputs_[i], j)));
       }
       worst = std::max(worst, scale > 0 ? error / scale : error);
     }
@@ -343,7 +343,7 @@ class Model {
   }
 
  private:
-  // A batch of any size by code for a few sizes: those that take the least time together, as pieces.py does it.
+  // A batch of any size by code for a few sizes: those that take the least time together, as runtime/batching.py does it.
   std::vector<Tensor> in_pieces(const std::vector<Tensor>& given) const {
     int64_t count = 0;
     for (size_t i = 0; i < given.size(); ++i)
@@ -392,7 +392,7 @@ class Model {
   }
 
   std::vector<Input> inputs_;
-  std::vector<Tensor> proof_in_, proof_out_;
+  std::vector<Tensor> reference_inputs_, reference_outputs_;
   std::map<int64_t, detail::Code> codes_;  // by the size of the batch; 0: the only one
   std::map<int64_t, double> times_;
   std::vector<bool> batched_;
@@ -419,7 +419,7 @@ inline std::map<std::string, Model> load_all(const std::string& path) {
   auto entries = field(manifest, "entries").cast<ffi::json::Object>();
   std::map<std::string, std::string> dtypes;
   for (const auto& [name, entry] : entries)
-    for (const Json& part : parts(field(entry, "lowered")))
+    for (const Json& part : parts(field(entry, "code")))
       for (const Json& stored : list(field(part, "weights"))) dtypes[text(field(stored, "name"))] = text(field(stored, "dtype"));
   auto weights = tensors(zip["weights.safetensors"], dtypes);  // shared by all entries
   std::map<std::string, Model> models;

@@ -69,7 +69,7 @@ def test_no_pickle_inside(artifact: Path) -> None:
         assert sorted(package.namelist()) == [
             "main/model.so",
             "main/program.txt",
-            "main/proof.safetensors",
+            "main/reference_run.safetensors",
             "main/report.json",
             "manifest.json",
             "weights.safetensors",
@@ -82,7 +82,8 @@ def test_missing_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "member", ["main/model.so", "weights.safetensors", "main/proof.safetensors", "main/program.txt", "main/report.json"]
+    "member",
+    ["main/model.so", "weights.safetensors", "main/reference_run.safetensors", "main/program.txt", "main/report.json"],
 )
 def test_a_changed_byte_is_found_before_anything_is_loaded(artifact: Path, tmp_path: Path, member: str) -> None:
     def flip(members: dict[str, bytes]) -> None:
@@ -116,8 +117,9 @@ def test_foreign_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edited_manifest(format=99), "format 99; this library reads 2"),
-        (edited_manifest(format=1), "format 1; this library reads 2"),
+        (edited_manifest(format=99), "format 99; this library reads 3"),
+        (edited_manifest(format=1), "format 1; this library reads 3"),
+        (edited_manifest(format=2), "format 2; this library reads 3"),
         (edited_manifest(entries={"../main": {}}), "entry '../main' is not complete"),
         (edited_manifest(entries={"other": {}}), "entry 'other' is not complete"),
         (edited_manifest(versions={"tvm": "0.1"}), "built with TVM 0.1"),
@@ -125,7 +127,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         (lambda m: m.pop("weights.safetensors"), "its members are"),
         (lambda m: m.update({"../../evil.py": b"x"}), "its members are"),
         (lambda m: m.update({"manifest.json": b"{"}), "damaged"),
-        (lambda m: m.update({"manifest.json": b'{"magic": "thresher-artifact", "format": 2}'}), "lacks"),
+        (lambda m: m.update({"manifest.json": b'{"magic": "thresher-artifact", "format": 3}'}), "lacks"),
     ],
 )
 def test_what_does_not_fit_is_named(artifact: Path, tmp_path: Path, change, message: str) -> None:

@@ -84,7 +84,7 @@ def test_what_is_damaged_is_refused(program: Path, tmp_path: Path) -> None:
     cases = {
         "does not have the hash": data[:place] + b"\0" + data[place + 1 :],
         "is damaged or not": data[: len(data) // 2],
-        "has another format": with_manifest(b'"format": 2', b'"format": 9'),
+        "has another format": with_manifest(b'"format": 3', b'"format": 9'),
         "was built with TVM 0.1": with_manifest(f'"tvm": "{version("apache-tvm")}"'.encode(), b'"tvm": "0.1"'),
         "lacks signature": with_manifest(b'"signature"', b'"other"'),
         "cannot read JSON": with_manifest(b"{", b"[{"),

@@ -112,7 +112,7 @@ def test_nesting_and_bad_arguments(tmp_path: Path) -> None:
     for args, kwargs, words in (
         ((given,), {**named, "scale": scale.numpy()[:1]}, "argument 'scale' has shape"),
         ((given,), {**named, "scale": scale.double().numpy()}, "has dtype float64"),
-        ((given,), {**named, "scale": 2.0}, "must be a NumPy array, not float"),
+        ((given,), {**named, "scale": 2.0}, "must be a tensor or a NumPy array, not float"),
         (((given[0], []),), named, r"\[0\]\[1\] must be a list of 1"),
         ((given,), {**named, "more": {"y": x.numpy()}}, "must be a dictionary of 'x'"),
         ((given,), {**named, "less": x.numpy()}, "takes no argument 'less'"),

@@ -1,0 +1,62 @@
+"""Example inputs and the eager model's outputs on them: with these a compiled model proves itself wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thresher.errors import ValidationError
+from thresher.runtime.comparison import Check, check_outputs
+from thresher.runtime.signature import Signature
+from thresher.runtime.tensor_spec import is_tensor
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Flat example inputs and the outputs of the eager model for them. ``steps``: see :func:`thresher.verification.compare.steps`."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+    steps: float = 0.0
+
+    @staticmethod
+    def of(inputs: Sequence[Any], outputs: Sequence[Any], steps: float = 0.0) -> ReferenceRun:
+        """Return a reference run that owns copies of these torch tensors: the user may write into theirs."""
+
+        def own(values: Sequence[Any]) -> list[Any]:
+            return [v.detach().clone() if is_tensor(v) else v for v in values]
+
+        return ReferenceRun(own(inputs), own(outputs), steps)
+
+    def check(self, signature: Signature, run: Callable[[Sequence[Any]], list[Any]]) -> Check:
+        """Run the inputs here and compare with the outputs.
+
+        Raises :class:`ValidationError` with the numbers if they differ.
+        """
+        outputs = signature.with_literals(run(signature.check(self.inputs)))
+        check = check_outputs("compiled = eager, stored probe", self.outputs, outputs, self.steps)
+        if not check.passed:
+            raise ValidationError(f"{check.name}: error {check.error:.2e} > {check.tolerance:.0e} {check.detail}")
+        return check
+
+    # ------------------------------------------------------------------ in an artifact
+
+    def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the lists for the manifest, which say of each value which tensor or which literal it is, and the tensors by name."""
+        lists: dict[str, Any] = {"steps": self.steps}
+        tensors: dict[str, Any] = {}
+        for side, values in (("inputs", self.inputs), ("outputs", self.outputs)):
+            names = [f"{side}.{i}" if is_tensor(v) else None for i, v in enumerate(values)]
+            tensors |= {name: v for name, v in zip(names, values) if name}
+            lists[side] = [{"tensor": name} if name else {"value": v} for name, v in zip(names, values)]
+        return lists, tensors
+
+    @staticmethod
+    def from_json(lists: Mapping[str, Any], tensors: Mapping[str, Any]) -> ReferenceRun:
+        """Return the reference run of :meth:`to_json`."""
+        inputs, outputs = (
+            [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in lists[side]]
+            for side in ("inputs", "outputs")
+        )
+        return ReferenceRun(inputs, outputs, float(lists["steps"]))

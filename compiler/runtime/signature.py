@@ -1,0 +1,94 @@
+"""The arguments and results of a compiled model: names, shapes, dtypes, and the user's nesting. It travels in the artifact as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from thresher.errors import InputError
+from thresher.runtime.pytree import PyTree
+from thresher.runtime.tensor_spec import LiteralSpec, Symbols, TensorSpec
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The signature of a compiled model.
+
+    ``inputs`` and ``outputs`` are flat; ``outputs`` holds None for each tensor result and a :class:`LiteralSpec` for each literal one.
+    ``arguments`` is the tree of ``(args, kwargs)``, ``results`` that of what a call returns. ``device`` is the type of the device (``cpu``
+    or ``cuda``) that torch tensors must be on.
+    """
+
+    inputs: tuple[TensorSpec | LiteralSpec, ...]
+    outputs: tuple[LiteralSpec | None, ...]
+    arguments: PyTree
+    results: PyTree
+    device: str
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the leaves of a call; raise :class:`InputError` where it is nested in another way than the captured one."""
+        return self.arguments.flatten_call(args, kwargs)
+
+    def check(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the tensors among ``leaves``, without the literals.
+
+        Raises :class:`InputError` naming the argument with another shape, dtype or device than the model was compiled for.
+        """
+        if len(leaves) != len(self.inputs):
+            raise InputError(f"the model takes {len(self.inputs)} values, not {len(leaves)}")
+        symbols: Symbols = {}
+        tensors = []
+        for spec, value in zip(self.inputs, leaves):
+            if isinstance(spec, TensorSpec):
+                spec.check(value, self.device, symbols)
+                tensors.append(value)
+            else:
+                spec.check(value)
+        if len({isinstance(t, np.ndarray) for t in tensors}) > 1:
+            raise InputError("the arguments mix torch tensors and NumPy arrays; give one kind")
+        return tensors
+
+    def with_literals(self, results: Sequence[Any]) -> list[Any]:
+        """Return the flat outputs: the tensor results in order, with the literal outputs between them."""
+        tensors = iter(results)
+        return [next(tensors) if spec is None else spec.value for spec in self.outputs]
+
+    def assemble(self, results: Sequence[Any]) -> Any:
+        """Return the user's structure around the flat tensor results."""
+        return self.results.assemble(iter(self.with_literals(results)))
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form in which a manifest holds it. The trees are texts as by ``torch.utils._pytree.treespec_dumps``."""
+        return {
+            "inputs": [
+                {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)}
+                if isinstance(s, TensorSpec)
+                else {"name": s.name, "value": s.value}
+                for s in self.inputs
+            ],
+            "outputs": [None if s is None else {"name": s.name, "value": s.value} for s in self.outputs],
+            "in_spec": self.arguments.dumps(),
+            "out_spec": self.results.dumps(),
+            "device": self.device,
+        }
+
+    @staticmethod
+    def from_json(raw: dict[str, Any], read_tree: Callable[[str], PyTree] = PyTree.read) -> Signature:
+        """Return the signature of :meth:`to_json`. ``read_tree`` may know more containers than :meth:`PyTree.read`.
+
+        Raises ``ValueError`` where the trees do not have as many leaves as there are inputs and outputs.
+        """
+        inputs = tuple(
+            TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
+            for s in raw["inputs"]
+        )
+        outputs = tuple(None if s is None else LiteralSpec(s["name"], s["value"]) for s in raw["outputs"])
+        arguments, results = read_tree(raw["in_spec"]), read_tree(raw["out_spec"])
+        if (arguments.leaf_count, results.leaf_count) != (len(inputs), len(outputs)):
+            raise ValueError("the structure has another number of values than the signature")
+        return Signature(inputs, outputs, arguments, results, raw["device"])
