@@ -22,11 +22,11 @@ from torch import Tensor, fx
 
 from thresher.atomic_files import replacing, write_text
 from thresher.backends.base import Backend, find_backend
-from thresher.debugging.bisect import extract_subprogram
 from thresher.frontend.capture import Model, capture
 from thresher.ir import parser, printer
 from thresher.ir.nodes import is_tensor, module_path
 from thresher.ir.program import Program
+from thresher.ir.subprogram import extract_subprogram
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Context, Pass
 from thresher.rewriting.registry import make_pass

@@ -15,7 +15,8 @@ from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured, lower_again
 from thresher.errors import ValidationError
 from thresher.runtime.comparison import Check, check_outputs
-from thresher.verification.compare import probes, steps, undecided
+from thresher.verification.compare import probes
+from thresher.verification.rounding import find_undecided_choice, rounding_allowance
 
 OTHER_INPUTS = 8  # that are tried where rounding decides a choice
 
@@ -82,12 +83,12 @@ class _Comparison:
     def _decided(self, label: str, flat: tuple, seeds: Sequence[int], size: int) -> list[Check]:
         """Compare on one input; where that fails and rounding decides a choice of this input, on another one."""
         checks, program = self._on(flat, label), self.build.rewritten.program
-        choice = undecided(program, flat) if _failed(checks) else None
+        choice = find_undecided_choice(program, flat) if _failed(checks) else None
         if choice is None:
             return checks
         others: Iterator[tuple] = (probes(program, seed)[1] for seed in seeds)
         others = (resized(program, other, size) if size else other for other in others)
-        clear = next((other for other in others if undecided(program, other) is None), None)
+        clear = next((other for other in others if find_undecided_choice(program, other) is None), None)
         if clear is None:
             return checks
         label = f"another input: rounding decides {choice.name} of the {label}"
@@ -97,7 +98,7 @@ class _Comparison:
         """Compare eager, rewritten and compiled on one input."""
         program, exact = self.build.rewritten.program, self.build.rewritten.exact
         reference, rewritten = self.captured.eager(flat), program.run(*flat)
-        allowance = steps(program, flat)
+        allowance = rounding_allowance(program, flat)
         unapproximated = rewritten if exact is None else exact.run(*flat)
         checks = [check_outputs(f"rewritten = eager, {label}", reference, unapproximated, allowance)]
         if self.session.runs_here:

@@ -19,7 +19,7 @@ from thresher.report.data import Figures, Kernel, Report
 from thresher.report.graph_diff import Line, graph_lines, mark_differences
 from thresher.runtime.comparison import Check
 from thresher.runtime.reference_run import ReferenceRun
-from thresher.verification.compare import steps
+from thresher.verification.rounding import rounding_allowance
 
 
 def summarize(
@@ -32,7 +32,7 @@ def summarize(
 ) -> Compiled:
     """Return the compiled model. ``races``: the times of ``widths``, ``approximation`` and ``tuning``, where they were measured."""
     program, probe = build.rewritten.program, build.rewritten.program.probe
-    reference_run = ReferenceRun.of(probe, captured.eager(probe), steps(program, probe))
+    reference_run = ReferenceRun.of(probe, captured.eager(probe), rounding_allowance(program, probe))
     report = _report(captured, build, checks, races, session)
     certificate = build.rewritten.certificate if options.certificate else None
     return Compiled(

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.errors import ProgramError
+from thresher.ir.examples import random_example
+from thresher.ir.nodes import dtype_of, shape_of
 from thresher.ir.printer import SHORT
 from thresher.ir.program import Program
 
@@ -73,7 +75,7 @@ def parse(text: str) -> Program:
     if not any(n.op == "output" for n in graph.nodes):
         raise ProgramError("there is no line that returns something")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    probe = tuple(_random(n.meta["val"]) for n in inputs)
+    probe = tuple(random_example(shape_of(n), dtype_of(n)) for n in inputs)
     in_spec = pytree.tree_flatten((probe, {}))[1]
     out_spec = pytree.tree_flatten(tuple(outputs))[1]
     program = Program(graph, constants, in_spec, out_spec, probe, name)
@@ -94,7 +96,7 @@ def _parse_node(graph: fx.Graph, match: re.Match, nodes: dict, constants: dict, 
         target = ast.literal_eval(body.removeprefix("constant "))
         node = graph.create_node("get_attr", target, name=name)
         node.meta["val"] = _fake(match["type"], mode)
-        constants[target] = _random(node.meta["val"])
+        constants[target] = random_example(shape_of(node), dtype_of(node))
     else:
         op, _, rest = body.partition("(")
         args, kwargs = _evaluate_call(rest.removesuffix(")"), nodes)
@@ -107,12 +109,6 @@ def _fake(text: str, mode: FakeTensorMode) -> Tensor:
     shape = [int(d) for d in dims.split(",") if d.strip()]
     with mode:
         return torch.empty(shape, dtype=LONG[short])
-
-
-def _random(value: Tensor) -> Tensor:
-    if value.dtype.is_floating_point:
-        return torch.randn(tuple(value.shape), dtype=value.dtype)
-    return torch.zeros(tuple(value.shape), dtype=value.dtype)
 
 
 def _evaluate(text: str, nodes: dict[str, fx.Node]) -> Any:

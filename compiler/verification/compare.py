@@ -6,7 +6,6 @@ same for logits and for probabilities. NaN and infinities must be in the same pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,72 +97,3 @@ def first_divergence(before: Program, after: Program, tolerance: float) -> fx.No
     before.run(*before.probe, dtype=torch.float64, watch=keep)
     after.run(*before.probe, dtype=torch.float64, watch=check)
     return suspects[0] if suspects else None
-
-
-# ---------------------------------------------------------------------- choices that rounding makes
-
-aten, ops = torch.ops.aten, torch.ops.thresher
-#: Operators whose result jumps: who is first, who merges with whom, what is looked at, what is kept.
-CHOICES = (
-    aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
-    ops.token_sides.default, ops.match_tokens.default, ops.select_blocks.default, ops.shrink.default,
-)  # fmt: skip
-JUMPS = ("hard", "above")  # of thresholds: the others are continuous, and rounding moves them by no more than itself
-NUDGE = 1e-5  # of a value, as a part of itself: more than rounding does
-
-
-def undecided(program: Program, flat: Sequence[Any]) -> fx.Node | None:
-    """The first choice that comes out differently in float64, or for inputs that differ by rounding: there a compiled program may rightly
-    differ from its reference."""
-    if not any(map(_jumps, program.calls(*CHOICES))):
-        return None
-    wanted = _choices(program, flat, torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    runs = [_choices(program, flat, None)]
-    runs += [_choices(program, [_nudged(v, generator) for v in flat], torch.float64) for _ in range(2)]
-    return next((n for n in wanted if any(not torch.equal(wanted[n], r[n]) for r in runs)), None)
-
-
-MARGIN = 4  # of others that round may fall on the other side than those that do here
-
-
-def steps(program: Program, flat: Sequence[Any]) -> float:
-    """How far a compiled program may rightly be from its reference where values are rounded to whole numbers, as quantised models do: a
-    value next to a half falls on either side of it, and all that follows moves by a step.
-
-    MARGIN times the relative change of the outputs where all that is rounded is moved by NUDGE; 0 where nothing is rounded.
-    """
-    if not any(True for _ in program.calls(aten.round.default)):
-        return 0.0
-    wanted = program.run(*flat, dtype=torch.float64)
-    moved = []
-    for factor in (1 - NUDGE, 1 + NUDGE):
-        work = program.clone()
-        for node in list(work.calls(aten.round.default)):
-            source = work.insert_call(node, aten.mul.Tensor, (node.args[0], factor))
-            node.args = (source, *node.args[1:])
-        moved.append(compare(wanted, work.run(*flat, dtype=torch.float64)).relative)
-    return MARGIN * max(moved)
-
-
-def _jumps(node: fx.Node) -> bool:
-    return node.target in CHOICES and (node.target is not ops.shrink.default or node.args[2] in JUMPS)
-
-
-def _choices(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -> dict[fx.Node, Tensor]:
-    found: dict[fx.Node, Tensor] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        if _jumps(node):
-            results = value if isinstance(value, (tuple, list)) else [value]
-            found[node] = torch.cat([(r != 0 if r.is_floating_point() else r).flatten() for r in results])
-
-    program.run(*flat, dtype=dtype, watch=keep)
-    return found
-
-
-def _nudged(value: Any, generator: torch.Generator) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return (value.double() * (1 + NUDGE * noise)).to(value.dtype)

@@ -8,7 +8,8 @@ import torch
 import thresher
 import thresher.ops
 from thresher.frontend.capture import capture
-from thresher.verification.compare import compare, undecided
+from thresher.verification.compare import compare
+from thresher.verification.rounding import find_undecided_choice
 
 NAN, INF = float("nan"), float("inf")
 
@@ -60,9 +61,9 @@ def test_what_rounding_decides_is_compared_on_another_input() -> None:
     tie = torch.stack([row[torch.randperm(301, generator=generator)] for _ in range(40)])[None]
     clear = torch.randn(1, 40, 301, generator=generator)
     program = capture(Tie(), (tie,))
-    choice = undecided(program, [tie])
+    choice = find_undecided_choice(program, [tie])
     assert choice is not None and choice.target is torch.ops.aten.topk.default
-    assert undecided(program, [clear]) is None
+    assert find_undecided_choice(program, [clear]) is None
     checks = thresher.compile(Tie(), (tie,)).report.checks
     assert all(c.passed for c in checks) and len({c.name.partition(",")[0] for c in checks}) == 3
 
@@ -71,7 +72,7 @@ def test_what_is_continuous_is_not_decided_by_rounding() -> None:
     """A soft threshold whose zeros come and go with rounding moves by no more than that: no excuse for another input."""
     x = torch.full((1000,), 0.4) + 1e-7 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     soft, hard = (capture(Shrunk(kind), (x,)) for kind in ("soft", "hard"))
-    assert undecided(soft, [x]) is None and undecided(hard, [x]) is not None
+    assert find_undecided_choice(soft, [x]) is None and find_undecided_choice(hard, [x]) is not None
 
 
 class Shrunk(torch.nn.Module):

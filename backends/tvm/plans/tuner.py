@@ -37,10 +37,11 @@ from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.importing.importer import BUILDING, Importer, architecture
 from thresher.backends.tvm.plans import metaschedule, torch_kernels
 from thresher.backends.tvm.plans.plan_selection import MOST, PlanSelector, Site
-from thresher.debugging.bisect import extract_subprogram
 from thresher.errors import BackendError
+from thresher.ir.examples import random_example
 from thresher.ir.nodes import dtype_of, shape_of
 from thresher.ir.program import Program
+from thresher.ir.subprogram import extract_subprogram
 from thresher.tuning.options import Remote, TorchKernel, Tune
 from thresher.tuning.records import Record
 from thresher.tuning.timing import in_turn
@@ -207,16 +208,10 @@ def _follow(program: Program) -> None:
 
 
 def values_of(site: Site) -> dict[Any, Any]:
-    """Example values of what a node reads: random numbers, and zeros for integers, which may be indices."""
+    """Return example values of what a site's node reads."""
     generator = torch.Generator().manual_seed(0)
-
-    def value(node: Any) -> Tensor:
-        shape, dtype = [int(d) for d in shape_of(node)], dtype_of(node)
-        if dtype.is_floating_point:
-            return torch.randn(shape, generator=generator).to(dtype)
-        return torch.ones(shape, dtype=dtype) if dtype is torch.bool else torch.zeros(shape, dtype=dtype)
-
-    return {node: value(node) for node in site.subject.all_input_nodes}
+    sources = site.subject.all_input_nodes
+    return {n: random_example([int(d) for d in shape_of(n)], dtype_of(n), generator) for n in sources}
 
 
 def turns(calls: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from thresher.errors import CaptureError
 from thresher.frontend.onnx import quantized, recurrent  # noqa: F401  (each brings its rules)
 from thresher.frontend.onnx.operators import RULES, Node, Unsupported
+from thresher.ir.examples import random_example
 
 STANDARD = ("", "ai.onnx")  # domains whose operators are those of the specification
 
@@ -106,7 +107,7 @@ class OnnxModel(nn.Module):
             if not kind.HasField("shape") or any(s <= 0 for s in sizes):
                 return None
             dtype = torch.from_numpy(np.zeros((), helper.tensor_dtype_to_np_dtype(kind.elem_type))).dtype
-            found.append(torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.zeros(sizes, dtype=dtype))
+            found.append(random_example(sizes, dtype))
         return tuple(found)
 
     def described(self) -> list[str]:

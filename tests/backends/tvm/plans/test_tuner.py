@@ -19,10 +19,10 @@ from thresher.backends.base import find_backend
 from thresher.backends.tvm.plans import tuner
 from thresher.backends.tvm.plans.metaschedule import TRACE
 from thresher.cli.main import main, remote
-from thresher.debugging.bisect import extract_subprogram
 from thresher.driver.clock import Clock
 from thresher.driver.measure_machine import WORKLOAD
 from thresher.errors import BackendError, InputError, ThresherError
+from thresher.ir.subprogram import extract_subprogram
 from thresher.tuning.options import Remote
 from thresher.tuning.records import Record, Records
 
