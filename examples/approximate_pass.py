@@ -54,7 +54,7 @@ class LowRank(ApproximatePass):
         assert context.calibration is not None
         layers = [n for n in program.calls(aten.linear.default) if program.constant(n.args[1]) is not None]
         wide = [n for n in layers if min(program.constants[n.args[1].target].shape) >= self.least]
-        grams = _grams(program, wide, context.calibration.choosing)
+        grams = _grams(program, wide, context.calibration.search_samples)
         made, refusals = [], [Note.at(n, f"narrower than {self.least}") for n in layers if n not in wide]
         for node in wide:
             weight = program.constants[node.args[1].target].double()

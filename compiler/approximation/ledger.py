@@ -1,4 +1,4 @@
-"""The ledger: what each approximate pass spent of the budget, and on what."""
+"""The ledger: what each approximate pass spent of the budget, and for which changes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 
 from thresher.approximation.budget import Measured
 
-CELLS = 32  # along each side of a grid in the report, at most
+MAX_CELLS = 32  # along each side of a grid in the report, at most
 
 Grid = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that was replaced: where, by what, the squared relative error that it makes there, and the milliseconds that it is
-    estimated to save. ``mass`` and ``mask``: of a head, what it attended to and what it looks at now, as coarse grids."""
+    """A replacement that was made.
+
+    ``module``: where; ``choice``: by what; ``error``: the squared relative error that it makes there; ``saved``: its estimated saving in
+    milliseconds. ``mass`` and ``mask``: of a head, what it attended to and what it looks at now, as coarse grids.
+    """
 
     module: str
     choice: str
@@ -27,8 +30,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Spent:
-    """One approximate pass: the model's error before and after it, and the error on samples that chose nothing; ``checks`` of its own, in
-    words."""
+    """The entry of one approximate pass.
+
+    ``before`` and ``after``: the model's error before and after it, in the budget's metric, on the held-out samples; ``held_out``: the same
+    with its confidence interval; ``checks``: sentences of the pass for the report.
+    """
 
     name: str
     before: float
@@ -39,13 +45,12 @@ class Spent:
 
 
 def coarse(grid: Grid) -> list[list[float]]:
-    """A grid with at most CELLS x CELLS cells: means of neighbours."""
+    """Return a grid with at most MAX_CELLS x MAX_CELLS cells: means of neighbours, rounded to four digits."""
+
+    def mean(i: int, j: int) -> float:
+        block = [row[j : j + width] for row in grid[i : i + height]]
+        return sum(map(sum, block)) / (len(block) * len(block[0]))
+
     rows, columns = len(grid), len(grid[0])
-    tall, wide = -(-rows // CELLS), -(-columns // CELLS)
-    return [
-        [
-            round(sum(sum(row[j : j + wide]) for row in grid[i : i + tall]) / (len(grid[i : i + tall]) * len(grid[0][j : j + wide])), 4)
-            for j in range(0, columns, wide)
-        ]
-        for i in range(0, rows, tall)
-    ]  # fmt: skip
+    height, width = -(-rows // MAX_CELLS), -(-columns // MAX_CELLS)
+    return [[round(mean(i, j), 4) for j in range(0, columns, width)] for i in range(0, rows, height)]

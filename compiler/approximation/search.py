@@ -1,15 +1,15 @@
-"""How approximate passes choose: candidates, an order, and as much of it as the budget allows.
+"""The search of approximate passes: candidates, an order, and as much of it as the budget allows.
 
-A candidate replaces something at one place (a head, a layer) and has two numbers: ``error``, the squared relative change it makes there,
+A candidate replaces something in one place (a head, a layer) and has two numbers: ``error``, the squared relative change it makes there,
 and ``saved``, the seconds it saves by the cost model. Then
 
-1. *sensitivity*: of each group of candidates (one site) a representative part is built and run once; the squared relative L2 error at the
-   model's output over the sum of its errors at the site says what an error there costs. Small independent errors add up in squares.
+1. *sensitivity*: of each group of candidates (one site) a representative choice is built and run once; the squared relative L2 error at
+   the model's output over the sum of its errors at the site says what an error there costs. Small independent errors add up in squares.
 2. *order*: of every key the candidates on the upper hull of (predicted error, saved) make steps of falling gain; all steps of all keys,
    by seconds saved per predicted error, are one path from "nothing" to "everything".
-3. *how far*: bisection over the path, by the model's measured error on the samples that choose, in the budget's metric. What is asked is
-   only whether an error is within a limit, so a larger limit never stops earlier.
-4. *judged*: on the samples that chose nothing. Over the limit means the next smaller limit of a fixed ladder, from 3 on.
+3. *how far*: bisection over the path, by the model's error on the search samples, in the budget's metric. An error is only compared with
+   a limit, so a larger limit never stops earlier.
+4. *held-out error*: on the samples that the search has not seen. Over the limit means the next smaller limit of a fixed ladder, from 3 on.
 
 The whole is deterministic, and both 3 and 4 are monotone in the budget.
 """
@@ -25,16 +25,16 @@ from thresher.approximation.budget import Measured, rel_l2
 from thresher.approximation.calibration import Calibration
 from thresher.ir.program import Program
 
-LADDER = 1.1  # between limits that are tried
+LADDER_RATIO = 1.1  # between limits that are tried
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One replacement. Of those with the same ``key`` at most one is chosen; those of one ``group`` act at the same place of the model."""
+    """A replacement. Of those with the same ``key`` at most one is chosen; those of one ``group`` act at the same site of the model."""
 
     key: Hashable
     group: str
-    choice: str  # in words
+    choice: str  # described for the report
     error: float
     saved: float
     node: str = ""
@@ -46,10 +46,10 @@ class Candidate:
 
 @dataclass
 class Search:
-    """One search: candidates of one pass, on one program.
+    """A search among the candidates of one pass, on one program.
 
     ``name`` is that of the pass, for progress; ``build(program, chosen)`` makes the program with the chosen replacements; ``progress`` is
-    told what takes long.
+    called with a message before each measurement.
     """
 
     name: str
@@ -57,75 +57,82 @@ class Search:
     program: Program
     calibration: Calibration
     progress: Callable[[str], None]
-    _built: dict[frozenset, Program] = field(default_factory=dict)
-    _searched: dict[frozenset, Measured] = field(default_factory=dict)
-    _judged: dict[frozenset, Measured] = field(default_factory=dict)
+    _programs: dict[frozenset, Program] = field(default_factory=dict)
+    _search_errors: dict[frozenset, Measured] = field(default_factory=dict)
+    _held_out_errors: dict[frozenset, Measured] = field(default_factory=dict)
 
     def run(self, candidates: Sequence[Candidate], limit: float) -> list[Candidate]:
-        """The candidates that are chosen."""
+        """Return the candidates that are chosen: their error on the held-out samples is at most ``limit``."""
         sensitivity = {
             group: self.sensitivity(group, candidates) for group in dict.fromkeys(c.group for c in candidates)
         }
-        path = steps([replace(c, error=c.error * sensitivity[c.group]) for c in candidates])
+        path = order_candidates([replace(c, error=c.error * sensitivity[c.group]) for c in candidates])
         for allowed in ladder(limit):
             chosen = self.farthest(path, allowed)
-            if not chosen or self.judged(chosen).bound <= limit:
+            if not chosen or self.held_out_error(chosen).bound <= limit:
                 return chosen
         return []
 
     def sensitivity(self, group: str, candidates: Sequence[Candidate]) -> float:
-        """The squared relative error of the model's output, over the errors at the site that make it."""
+        """Return the squared relative error of the model's output, over the errors at the site that make it."""
         chosen = representatives([c for c in candidates if c.group == group])
         total = sum(c.error for c in chosen)
         if not total:
             return 0.0
         self.progress(f"{self.name}: how sensitive is the model to {group}")
-        samples = self.calibration.choosing[: max(2, len(self.calibration.choosing) // 2)]
-        changed = self.built(chosen)
+        samples = self.calibration.search_samples[: max(2, len(self.calibration.search_samples) // 2)]
+        changed = self.program_with(chosen)
         errors = [self.calibration.error(changed, flat, rel_l2) for flat in samples]
         return sum(e * e for e in errors) / len(errors) / total
 
     def farthest(self, path: Sequence[Candidate], limit: float) -> list[Candidate]:
-        """As much of the path as stays within the limit on the samples that choose."""
+        """Return as much of the path as stays within the limit on the search samples."""
         low, high = 0, len(path)
         while low < high:
             middle = (low + high + 1) // 2
             self.progress(f"{self.name}: measuring {middle} of {len(path)} steps")
-            if self.searched(taken(path[:middle])).bound <= limit:
+            if self.search_error(last_of_each_key(path[:middle])).bound <= limit:
                 low = middle
             else:
                 high = middle - 1
-        return taken(path[:low])
+        return last_of_each_key(path[:low])
 
-    def built(self, chosen: Sequence[Candidate]) -> Program:
+    def program_with(self, chosen: Sequence[Candidate]) -> Program:
+        """Return the program with the chosen replacements; the last one that was built is remembered."""
         name = frozenset((c.key, c.choice) for c in chosen)
-        if name not in self._built:
-            self._built = {name: self.build(self.program, chosen) if chosen else self.program}
-        return self._built[name]
+        if name not in self._programs:
+            self._programs = {name: self.build(self.program, chosen) if chosen else self.program}
+        return self._programs[name]
 
-    def searched(self, chosen: Sequence[Candidate]) -> Measured:
-        return self._measured(self._searched, chosen, self.calibration.choosing)
+    def search_error(self, chosen: Sequence[Candidate]) -> Measured:
+        """Return the error of the chosen replacements on the search samples."""
+        return self._measured(self._search_errors, chosen, self.calibration.search_samples)
 
-    def judged(self, chosen: Sequence[Candidate]) -> Measured:
-        return self._measured(self._judged, chosen, self.calibration.judging)
+    def held_out_error(self, chosen: Sequence[Candidate]) -> Measured:
+        """Return the error of the chosen replacements on the held-out samples."""
+        return self._measured(self._held_out_errors, chosen, self.calibration.held_out_samples)
 
     def _measured(self, known: dict[frozenset, Measured], chosen: Sequence[Candidate], samples: Sequence) -> Measured:
         name = frozenset((c.key, c.choice) for c in chosen)
         if name not in known:
-            known[name] = self.calibration.measure(self.built(chosen), samples)
+            known[name] = self.calibration.measure(self.program_with(chosen), samples)
         return known[name]
 
 
 def ladder(limit: float) -> list[float]:
-    """The limits that are tried: the powers of LADDER from ``limit`` down to a hundredth of it. Fixed rungs, so that a larger budget tries
-    all that a smaller one tries."""
-    first = math.floor(math.log(limit, LADDER) + 1e-9)
-    return [LADDER**i for i in range(first, first - math.ceil(math.log(100, LADDER)), -1)]
+    """Return the limits that are tried: the powers of LADDER_RATIO from ``limit`` down to a hundredth of it.
+
+    The rungs are fixed, so that a larger budget tries all that a smaller one tries.
+    """
+    first = math.floor(math.log(limit, LADDER_RATIO) + 1e-9)
+    return [LADDER_RATIO**i for i in range(first, first - math.ceil(math.log(100, LADDER_RATIO)), -1)]
 
 
 def hull(candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
-    """The candidates of one key that are worth their error, in order, each with the seconds it saves per error beyond the one before it:
-    the upper concave hull over (error, saved), from (0, 0) on."""
+    """Return the candidates of one key that are worth their error, in order, each with its gain.
+
+    They are the upper concave hull over (error, saved), from (0, 0) on; the gain is the seconds saved per error beyond the one before.
+    """
     corners: list[Candidate] = []
 
     def gain(of: Candidate, beyond: Candidate | None) -> float:
@@ -141,24 +148,24 @@ def hull(candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
     return [(gain(c, corners[i - 1] if i else None), c) for i, c in enumerate(corners)]
 
 
-def steps(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The path: a later candidate of a key replaces the earlier one."""
-    found = []
+def order_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the path: the hulls of all keys by falling gain. A later candidate of a key replaces the earlier one."""
+    steps = []
     for number, key in enumerate(dict.fromkeys(c.key for c in candidates)):
-        for place, (gain, c) in enumerate(hull([c for c in candidates if c.key == key])):
-            found.append((-gain, number, place, c))
-    return [c for *_, c in sorted(found, key=lambda f: f[:3])]
+        for index, (gain, c) in enumerate(hull([c for c in candidates if c.key == key])):
+            steps.append((-gain, number, index, c))
+    return [c for *_, c in sorted(steps, key=lambda step: step[:3])]
 
 
-def taken(path: Sequence[Candidate]) -> list[Candidate]:
-    """The candidate that each key ends with after these steps."""
+def last_of_each_key(path: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidate that each key ends with after the steps of ``path``."""
     return list({c.key: c for c in path}.values())
 
 
 def representatives(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The middle of every key's hull."""
-    found = []
+    """Return the middle of every key's hull."""
+    middles = []
     for key in dict.fromkeys(c.key for c in candidates):
         corners = [c for _, c in hull([c for c in candidates if c.key == key])]
-        found += corners[len(corners) // 2 :][:1]
-    return found
+        middles += corners[len(corners) // 2 :][:1]
+    return middles

@@ -121,7 +121,7 @@ class _Comparison:
         calibration = self.calibration
         if self.build.rewritten.exact is None or calibration is None:
             return []
-        errors = [calibration.distance(flat, self._outputs(flat)) for flat in calibration.judging]
+        errors = [calibration.distance(flat, self._outputs(flat)) for flat in calibration.held_out_samples]
         measured, limit = calibration.budget.summary(errors, calibration.rows), calibration.budget.limit
         subject = "compiled" if self.session.runs_here else "rewritten"
         name = f"{subject} ~ eager, {calibration.budget.name}, held-out samples"

@@ -38,20 +38,20 @@ class ApproximatePass(Pass):
             raise PassError(
                 f"pass {self.name!r} is approximate: give calibration= (samples) and budget= (how much error is allowed)"
             )
-        limit = calibration.budget.limit * context.share
+        limit = calibration.budget.limit * context.budget_fraction
         if limit == 0:
             return PassResult(program, [], [Note("", "", "the budget is 0: nothing is approximated")])
-        found, refusals = self.candidates(program, context)
+        candidates, refusals = self.candidates(program, context)
         search = Search(self.name, self.build, program, calibration, context.progress)
-        chosen = search.run(found, limit)
+        chosen = search.run(candidates, limit)
         if not chosen:
             return PassResult(program, [], refusals)
-        result = search.built(chosen)
-        before = calibration.measure(program, calibration.judging).mean
-        judged = search.judged(chosen)
+        result = search.program_with(chosen)
+        before = calibration.measure(program, calibration.held_out_samples).mean
+        held_out = search.held_out_error(chosen)
         changes = [_change(c) for c in chosen]
         checks = self.checks(result, calibration)
-        spent = Spent(self.name, before, judged.mean, judged, changes, checks)
+        spent = Spent(self.name, before, held_out.mean, held_out, changes, checks)
         return PassResult(result, [Note(c.node, c.module, c.choice) for c in chosen], refusals, spent=spent)
 
 

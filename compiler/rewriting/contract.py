@@ -83,16 +83,17 @@ class PassResult:
 class Context:
     """What a pass may look at besides the program.
 
-    ``target``: as in :func:`thresher.compile`. ``progress`` is told what takes long. ``machine``: what the target does in a second;
-    default: a typical one. ``calibration`` is there for approximate passes, and ``share``: the fraction of the budget that may be spent
-    after this pass. ``find_break_even``: seconds that a layer takes dense and skipping zeros; default: estimated.
+    ``target``: as in :func:`thresher.compile`. ``progress`` is called with a message before what takes long. ``machine``: the speed of the
+    target; default: a typical one. ``calibration`` and ``budget_fraction`` are for approximate passes: the samples, and the fraction of the
+    budget that may be spent after this pass. ``find_break_even``: the seconds that a layer takes dense and skipping zeros; default:
+    estimated.
     """
 
     target: str = "cpu"
     progress: Callable[[str], None] = lambda message: None
     machine: MachineModel = None  # type: ignore[assignment]
     calibration: Calibration | None = None
-    share: float = 1.0
+    budget_fraction: float = 1.0
     find_break_even: Callable[[Layer], BreakEven] | None = None
 
     def __post_init__(self) -> None:

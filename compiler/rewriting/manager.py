@@ -116,7 +116,7 @@ class PassManager:
             return self._run_stages(chain, program, context)
 
     def _run_stages(self, chain: Sequence[Pass], program: Program, context: Context) -> Program:
-        """Exact passes that follow each other are checked together, approximate ones run each with its share of the budget."""
+        """Exact passes that follow each other are checked together, approximate ones run each with its fraction of the budget."""
         approximate, spent = sum(p.kind == "approximate" for p in chain), 0
         for exact, group in itertools.groupby(chain, lambda p: p.kind == "exact"):
             if exact:
@@ -126,8 +126,8 @@ class PassManager:
             self.exact = self.exact or program
             for item in group:
                 spent += 1
-                share = dataclasses.replace(context, share=spent / approximate)
-                program, applied = self._run([item], program, share, None)
+                limited = dataclasses.replace(context, budget_fraction=spent / approximate)
+                program, applied = self._run([item], program, limited, None)
                 self.applied += applied
         return program
 

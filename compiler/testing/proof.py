@@ -195,7 +195,7 @@ class _Trial:
         if not isinstance(calibration, Calibration):
             yield Finding("budget", where, "an approximate pass needs a context with a calibration")
             return
-        limit, error = calibration.budget.limit, calibration.measure(after, calibration.judging).mean
+        limit, error = calibration.budget.limit, calibration.measure(after, calibration.held_out_samples).mean
         if not error <= limit:
             yield Finding(
                 "budget", where, f"the error on samples that chose nothing is {error:.3g}, the budget {limit:.3g}"

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.ir.program import Program
-from thresher.verification.compare import compare
+from thresher.runtime.comparison import compare
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 #: Operators whose result jumps: who is first, who merges with whom, what is looked at, what is kept.

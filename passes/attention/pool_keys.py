@@ -69,7 +69,7 @@ class PoolKeys(ApproximatePass):
             return {words: _pooled(site, values, p) for words, p in own[site.node].items()}
 
         context.progress(f"{self.name}: {len(sites)} sites")
-        errors = site_errors(program, sites, variants, context.calibration.choosing[:SAMPLES])
+        errors = site_errors(program, sites, variants, context.calibration.search_samples[:SAMPLES])
         before, made = seconds(program, context.machine), []
         for site in sites:
             for words, pooling in own[site.node].items():

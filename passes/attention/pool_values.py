@@ -72,7 +72,7 @@ class PoolValues(ApproximatePass):
             return {w: mean_of_values(at_once, site, v, size, w) for w in windows_of(site, self.windows)}
 
         context.progress(f"{self.name}: {len(sites)} sites")
-        errors = site_errors(program, sites, variants, context.calibration.choosing[:SAMPLES])
+        errors = site_errors(program, sites, variants, context.calibration.search_samples[:SAMPLES])
         before, made = seconds(program, context.machine), []
         for site in sites:
             where = (site.node.name, site.module)

@@ -147,7 +147,7 @@ class PyramidAttention(ApproximatePass):
         refusals = [Note.at(node, f"no means of its keys: {reason}") for node, reason in reasons.items() if reason]
         found = [p for p in all_sites if not reasons[p.site.node]]
         context.progress(f"{self.name}: {len(found)} sites")
-        errors, mass = measure(program, found, context.calibration.choosing[:SAMPLES])
+        errors, mass = measure(program, found, context.calibration.search_samples[:SAMPLES])
         made = [c for p in found for c in of_site(p, errors[p.site.node], mass[p.site.node], context)]
         return made, refusals
 

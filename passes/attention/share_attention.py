@@ -51,7 +51,7 @@ class ShareAttention(ApproximatePass):
             mask = None if site.mask is None else values[site.mask]
             return {"shared": attend(site, values[other.q], values[other.k], values[site.v], mask)}
 
-        errors = site_errors(program, found, variants, context.calibration.choosing[:SAMPLES])
+        errors = site_errors(program, found, variants, context.calibration.search_samples[:SAMPLES])
         base, made = seconds(program, context.machine), []
         for site in (s for s in found if s.node in before):
             other, where = before[site.node], (site.node.name, site.module)

@@ -50,7 +50,7 @@ class SkipSmallWeights(ApproximatePass):
         found, _ = attention_sites(program)
         refusals = [Note.at(s.node, reason) for s in found if (reason := cannot_skip(s, context.target))]
         sites = [s for s in found if not cannot_skip(s, context.target)]
-        samples = context.calibration.choosing[:SAMPLES]
+        samples = context.calibration.search_samples[:SAMPLES]
         left_out: dict[fx.Node, dict[float, float]] = {s.node: dict.fromkeys(self.skips, 0.0) for s in sites}
 
         def variants(site: AttentionSite, values: Values) -> dict[Hashable, Tensor]:

@@ -78,7 +78,7 @@ class SparseAttention(ApproximatePass):
         ]
         sites = [s for s in found if not cannot_skip(s, context.target)]
         blocks = {s.node: blocks_of(s, context.target, self.block) for s in sites}
-        samples = context.calibration.choosing[:SAMPLES]
+        samples = context.calibration.search_samples[:SAMPLES]
         context.progress(f"{self.name}: attention mass of {len(sites)} sites")
         mass = _mass(program, sites, blocks, samples)
         choices = {s.node: self.choices(s, blocks[s.node], mass[s.node]) for s in sites}

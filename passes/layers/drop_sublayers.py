@@ -66,7 +66,7 @@ class DropSublayers(ApproximatePass):
 
         if self.speed > 1:
             return self.balanced(found, before, time), []
-        errors = _sizes(program, found, context.calibration.choosing)
+        errors = _sizes(program, found, context.calibration.search_samples)
         made = []
         for b in found:
             group, words, saved = f"{b.module} ({b.sum.name})", "removed, its input goes on", before - time([b])

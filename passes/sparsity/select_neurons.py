@@ -55,7 +55,7 @@ class SelectNeurons(ApproximatePass):
         found = [t for t in targets_of(program) if t.kind == "gate"]
         refusals = [Note.at(t.value, f"all of its neurons are used: {why}") for t in found if (why := self.unfit(t))]
         targets = [t for t in found if not self.unfit(t)]
-        samples = context.calibration.choosing[:SAMPLES]
+        samples = context.calibration.search_samples[:SAMPLES]
         context.progress(f"{self.name}: {len(targets)} layers")
         weights = importance(program, targets, samples)
         errors = self.errors(program, targets, weights, samples)

@@ -46,7 +46,7 @@ class SkipZeros(Pass):
         if context.target.startswith("cuda"):  # there are kernels for a few rows, whose input is 0
             sites = [s for s in sites_of(work, ON_A_GPU) if s.kind == "input" and s.rows <= MAX_MEMORY_BOUND_ROWS]
         calibration = context.calibration
-        samples = [list(work.probe)] if calibration is None else calibration.choosing[:SAMPLES]
+        samples = [list(work.probe)] if calibration is None else calibration.search_samples[:SAMPLES]
         found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
         cold = constant_bytes(work) > CACHED_BYTES
         judged = [Judged(s, d, context.break_even(_layer(s, cold))) for s, d in found.items()]

@@ -87,7 +87,7 @@ class ThresholdActivations(ApproximatePass):
         assert context.calibration is not None
         kinds, places = names_in(self.kinds), names_in(self.where)
         targets = [t for t in targets_of(program) if t.kind in places]
-        samples = context.calibration.choosing[:SAMPLES]
+        samples = context.calibration.search_samples[:SAMPLES]
         context.progress(f"{self.name}: thresholds of {len(targets)} activations")
         densities = (self.density,) if self.density else DENSITIES
         choices = thresholds(program, targets, samples, kinds, densities)

@@ -69,7 +69,7 @@ def error_by_place(program: Program, calibration: Calibration, samples: Samples,
 
 def in_words(program: Program, calibration: Calibration) -> list[str]:
     """Both, on the samples that judge; nothing where nothing was reduced."""
-    samples = calibration.judging
+    samples = calibration.held_out_samples
     if not any(program.calls(MATCH)):
         return []
     kept = kept_by_place(program, samples)

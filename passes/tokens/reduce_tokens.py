@@ -79,7 +79,7 @@ class ReduceTokens(ApproximatePass):
                     refusals.append(Note.at(stream.value, f"fewer tokens ({kind}) save nothing here: {why}"))
         usable = [s for s in found if any((s.value, k) in gains for k in names_in(self.kinds))]
         context.progress(f"{self.name}: {len(usable)} layers")
-        errors = self.errors(program, usable, protected, context.calibration.choosing[:SAMPLES])
+        errors = self.errors(program, usable, protected, context.calibration.search_samples[:SAMPLES])
         made = []
         for stream in usable:
             name, where = stream.value.name, module_path(stream.site.node)

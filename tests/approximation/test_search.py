@@ -18,7 +18,7 @@ from thresher import Budget
 from thresher.approximation.budget import METRICS
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.ledger import Change, Spent, coarse
-from thresher.approximation.search import Candidate, hull, ladder, steps, taken
+from thresher.approximation.search import Candidate, hull, ladder, last_of_each_key, order_candidates
 from thresher.errors import InputError, PassError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -98,11 +98,11 @@ def test_a_hull_has_falling_gains(candidates: list[Candidate]) -> None:
 
 @given(CANDIDATES)
 def test_a_path_never_takes_back(candidates: list[Candidate]) -> None:
-    path = steps(candidates)
+    path = order_candidates(candidates)
     for i in range(len(path)):
-        before, after = ({c.key: c for c in taken(path[:n])} for n in (i, i + 1))
+        before, after = ({c.key: c for c in last_of_each_key(path[:n])} for n in (i, i + 1))
         assert all(after[key].saved >= c.saved for key, c in before.items())
-    assert len(taken(path)) == len({c.key for c in path})
+    assert len(last_of_each_key(path)) == len({c.key for c in path})
 
 
 @given(st.floats(1e-6, 10), st.floats(1e-6, 10))
@@ -170,7 +170,7 @@ def test_more_budget_changes_more_and_the_held_out_error_stays_within(a: float, 
     amounts = []
     for limit in sorted((a, b)):
         program, calibration, manager = damped(Budget(rel_l2=limit, seed=seed), samples, model)
-        assert calibration.measure(program, calibration.judging).bound <= limit
+        assert calibration.measure(program, calibration.held_out_samples).bound <= limit
         amounts.append(sum(float(note.message) for note in manager.records[0].rewrites))
     assert amounts[0] <= amounts[1]
 

@@ -232,7 +232,7 @@ def test_what_stays_of_every_place() -> None:
     kept = kept_by_place(work, [[x, there]])
     assert kept[:20].tolist() == [1.0] * 20 and kept[20:].tolist() == [0.5] * 20
     calibration = Calibration.of(program, [(x, there)] * 8, Budget(rel_l2=0.5))
-    errors = error_by_place(work, calibration, calibration.judging, 40)
+    errors = error_by_place(work, calibration, calibration.held_out_samples, 40)
     assert errors is not None and errors[:20].max() < 1e-5 and errors.max() > 0.1  # what is dropped is 0
     assert [w.startswith(("of 40 tokens 75 % are left", "error by place")) for w in in_words(work, calibration)] == [
         True
