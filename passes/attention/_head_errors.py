@@ -55,7 +55,7 @@ def each_head(
     batch, heads, rows, keys = site.shape
     group = heads // k.shape[1]
     below = torch.ones(rows, keys, dtype=torch.bool).tril() if site.causal else None
-    coarse = None if pooling is None else means_of_keys(site, values, pooling)
+    coarse = None if pooling is None else [t.float() for t in means_of_keys(site, values, pooling)]
     for b in range(batch):
         for h in range(heads):
             scores = (q[b, h] * site.scale) @ k[b, h // group].mT

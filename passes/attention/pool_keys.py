@@ -21,7 +21,7 @@ import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
 from thresher.analysis.cost.cost import seconds
 from thresher.approximation.search import Candidate
-from thresher.ir.nodes import shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 from thresher.ir.program import Program, Role
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, attend, site_errors
@@ -153,13 +153,13 @@ def pooled_keys(program: Program, site: AttentionSite, pooling: Pooling) -> tupl
         return program.insert_call(node, target, args, like=node)
 
     size = key_sizes(program, site, node)
-    members = torch.zeros(pooling.count).scatter_add(0, pooling.assign, torch.ones(len(pooling.assign)))
+    members = pooling.assign.bincount(minlength=pooling.count).to(dtype_of(site.k))
     assign, counted, even = (
         program.add_constant(value.contiguous(), f"{name}_{word}", like=node, role=Role.BUFFER)
         for word, value in (
             ("means", pooling.assign.expand(batch, -1)),
             ("members", members.reshape(1, -1)),
-            ("even", torch.ones(batch, site.shape[3])),
+            ("even", torch.ones(batch, site.shape[3], dtype=dtype_of(site.k))),
         )
     )
     mean_size = call(ops.reduce_tokens.default, call(aten.unsqueeze.default, size, 2), even, assign, pooling.count)

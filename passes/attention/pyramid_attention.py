@@ -218,9 +218,9 @@ def replace(program: Program, pyramid: Pyramid, choices: dict[int, PyramidPatter
     k, v = call(aten.cat.default, [site.k, k_means], 2), call(aten.cat.default, [site.v, v_means], 2)
     shape = [*shape_of(bias)[:3], site.shape[3]]
     if site.mask is None:
-        mask = constant(program, site, torch.zeros(shape), "unmasked")
+        mask = constant(program, site, torch.zeros(shape, dtype=dtype_of(site.k)), "unmasked")
     elif dtype_of(site.mask) is torch.bool:
-        mask = call(aten.log.default, call(aten._to_copy.default, site.mask, dtype=torch.float32))
+        mask = call(aten.log.default, call(aten._to_copy.default, site.mask, dtype=dtype_of(site.k)))
     else:
         mask = site.mask
     mask = call(aten.cat.default, [call(aten.expand.default, mask, shape), bias], 3)

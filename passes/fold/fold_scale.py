@@ -46,7 +46,7 @@ class FoldScale(Pass):
                 continue
             layer = value if value.target is not SHRINK else value.args[0]
             scale = _per_channel(layer, factor) if is_tensor(layer) else None
-            if scale is None or not _takes(work, layer):
+            if scale is None or not _takes(work, layer) or dtype_of(layer) != dtype_of(node):
                 continue
             if layer is not value and not _through(work, node, value, factor):
                 continue

@@ -269,7 +269,7 @@ def _adaptive_pool(layout: _Layout, node: fx.Node) -> bool:
     out, size = _sizes(node.args[1], node, 1), _sizes([int(d) for d in shape_of(x)[2:]], node, 1)
     if all(o == 1 for o in out):
         return layout.emit(node, aten.mean.dim, (layout.twin(x, node), list(range(1, len(out) + 1)), True))
-    if any(o is None or s % o for s, o in zip(size, out)):
+    if any(not o or s % o for s, o in zip(size, out)):
         return False
     kernel = [s // o for s, o in zip(size, out)]
     return _averaged(layout, node, kernel, kernel, [0] * len(kernel), False, True, None)

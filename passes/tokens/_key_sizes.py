@@ -22,16 +22,18 @@ def sizes_of_mask(mask: Tensor | None, batch: int, tokens: int) -> Tensor:
 
 def key_sizes(program: Program, site: AttentionSite, before: fx.Node) -> fx.Node:
     """The same in the graph, inserted before ``before``."""
-    mask, (batch, _, _, tokens) = site.mask, site.shape
+    mask, (batch, _, _, tokens), dtype = site.mask, site.shape, dtype_of(site.k)
 
     def call(target: object, *args: object, **kwargs: object) -> fx.Node:
         return program.insert_call(before, target, args, kwargs, before)
 
     if mask is None:
-        return program.add_constant(torch.ones(batch, tokens), "token_sizes", like=before, role=Role.BUFFER)
+        return program.add_constant(
+            torch.ones(batch, tokens, dtype=dtype), "token_sizes", like=before, role=Role.BUFFER
+        )
     made = mask.args[0] if mask.target is aten.reshape.default else mask
     if made.target is aten.log.default and shape_of(made) == (batch, tokens):
         return made.args[0]
     boolean = dtype_of(mask) is torch.bool
-    weight = call(aten._to_copy.default, mask, dtype=torch.float32) if boolean else call(aten.exp.default, mask)
+    weight = call(aten._to_copy.default, mask, dtype=dtype) if boolean else call(aten.exp.default, mask)
     return call(aten.reshape.default, call(aten.expand.default, weight, [batch, 1, 1, tokens]), [batch, tokens])

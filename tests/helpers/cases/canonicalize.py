@@ -1,0 +1,74 @@
+"""Cases of the canonicalising passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from helpers.cases.base import Entry
+from helpers.modules import Function
+from thresher.testing import Case
+
+
+def masked(n: int, c: int) -> tuple[nn.Module, tuple]:
+    layer = nn.Linear(5, c)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return nn.Sequential(layer, nn.ReLU()), (torch.randn(n, 5),)
+
+
+def spectrum(n: int, c: int) -> tuple[nn.Module, tuple]:
+    return Function(lambda x: torch.fft.irfft(torch.fft.rfft(x) * 0.5, n=x.shape[-1])), (torch.randn(n, c),)
+
+
+class Parts(nn.Module):
+    """Two halves, one of them through a product with a constant matrix and a dropout."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return F.dropout(a @ self.weight, 0.5, self.training) * 1 + F.prelu(b, torch.full((1,), 0.2))
+
+
+def parts(n: int, c: int) -> tuple[nn.Module, tuple]:
+    return Parts(c), (torch.randn(n, 2 * c),)
+
+
+def heads(n: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(n, 2, tokens, 4) for _ in range(3))
+    return q, k, v
+
+
+def spelled_out(n: int, tokens: int) -> tuple[nn.Module, tuple]:
+    below = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    attend = lambda q, k, v: (q @ k.mT / 2).masked_fill(~below, -1e9).softmax(-1) @ v  # noqa: E731
+    return Function(attend), heads(n, tokens)
+
+
+def grouped(n: int, tokens: int) -> tuple[nn.Module, tuple]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t[:, :, None].expand(n, 2, 3, tokens, 4).reshape(n, 6, tokens, 4) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    _, k, v = heads(n, tokens)
+    return Function(attend), (torch.randn(n, 6, tokens, 4), k, v)
+
+
+def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
+    return Function(lambda x: F.relu(x - 0.3) - F.relu(-x - 0.3)), (torch.randn(n, c),)
+
+
+CASES = {
+    "evaluate-constants": [Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6)))],
+    "complex-numbers": [Entry(Case("spectrum", spectrum, n=(2, 3), c=(6, 7)))],
+    "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3)))],
+    "canonicalize-attention": [
+        Entry(Case("spelled out", spelled_out, n=(2, 3), tokens=(3, 5)), first=("evaluate-constants", "simplify"))
+    ],
+    "share-key-heads": [Entry(Case("grouped", grouped, n=(2, 3), tokens=(3, 5)), first=("simplify",))],
+    "canonicalize-threshold": [Entry(Case("soft", soft, n=(2, 3), c=(4, 5)), first=("simplify",))],
+}
