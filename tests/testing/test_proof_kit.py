@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import thresher
-from helpers.planted import CONV_BN, MLP, PLANTED
-from thresher.passes import pipelines
+from helpers.planted import PLANTED
 from thresher.rewriting.contract import Pass
 from thresher.testing import (
     ZOO,
@@ -36,35 +35,6 @@ def test_planted_defects_are_caught(name: str) -> None:
 
 def test_enough_are_planted() -> None:
     assert len(PLANTED) >= 30
-
-
-def spectrum(n: int, c: int) -> tuple[nn.Module, tuple]:
-    class Filter(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fft.irfft(torch.fft.rfft(x) * 0.5, n=x.shape[-1])
-
-    return Filter(), (torch.randn(n, c),)
-
-
-def twins(n: int, c: int) -> tuple[nn.Module, tuple]:
-    model = nn.Sequential(nn.Linear(6, c), nn.ReLU(), nn.Linear(c, 5))
-    with torch.no_grad():
-        model[0].weight[2], model[0].bias[2] = model[0].weight[0], model[0].bias[0]
-    return model, (torch.randn(n, 6),)
-
-
-@pytest.mark.parametrize(
-    ("item", "case", "first"),
-    [
-        ("complex-numbers", Case("spectrum", spectrum, n=(2, 3), c=(6, 7)), ()),
-        ("merge-duplicates", Case("twins", twins, n=(2, 3), c=(4, 6)), pipelines.canonicalize),
-        ("fold-batch-norm", CONV_BN, ()),
-        ("fold-channels{min_improvement=0,round_to=1}", MLP, pipelines.canonicalize),
-        ("canonicalize-threshold", Case("shrink", lambda n: (nn.Softshrink(0.3), (torch.randn(n, 5),)), n=(2, 3)), ()),
-    ],
-)  # fmt: skip
-def test_passes_of_ours_hold(item: str, case: Case, first: tuple) -> None:
-    prove(item, case, first=first)
 
 
 def test_a_case_that_tests_nothing_is_named() -> None:

@@ -31,7 +31,7 @@ class Entry:
 
     def prove(self, name: str) -> None:
         """Put the case through the whole proof kit. Raises :class:`AssertionError` with all findings."""
-        prove(name + self.options, self.case, first=self.first, draws=2, misses=20, context=self.context)
+        prove(name + self.options, self.case, first=self.first, draws=2, context=self.context)
 
 
 def calibrated(limit: float, noise: float = 1.0) -> Callable[[Program], Context]:

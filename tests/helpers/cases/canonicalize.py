@@ -58,6 +58,10 @@ def grouped(n: int, tokens: int) -> tuple[nn.Module, tuple]:
     return Function(attend), (torch.randn(n, 6, tokens, 4), k, v)
 
 
+def softshrink(n: int) -> tuple[nn.Module, tuple]:
+    return nn.Softshrink(0.3), (torch.randn(n, 5),)
+
+
 def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
     return Function(lambda x: F.relu(x - 0.3) - F.relu(-x - 0.3)), (torch.randn(n, c),)
 
@@ -70,5 +74,8 @@ CASES = {
         Entry(Case("spelled out", spelled_out, n=(2, 3), tokens=(3, 5)), first=("evaluate-constants", "simplify"))
     ],
     "share-key-heads": [Entry(Case("grouped", grouped, n=(2, 3), tokens=(3, 5)), first=("simplify",))],
-    "canonicalize-threshold": [Entry(Case("soft", soft, n=(2, 3), c=(4, 5)), first=("simplify",))],
+    "canonicalize-threshold": [
+        Entry(Case("soft", soft, n=(2, 3), c=(4, 5)), first=("simplify",)),
+        Entry(Case("shrink", softshrink, n=(2, 3))),
+    ],
 }

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA, attention_sites
 from thresher.approximation.calibration import Calibration
@@ -80,3 +82,47 @@ def test_causal_keys_are_not_averaged() -> None:
     manager = PassManager([PoolKeys()])
     manager.run(program, Context(calibration=Calibration.of(program, data, Budget(rel_l2=0.5))))
     assert "look ahead" in manager.records[0].refusals[0].message
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %v) : f32[1, 2, 64, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %token_sizes = constant "token_sizes" : f32[1, 64]
+  %y_means = constant "y_means" : i64[1, 64]
+  %y_members = constant "y_members" : f32[1, 32]
+  %y_even = constant "y_even" : f32[1, 64]
+  %unsqueeze = aten.unsqueeze.default(%token_sizes, 2) : f32[1, 64, 1]
+  %reduce_tokens = thresher.reduce_tokens.default(%unsqueeze, %y_even, %y_means, 32) : f32[1, 32, 1]
+  %squeeze = aten.squeeze.dim(%reduce_tokens, 2) : f32[1, 32]
+  %mul = aten.mul.Tensor(%squeeze, %y_members) : f32[1, 32]
+  %log = aten.log.default(%mul) : f32[1, 32]
+  %reshape = aten.reshape.default(%log, [1, 1, 1, 32]) : f32[1, 1, 1, 32]
+  %permute = aten.permute.default(%k, [0, 2, 1, 3]) : f32[1, 64, 2, 4]
+  %reshape_1 = aten.reshape.default(%permute, [1, 64, 8]) : f32[1, 64, 8]
+  %reduce_tokens_1 = thresher.reduce_tokens.default(%reshape_1, %token_sizes, %y_means, 32) : f32[1, 32, 8]
+  %reshape_2 = aten.reshape.default(%reduce_tokens_1, [1, 32, 2, 4]) : f32[1, 32, 2, 4]
+  %permute_1 = aten.permute.default(%reshape_2, [0, 2, 1, 3]) : f32[1, 2, 32, 4]
+  %permute_2 = aten.permute.default(%v, [0, 2, 1, 3]) : f32[1, 64, 2, 4]
+  %reshape_3 = aten.reshape.default(%permute_2, [1, 64, 8]) : f32[1, 64, 8]
+  %reduce_tokens_2 = thresher.reduce_tokens.default(%reshape_3, %token_sizes, %y_means, 32) : f32[1, 32, 8]
+  %reshape_4 = aten.reshape.default(%reduce_tokens_2, [1, 32, 2, 4]) : f32[1, 32, 2, 4]
+  %permute_3 = aten.permute.default(%reshape_4, [0, 2, 1, 3]) : f32[1, 2, 32, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %permute_1, %permute_3, attn_mask=%reshape, scale=0.5) : f32[1, 2, 64, 4]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("pool-keys{factors=(2,)}", BEFORE, AFTER, context=calibrated(10.0))

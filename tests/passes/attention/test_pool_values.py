@@ -7,6 +7,8 @@ import torch
 
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA, attention_sites
 from thresher.approximation.calibration import Calibration
@@ -68,3 +70,29 @@ def test_attention_to_everything_becomes_a_mean() -> None:
     assert [n.name for n in result.calls(SDPA)] == [first.node.name]
     assert [n.message for n in manager.records[0].rewrites] == ["the mean of all values"]
     assert manager.ledger[0].held_out.bound <= 0.02
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %v) : f32[1, 2, 64, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %sum_dim_int_list = aten.sum.dim_IntList(%v, [2], True) : f32[1, 2, 1, 4]
+  %div = aten.div.Tensor(%sum_dim_int_list, 64) : f32[1, 2, 1, 4]
+  %expand = aten.expand.default(%div, [1, 2, 64, 4]) : f32[1, 2, 64, 4]
+  return [%expand]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("pool-values{windows=(0,)}", BEFORE, AFTER, context=calibrated(10.0))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import attention_sites
 from thresher.approximation.calibration import Calibration
@@ -84,3 +86,54 @@ def test_what_is_seen_is_what_is_measured() -> None:
         assert float(errors[site.node].sums[w][h]) == pytest.approx(wanted, rel=1e-3) and wanted > 0.1
     compiled = thresher.compile(to_module(work), (q, k, v), passes="none")
     assert not compare([found], [compiled(q, k, v)]).exceeds(1e-5)
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 1, 128, 4]
+  %k = input : f32[1, 1, 128, 4]
+  %v = input : f32[1, 1, 128, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %v) : f32[1, 1, 128, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 1, 128, 4]
+  %k = input : f32[1, 1, 128, 4]
+  %v = input : f32[1, 1, 128, 4]
+  %token_sizes = constant "token_sizes" : f32[1, 128]
+  %y_means = constant "y_means" : i64[1, 128]
+  %y_members = constant "y_members" : f32[1, 32]
+  %y_even = constant "y_even" : f32[1, 128]
+  %y_unmasked = constant "y_unmasked" : f32[1, 1, 1, 128]
+  %y_blocks = constant "y_blocks" : i32[1, 1, 8, 2]
+  %y_counts = constant "y_counts" : i32[1, 1, 8]
+  %unsqueeze = aten.unsqueeze.default(%token_sizes, 2) : f32[1, 128, 1]
+  %reduce_tokens = thresher.reduce_tokens.default(%unsqueeze, %y_even, %y_means, 32) : f32[1, 32, 1]
+  %squeeze = aten.squeeze.dim(%reduce_tokens, 2) : f32[1, 32]
+  %mul = aten.mul.Tensor(%squeeze, %y_members) : f32[1, 32]
+  %log = aten.log.default(%mul) : f32[1, 32]
+  %reshape = aten.reshape.default(%log, [1, 1, 1, 32]) : f32[1, 1, 1, 32]
+  %permute = aten.permute.default(%k, [0, 2, 1, 3]) : f32[1, 128, 1, 4]
+  %reshape_1 = aten.reshape.default(%permute, [1, 128, 4]) : f32[1, 128, 4]
+  %reduce_tokens_1 = thresher.reduce_tokens.default(%reshape_1, %token_sizes, %y_means, 32) : f32[1, 32, 4]
+  %reshape_2 = aten.reshape.default(%reduce_tokens_1, [1, 32, 1, 4]) : f32[1, 32, 1, 4]
+  %permute_1 = aten.permute.default(%reshape_2, [0, 2, 1, 3]) : f32[1, 1, 32, 4]
+  %permute_2 = aten.permute.default(%v, [0, 2, 1, 3]) : f32[1, 128, 1, 4]
+  %reshape_3 = aten.reshape.default(%permute_2, [1, 128, 4]) : f32[1, 128, 4]
+  %reduce_tokens_2 = thresher.reduce_tokens.default(%reshape_3, %token_sizes, %y_means, 32) : f32[1, 32, 4]
+  %reshape_4 = aten.reshape.default(%reduce_tokens_2, [1, 32, 1, 4]) : f32[1, 32, 1, 4]
+  %permute_3 = aten.permute.default(%reshape_4, [0, 2, 1, 3]) : f32[1, 1, 32, 4]
+  %cat = aten.cat.default([%k, %permute_1], 2) : f32[1, 1, 160, 4]
+  %cat_1 = aten.cat.default([%v, %permute_3], 2) : f32[1, 1, 160, 4]
+  %expand = aten.expand.default(%y_unmasked, [1, 1, 1, 128]) : f32[1, 1, 1, 128]
+  %cat_2 = aten.cat.default([%expand, %reshape], 3) : f32[1, 1, 1, 160]
+  %attention = thresher.sparse_attention.default(%q, %cat, %cat_1, %cat_2, %y_blocks, %y_counts, 16, 16, 0.5) : f32[1, 1, 128, 4]
+  return [%attention]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("pyramid-attention{block=16}", BEFORE, AFTER, context=calibrated(10.0))

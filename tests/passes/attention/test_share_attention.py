@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from helpers.attention import Layers, canonical, sequences
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA
 from thresher.approximation.calibration import Calibration
@@ -28,3 +30,33 @@ def test_weights_are_taken_over_from_layers_that_are_alike() -> None:
     assert len({n.args[:2] for n in result.calls(SDPA)}) == 1
     linears = [len(list(p.calls(torch.ops.aten.linear.default))) for p in (program, result)]
     assert linears == [12, 8]
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[1, 32, 16]
+  %weight = constant "weight" : f32[16, 16]
+  %heads = aten.reshape.default(%x, [1, 32, 2, 8]) : f32[1, 32, 2, 8]
+  %k = aten.permute.default(%heads, [0, 2, 1, 3]) : f32[1, 2, 32, 8]
+  %first = aten.scaled_dot_product_attention.default(%k, %k, %k) : f32[1, 2, 32, 8]
+  %linear = aten.linear.default(%x, %weight) : f32[1, 32, 16]
+  %queries = aten.reshape.default(%linear, [1, 32, 2, 8]) : f32[1, 32, 2, 8]
+  %q = aten.permute.default(%queries, [0, 2, 1, 3]) : f32[1, 2, 32, 8]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %first) : f32[1, 2, 32, 8]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[1, 32, 16]
+  %heads = aten.reshape.default(%x, [1, 32, 2, 8]) : f32[1, 32, 2, 8]
+  %k = aten.permute.default(%heads, [0, 2, 1, 3]) : f32[1, 2, 32, 8]
+  %first = aten.scaled_dot_product_attention.default(%k, %k, %k) : f32[1, 2, 32, 8]
+  %y = aten.scaled_dot_product_attention.default(%k, %k, %first) : f32[1, 2, 32, 8]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("share-attention", BEFORE, AFTER, context=calibrated(10.0))

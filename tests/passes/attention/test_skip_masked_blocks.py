@@ -10,6 +10,7 @@ from torch import Tensor
 
 import thresher
 from helpers.masked_attention import SDPA, SPARSE, Masked, band, passed, qkv
+from helpers.rewrites import check_rewrite
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -57,3 +58,27 @@ def test_heads_have_their_own_blocks() -> None:
 def test_compiled_with_a_band() -> None:
     compiled = thresher.compile(Masked(band(300, 300, 16)), qkv(300, 300))
     assert all(c.passed for c in compiled.report.checks)
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 96, 4]
+  %mask = constant "mask" : b8[96, 96]
+  %y = aten.scaled_dot_product_attention.default(%q, %q, %q, %mask) : f32[1, 2, 96, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 96, 4]
+  %mask = constant "mask" : b8[96, 96]
+  %y_blocks = constant "y_blocks" : i32[1, 1, 6, 2]
+  %y_counts = constant "y_counts" : i32[1, 1, 6]
+  %attention = thresher.sparse_attention.default(%q, %q, %q, %mask, %y_blocks, %y_counts, 16, 32, 0.5) : f32[1, 2, 96, 4]
+  return [%attention]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("skip-masked-blocks", BEFORE, AFTER, constants={"mask": band(96, 96, 8)})

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.attention import SLOW, canonical
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.ir.folded_module import to_module
@@ -35,3 +37,35 @@ def test_small_weights_are_left_out_within_the_budget() -> None:
     assert "left out" in note.message and manager.ledger[0].held_out.bound <= 0.01
     compiled = thresher.compile(to_module(result), (data[0],), passes="none")
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %bias = constant "bias" : f32[1, 1, 1, 64]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %v, %bias) : f32[1, 2, 64, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %bias = constant "bias" : f32[1, 1, 1, 64]
+  %attention = thresher.sparse_attention.default(%q, %k, %v, %bias, None, None, 32, 32, 0.5, False, None, 4.0) : f32[1, 2, 64, 4]
+  return [%attention]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite(
+        "skip-small-weights{skips=(4.0,)}",
+        BEFORE,
+        AFTER,
+        constants={"bias": -20.0 * (torch.arange(64) >= 32).float().reshape(1, 1, 1, 64)},
+        context=calibrated(10.0),
+    )

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import attention_sites, head_weights
 from thresher.analysis.cost.cost import machine_model
@@ -218,3 +220,29 @@ def test_many_blocks_are_asked_in_groups() -> None:
     (found,) = program.run(x)
     wanted = (found - Alike()(x)).square().sum()
     assert sum(errors.sums[words]).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %v) : f32[1, 2, 64, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 64, 4]
+  %k = input : f32[1, 2, 64, 4]
+  %v = input : f32[1, 2, 64, 4]
+  %y_blocks = constant "y_blocks" : i32[1, 2, 2, 1]
+  %y_counts = constant "y_counts" : i32[1, 2, 2]
+  %attention = thresher.sparse_attention.default(%q, %k, %v, None, %y_blocks, %y_counts, 32, 32, 0.5, False) : f32[1, 2, 64, 4]
+  return [%attention]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("sparse-attention{selected=false}", BEFORE, AFTER, context=calibrated(10.0))

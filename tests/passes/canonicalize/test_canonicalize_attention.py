@@ -13,6 +13,7 @@ from torch import nn
 import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.canonical import canonical, count
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.ir.folded_module import to_module
 
 aten = torch.ops.aten
@@ -107,3 +108,31 @@ def test_multihead_attention_module() -> None:
     assert count(program, SDPA) == 1
     program, _ = canonical(Function(lambda x, a: a(x, x, x, need_weights=False)[0], layer), torch.randn(2, 5, 8))
     assert count(program, SDPA) == 1
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 2, 5, 4]
+  %k = input : f32[1, 2, 5, 4]
+  %v = input : f32[1, 2, 5, 4]
+  %transposed = aten.permute.default(%k, [0, 1, 3, 2]) : f32[1, 2, 4, 5]
+  %product = aten.matmul.default(%q, %transposed) : f32[1, 2, 5, 5]
+  %scores = aten.mul.Tensor(%product, 0.5) : f32[1, 2, 5, 5]
+  %weights = aten.softmax.int(%scores, -1) : f32[1, 2, 5, 5]
+  %y = aten.matmul.default(%weights, %v) : f32[1, 2, 5, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 2, 5, 4]
+  %k = input : f32[1, 2, 5, 4]
+  %v = input : f32[1, 2, 5, 4]
+  %attention = aten.scaled_dot_product_attention.default(%q, %k, %v, scale=0.5) : f32[1, 2, 5, 4]
+  return [%attention]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("canonicalize-attention", BEFORE, AFTER)

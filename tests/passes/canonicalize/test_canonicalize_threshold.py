@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.ops.shrink import KEEPS
@@ -291,3 +292,25 @@ def test_what_may_be_negative_is_seen() -> None:
 
     program, record = canonical(function, torch.randn(4, 9))
     assert not list(program.calls(SHRINK)) and any("may be negative" in n.message for n in record.refusals)
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 5]
+  %clamped = aten.clamp.default(%x, -0.5, 0.5) : f32[2, 5]
+  %y = aten.sub.Tensor(%x, %clamped) : f32[2, 5]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 5]
+  %y_t = constant "y_t" : f32[]
+  %shrink = thresher.shrink.default(%x, %y_t, 'soft', 'nle') : f32[2, 5]
+  return [%shrink]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("canonicalize-threshold", BEFORE, AFTER)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import thresher
 import thresher.ops
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program
@@ -139,3 +140,26 @@ def test_modes_by_their_size() -> None:
     assert len(list(program.calls(torch.ops.thresher.group_shrink.default))) == 1
     compiled = thresher.compile(Function(function), (x,))
     assert not compare([function(x)], [compiled(x)]).exceeds(1e-5)
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 4]
+  %z = aten._fft_r2c.default(%x, [1], 0, True) : c64[2, 3]
+  %y = aten.view_as_real.default(%z) : f32[2, 3, 2]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 4]
+  %z_1 = constant "z_1" : f32[6, 4]
+  %linear = aten.linear.default(%x, %z_1) : f32[2, 6]
+  %reshape = aten.reshape.default(%linear, [2, 3, 2]) : f32[2, 3, 2]
+  return [%reshape]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("complex-numbers", BEFORE, AFTER)

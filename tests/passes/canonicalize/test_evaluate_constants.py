@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations, prune
 
 from helpers.canonical import canonical
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.rewriting.manager import PassManager
 
@@ -40,3 +41,27 @@ def test_random_numbers_are_not_constants() -> None:
     program = capture(Function(lambda x: x + torch.rand(3)), (torch.randn(3),))
     result = PassManager(["evaluate-constants"], "off").run(program)
     assert any("rand" in str(n.target) for n in result.calls())
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3]
+  %weight = constant "weight" : f32[4, 3]
+  %mask = constant "mask" : f32[4, 3]
+  %masked = aten.mul.Tensor(%weight, %mask) : f32[4, 3]
+  %y = aten.linear.default(%x, %masked, None) : f32[2, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 3]
+  %masked_1 = constant "masked" : f32[4, 3]
+  %y = aten.linear.default(%x, %masked_1, None) : f32[2, 4]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("evaluate-constants", BEFORE, AFTER)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.masked_attention import SDPA, passed, qkv
+from helpers.rewrites import check_rewrite
 
 
 def test_repeated_key_heads_are_shared() -> None:
@@ -17,3 +18,28 @@ def test_repeated_key_heads_are_shared() -> None:
     q, (_, k, v) = qkv(20, 20, 6)[0], qkv(20, 20)
     (node,) = passed(Grouped(), q, k, v).calls(SDPA)
     assert node.kwargs["enable_gqa"] and node.args[1].op == "placeholder"
+
+
+BEFORE = """\
+program model {
+  %q = input : f32[1, 6, 5, 4]
+  %k = input : f32[1, 2, 5, 4]
+  %one = aten.unsqueeze.default(%k, 2) : f32[1, 2, 1, 5, 4]
+  %three = aten.expand.default(%one, [1, 2, 3, 5, 4]) : f32[1, 2, 3, 5, 4]
+  %heads = aten.reshape.default(%three, [1, 6, 5, 4]) : f32[1, 6, 5, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %heads, %heads) : f32[1, 6, 5, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %q = input : f32[1, 6, 5, 4]
+  %k = input : f32[1, 2, 5, 4]
+  %y = aten.scaled_dot_product_attention.default(%q, %k, %k, enable_gqa=True) : f32[1, 6, 5, 4]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("share-key-heads", BEFORE, AFTER)

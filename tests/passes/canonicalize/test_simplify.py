@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from helpers.canonical import canonical, count
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.rewriting.manager import PassManager
 
@@ -75,3 +76,29 @@ def test_numbers_of_other_kinds_are_not_the_same() -> None:
     program = PassManager(["simplify"]).run(capture(Kinds(), (x,)))
     for wanted, found in zip(Kinds()(x), program.run(x)):
         assert wanted.dtype is found.dtype and torch.equal(wanted, found)
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 6]
+  %weight = constant "weight" : f32[3, 5]
+  %parts = aten.split.Tensor(%x, 3, 1) : (f32[2, 3], f32[2, 3])
+  %a = getitem(%parts, 0) : f32[2, 3]
+  %b = aten.clone.default(%a) : f32[2, 3]
+  %y = aten.matmul.default(%b, %weight) : f32[2, 5]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 6]
+  %weight_t = constant "weight_t" : f32[5, 3]
+  %slice = aten.slice.Tensor(%x, 1, 0, 3) : f32[2, 3]
+  %linear = aten.linear.default(%slice, %weight_t) : f32[2, 5]
+  return [%linear]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("simplify", BEFORE, AFTER)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from helpers.canonical import canonical
+from helpers.rewrites import check_rewrite
 from thresher.passes import pipelines
 
 
@@ -30,3 +31,32 @@ def test_batch_norm_folds(model: nn.Module, shape: tuple[int, ...], left: int) -
 
     program, _ = canonical(settle(model), torch.randn(shape), passes=[*pipelines.canonicalize, "fold-batch-norm"])
     assert len(list(program.calls())) == left
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[1, 3, 5, 5]
+  %weight = constant "weight" : f32[4, 3, 3, 3]
+  %gamma = constant "gamma" : f32[4]
+  %beta = constant "beta" : f32[4]
+  %mean = constant "mean" : f32[4]
+  %var = constant "var" : f32[4]
+  %conv = aten.conv2d.default(%x, %weight) : f32[1, 4, 3, 3]
+  %bn = aten._native_batch_norm_legit_no_training.default(%conv, %gamma, %beta, %mean, %var, 0.1, 1e-05) : (f32[1, 4, 3, 3], f32[0], f32[0])
+  %y = getitem(%bn, 0) : f32[1, 4, 3, 3]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[1, 3, 5, 5]
+  %weight_1 = constant "weight_1" : f32[4, 3, 3, 3]
+  %bias = constant "bias" : f32[4]
+  %conv = aten.conv2d.default(%x, %weight_1, %bias) : f32[1, 4, 3, 3]
+  return [%conv]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("fold-batch-norm", BEFORE, AFTER, constants={"var": torch.linspace(0.5, 2.0, 4)})

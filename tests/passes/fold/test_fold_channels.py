@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.folds import IMAGE, Net, fold, kill, shapes
+from helpers.rewrites import check_rewrite
 from thresher import models
 from thresher.analysis.cost.cost import count_flops
 from thresher.analysis.slices.channels import ChannelAnalysis
@@ -427,3 +428,36 @@ def test_random_networks_fold_exactly(made: tuple[nn.Module, int]) -> None:
     folded, _ = fold(model, torch.randn(1, 3, 17, 17, generator=torch.Generator().manual_seed(seed)))
     analysis = ChannelAnalysis.of(folded)
     assert analysis.cuts == []
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3]
+  %first = constant "first" : f32[4, 3]
+  %second = constant "second" : f32[2, 4]
+  %a = aten.linear.default(%x, %first, None) : f32[2, 4]
+  %b = aten.relu.default(%a) : f32[2, 4]
+  %y = aten.linear.default(%b, %second, None) : f32[2, 2]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 3]
+  %first = constant "first" : f32[3, 3]
+  %second = constant "second" : f32[2, 3]
+  %a = aten.linear.default(%x, %first, None) : f32[2, 3]
+  %b = aten.relu.default(%a) : f32[2, 3]
+  %y = aten.linear.default(%b, %second, None) : f32[2, 2]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite(
+        "fold-channels{round_to=1}",
+        BEFORE,
+        AFTER,
+        constants={"first": torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None].repeat(1, 3)},
+    )

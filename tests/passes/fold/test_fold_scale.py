@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes import pipelines
@@ -91,3 +92,29 @@ def test_the_way_back() -> None:
     alive = SCALE != 0
     assert torch.allclose(other.layer.weight[alive], 1.5 * model.layer.weight[alive])
     assert not compare([small(x)[:, alive]], [other(x)[:, alive]]).exceeds(1e-5)
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3]
+  %weight = constant "weight" : f32[4, 3]
+  %bias = constant "bias" : f32[4]
+  %scale = constant "scale" : f32[4]
+  %linear = aten.linear.default(%x, %weight, %bias) : f32[2, 4]
+  %y = aten.mul.Tensor(%linear, %scale) : f32[2, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 3]
+  %weight_1 = constant "weight_1" : f32[4, 3]
+  %bias_1 = constant "bias_1" : f32[4]
+  %linear = aten.linear.default(%x, %weight_1, %bias_1) : f32[2, 4]
+  return [%linear]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("fold-scale", BEFORE, AFTER)

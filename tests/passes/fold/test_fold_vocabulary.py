@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from helpers.rewrites import check_rewrite
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
@@ -97,3 +98,34 @@ def test_dynamic_tokens_stay_and_say_why() -> None:
 def test_bad_tokens(options: dict, message: str) -> None:
     with pytest.raises(PassError, match=message):
         FoldVocabulary(**options).apply(capture(Reader().eval(), ARGS), Context())
+
+
+BEFORE = """\
+program model {
+  %tokens = input : i64[2, 5]
+  %words = constant "words" : f32[6, 3]
+  %y = aten.embedding.default(%words, %tokens) : f32[2, 5, 3]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %tokens = input : i64[2, 5]
+  %words_1 = constant "words_1" : f32[4, 3]
+  %words_place = constant "words_place" : i64[6]
+  %reshape = aten.reshape.default(%tokens, [-1]) : i64[10]
+  %index_select = aten.index_select.default(%words_place, 0, %reshape) : i64[10]
+  %reshape_1 = aten.reshape.default(%index_select, [2, 5]) : i64[2, 5]
+  %embedding = aten.embedding.default(%words_1, %reshape_1) : f32[2, 5, 3]
+  return [%embedding]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite(
+        "fold-vocabulary",
+        BEFORE,
+        AFTER,
+        constants={"words": torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0, 3.0])[:, None].repeat(1, 3)},
+    )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.folds import Net, fold, shapes
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.passes.fold.merge_duplicates import MergeDuplicates
@@ -68,3 +69,27 @@ def test_again_changes_nothing() -> None:
     once = MergeDuplicates().apply(program, Context())
     assert len(once.rewrites) == 1
     assert MergeDuplicates().apply(once.program, Context()).rewrites == []
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3]
+  %first = constant "first" : f32[4, 3]
+  %second = constant "second" : f32[2, 4]
+  %a = aten.linear.default(%x, %first, None) : f32[2, 4]
+  %b = aten.relu.default(%a) : f32[2, 4]
+  %y = aten.linear.default(%b, %second, None) : f32[2, 2]
+  return [%y]
+}
+"""
+AFTER = BEFORE  # the numbers of constants change
+
+
+def test_before_and_after() -> None:
+    result = check_rewrite(
+        "merge-duplicates",
+        BEFORE,
+        AFTER,
+        constants={"first": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [7.0, 8.0, 9.0]])},
+    )
+    assert (result.constants["second"] != 0).any(0).tolist() == [True, True, False, True]  # nobody reads the copy

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.folds import IMAGE, Net, kill
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
 from thresher.passes import pipelines
@@ -78,3 +79,29 @@ def test_only_where_it_could_pay() -> None:
     kill(net.b.weight, 1, 4, 6)
     program = capture(net.eval(), (torch.randn(*IMAGE),))
     assert PermuteChannels().apply(program, Context()).program is program
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3]
+  %first = constant "first" : f32[4, 3]
+  %branch = constant "branch" : f32[4, 3]
+  %last = constant "last" : f32[2, 4]
+  %a = aten.linear.default(%x, %first, None) : f32[2, 4]
+  %b = aten.linear.default(%x, %branch, None) : f32[2, 4]
+  %sum = aten.add.Tensor(%a, %b) : f32[2, 4]
+  %y = aten.linear.default(%sum, %last, None) : f32[2, 2]
+  return [%y]
+}
+"""
+AFTER = BEFORE  # the numbers of constants change
+
+
+def test_before_and_after() -> None:
+    result = check_rewrite(
+        "permute-channels{min_improvement=0}",
+        BEFORE,
+        AFTER,
+        constants={"branch": torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].repeat(1, 3)},
+    )
+    assert (result.constants["branch"] != 0).any(1).tolist() == [True, True, False, False]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.search import Candidate
@@ -82,3 +84,27 @@ def test_a_branch_that_others_read_stays() -> None:
             return x + y, y.sum()  # type: ignore[return-value]
 
     assert branches(capture(Read(), (torch.randn(2, 3, 8),))) == []
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 3, 4]
+  %weight = constant "weight" : f32[4, 4]
+  %bias = constant "bias" : f32[4]
+  %branch = aten.linear.default(%x, %weight, %bias) : f32[2, 3, 4]
+  %sum = aten.add.Tensor(%x, %branch) : f32[2, 3, 4]
+  %y = aten.relu.default(%sum) : f32[2, 3, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 3, 4]
+  %y = aten.relu.default(%x) : f32[2, 3, 4]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("drop-sublayers", BEFORE, AFTER, context=calibrated(10.0))

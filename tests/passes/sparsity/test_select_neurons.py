@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.cost.cost import machine_model
 from thresher.approximation.calibration import Calibration
@@ -92,3 +94,57 @@ def test_odd_widths_are_refused() -> None:
     manager = PassManager([SelectNeurons(block=24)])
     manager.run(program, Context(machine=SLOW, calibration=Calibration.of(program, data, Budget(rel_l2=0.3))))
     assert "no four blocks of 24" in manager.records[0].refusals[0].message
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[8, 4]
+  %gate = constant "gate" : f32[16, 4]
+  %up = constant "up" : f32[16, 4]
+  %down = constant "down" : f32[4, 16]
+  %a = aten.linear.default(%x, %gate) : f32[8, 16]
+  %b = aten.silu.default(%a) : f32[8, 16]
+  %c = aten.linear.default(%x, %up) : f32[8, 16]
+  %d = aten.mul.Tensor(%b, %c) : f32[8, 16]
+  %y = aten.linear.default(%d, %down) : f32[8, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[8, 4]
+  %gate = constant "gate" : f32[16, 4]
+  %up = constant "up" : f32[16, 4]
+  %b_weight = constant "b_weight" : f32[16]
+  %b_block = constant "b_block" : i64[4]
+  %b_down = constant "b_down" : f32[16, 4]
+  %a = aten.linear.default(%x, %gate) : f32[8, 16]
+  %b = aten.silu.default(%a) : f32[8, 16]
+  %reshape = aten.reshape.default(%b, [8, 16]) : f32[8, 16]
+  %abs = aten.abs.default(%reshape) : f32[8, 16]
+  %mean = aten.mean.dim(%abs, [0]) : f32[16]
+  %mul = aten.mul.Tensor(%mean, %b_weight) : f32[16]
+  %reshape_1 = aten.reshape.default(%mul, [4, 4]) : f32[4, 4]
+  %sum_dim_int_list = aten.sum.dim_IntList(%reshape_1, [-1]) : f32[4]
+  %topk = aten.topk.default(%sum_dim_int_list, 1) : (f32[1], i64[1])
+  %getitem = getitem(%topk, 1) : i64[1]
+  %unsqueeze = aten.unsqueeze.default(%getitem, 1) : i64[1, 1]
+  %mul_1 = aten.mul.Tensor(%unsqueeze, 4) : i64[1, 1]
+  %add = aten.add.Tensor(%mul_1, %b_block) : i64[1, 4]
+  %reshape_2 = aten.reshape.default(%add, [4]) : i64[4]
+  %reshape_3 = aten.reshape.default(%x, [8, 4]) : f32[8, 4]
+  %index_select = aten.index_select.default(%up, 0, %reshape_2) : f32[4, 4]
+  %permute = aten.permute.default(%index_select, [1, 0]) : f32[4, 4]
+  %matmul = aten.matmul.default(%reshape_3, %permute) : f32[8, 4]
+  %index_select_1 = aten.index_select.default(%reshape, 1, %reshape_2) : f32[8, 4]
+  %mul_2 = aten.mul.Tensor(%index_select_1, %matmul) : f32[8, 4]
+  %index_select_2 = aten.index_select.default(%b_down, 0, %reshape_2) : f32[4, 4]
+  %matmul_1 = aten.matmul.default(%mul_2, %index_select_2) : f32[8, 4]
+  %reshape_4 = aten.reshape.default(%matmul_1, [8, 4]) : f32[8, 4]
+  return [%reshape_4]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("select-neurons{block=4}", BEFORE, AFTER, context=calibrated(10.0))

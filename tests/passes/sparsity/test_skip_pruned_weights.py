@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher.ops  # noqa: F401  (registers the operators)
+from helpers.cases.base import skipping
 from helpers.clocks import FakeClock, compile_with
+from helpers.rewrites import check_rewrite
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
@@ -148,3 +150,27 @@ def test_layouts_are_measured() -> None:
     assert found.measured and found.dense > 0
     guess = estimated(Layer("rows", 64, 256, 256, False), machine_model("cpu"))
     assert guess.at(0.1) < guess.dense < guess.at(0.6)
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 32]
+  %weight = constant "weight" : f32[32, 32]
+  %bias = constant "bias" : f32[32]
+  %y = aten.linear.default(%x, %weight, %bias) : f32[2, 32]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 32]
+  %weight = constant "weight" : f32[32, 32]
+  %bias = constant "bias" : f32[32]
+  %pruned_linear = thresher.pruned_linear.default(%x, %weight, %bias, 'rows') : f32[2, 32]
+  return [%pruned_linear]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("skip-pruned-weights", BEFORE, AFTER, constants={"weight": torch.eye(32)}, context=skipping)

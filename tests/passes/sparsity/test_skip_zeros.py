@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops
+from helpers.cases.base import skipping
 from helpers.clocks import FakeClock, compile_with
 from helpers.modules import Function
+from helpers.rewrites import check_rewrite
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
@@ -146,3 +148,27 @@ def test_builds_measure_once() -> None:
     assert clock.asked == ["skip zeros 2/input/2x256x32/hot"]
     assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0]["chosen"]
     assert "not 0" in str(compiled.report) and "down" in compiled.report.to_html()
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[2, 32]
+  %weight = constant "weight" : f32[8, 32]
+  %hidden = aten.relu.default(%x) : f32[2, 32]
+  %y = aten.linear.default(%hidden, %weight, None) : f32[2, 8]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[2, 32]
+  %weight = constant "weight" : f32[8, 32]
+  %hidden = aten.relu.default(%x) : f32[2, 32]
+  %sparse_linear = thresher.sparse_linear.default(%hidden, %weight, None) : f32[2, 8]
+  return [%sparse_linear]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("skip-zeros", BEFORE, AFTER, context=skipping)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.cost.break_even import BreakEven
 from thresher.approximation.calibration import Calibration
@@ -150,3 +152,39 @@ def test_unknown_kinds() -> None:
     with pytest.raises(PassError, match="some of number, channel, top-k, joined by plus signs, not 'best'"):
         ThresholdActivations(kinds="best")
     assert str(ThresholdRule("top-k", 0.5, None, 7)) == "the 7 largest stay"
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[1, 4]
+  %gate = constant "gate" : f32[16, 4]
+  %up = constant "up" : f32[16, 4]
+  %down = constant "down" : f32[4, 16]
+  %a = aten.linear.default(%x, %gate) : f32[1, 16]
+  %b = aten.silu.default(%a) : f32[1, 16]
+  %c = aten.linear.default(%x, %up) : f32[1, 16]
+  %d = aten.mul.Tensor(%b, %c) : f32[1, 16]
+  %y = aten.linear.default(%d, %down) : f32[1, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[1, 4]
+  %gate = constant "gate" : f32[16, 4]
+  %up = constant "up" : f32[16, 4]
+  %down = constant "down" : f32[4, 16]
+  %b_t = constant "b_t" : f32[]
+  %a = aten.linear.default(%x, %gate) : f32[1, 16]
+  %b = aten.silu.default(%a) : f32[1, 16]
+  %c = aten.linear.default(%x, %up) : f32[1, 16]
+  %shrink = thresher.shrink.default(%b, %b_t, 'hard', 'nle') : f32[1, 16]
+  %d = aten.mul.Tensor(%shrink, %c) : f32[1, 16]
+  %y = aten.linear.default(%d, %down) : f32[1, 4]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("threshold-activations{density=0.5,kinds=number,where=gate}", BEFORE, AFTER, context=calibrated(10.0))

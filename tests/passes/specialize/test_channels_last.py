@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import thresher.ops  # noqa: F401  (registers the operators)
+from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
@@ -54,3 +55,29 @@ def test_single_images_stay_as_they_are() -> None:
     assert record.status == "changed" and record.error < 1e-9
     assert len(list(result.calls(torch.ops.thresher.conv2d_nhwc.default))) == 1
     assert len(list(result.calls(torch.ops.aten.conv2d.default))) == 1
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[1, 3, 6, 6]
+  %weight = constant "weight" : f32[4, 3, 3, 3]
+  %conv = aten.conv2d.default(%x, %weight) : f32[1, 4, 4, 4]
+  %y = aten.relu.default(%conv) : f32[1, 4, 4, 4]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[1, 3, 6, 6]
+  %weight = constant "weight" : f32[4, 3, 3, 3]
+  %permute = aten.permute.default(%x, [0, 2, 3, 1]) : f32[1, 6, 6, 3]
+  %conv2d_nhwc = thresher.conv2d_nhwc.default(%permute, %weight, None, [1, 1], [0, 0], [1, 1], 1) : f32[1, 4, 4, 4]
+  %relu = aten.relu.default(%conv2d_nhwc) : f32[1, 4, 4, 4]
+  %permute_1 = aten.permute.default(%relu, [0, 3, 1, 2]) : f32[1, 4, 4, 4]
+  return [%permute_1]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("channels-last", BEFORE, AFTER)

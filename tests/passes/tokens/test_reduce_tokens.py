@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops
+from helpers.cases.base import calibrated
+from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
@@ -250,3 +252,50 @@ def test_a_reduced_model_can_be_trained() -> None:
     module(images(1)[0]).square().sum().backward()
     grads = [p.grad for p in module.parameters()]
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads) and len(grads) > 10
+
+
+BEFORE = """\
+program model {
+  %x = input : f32[1, 32, 8]
+  %weight = constant "weight" : f32[512, 8]
+  %heads = aten.reshape.default(%x, [1, 32, 2, 4]) : f32[1, 32, 2, 4]
+  %q = aten.permute.default(%heads, [0, 2, 1, 3]) : f32[1, 2, 32, 4]
+  %site = aten.scaled_dot_product_attention.default(%q, %q, %q) : f32[1, 2, 32, 4]
+  %tokens = aten.permute.default(%site, [0, 2, 1, 3]) : f32[1, 32, 2, 4]
+  %flat = aten.reshape.default(%tokens, [1, 32, 8]) : f32[1, 32, 8]
+  %sum = aten.add.Tensor(%x, %flat) : f32[1, 32, 8]
+  %linear = aten.linear.default(%sum, %weight) : f32[1, 32, 512]
+  %y = aten.select.int(%linear, 1, 0) : f32[1, 512]
+  return [%y]
+}
+"""
+AFTER = """\
+program model {
+  %x = input : f32[1, 32, 8]
+  %weight = constant "weight" : f32[512, 8]
+  %token_sizes = constant "token_sizes" : f32[1, 32]
+  %heads = aten.reshape.default(%x, [1, 32, 2, 4]) : f32[1, 32, 2, 4]
+  %q = aten.permute.default(%heads, [0, 2, 1, 3]) : f32[1, 2, 32, 4]
+  %site = aten.scaled_dot_product_attention.default(%q, %q, %q) : f32[1, 2, 32, 4]
+  %tokens = aten.permute.default(%site, [0, 2, 1, 3]) : f32[1, 32, 2, 4]
+  %flat = aten.reshape.default(%tokens, [1, 32, 8]) : f32[1, 32, 8]
+  %sum_1 = aten.add.Tensor(%x, %flat) : f32[1, 32, 8]
+  %mean = aten.mean.dim(%q, [1]) : f32[1, 32, 4]
+  %linalg_vector_norm = aten.linalg_vector_norm.default(%mean, 2, [-1], True) : f32[1, 32, 1]
+  %clamp = aten.clamp.default(%linalg_vector_norm, 1e-12) : f32[1, 32, 1]
+  %div = aten.div.Tensor(%mean, %clamp) : f32[1, 32, 4]
+  %permute = aten.permute.default(%div, [0, 2, 1]) : f32[1, 4, 32]
+  %matmul = aten.matmul.default(%div, %permute) : f32[1, 32, 32]
+  %token_sides = thresher.token_sides.default(%token_sizes, %token_sizes, 'alternate', 15, 1, 0) : i64[1, 32]
+  %match_tokens = thresher.match_tokens.default(%matmul, %token_sizes, %token_sides, 15, False) : (i64[1, 32], f32[1, 17], f32[1, 32])
+  %getitem = getitem(%match_tokens, 0) : i64[1, 32]
+  %reduce_tokens = thresher.reduce_tokens.default(%sum_1, %token_sizes, %getitem, 17) : f32[1, 17, 8]
+  %linear = aten.linear.default(%reduce_tokens, %weight) : f32[1, 17, 512]
+  %y = aten.select.int(%linear, 1, 0) : f32[1, 512]
+  return [%y]
+}
+"""
+
+
+def test_before_and_after() -> None:
+    check_rewrite("reduce-tokens{kinds=merge}", BEFORE, AFTER, context=calibrated(10.0))
