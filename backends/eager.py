@@ -14,8 +14,10 @@ from thresher.runtime.weight_store import Weights
 
 
 class EagerExecutable(Executable):
+    """A program and constants of its own: those of the captured model are the user's live parameters."""
+
     def __init__(self, program: Program):
-        self.program, self.memory = program, {"weights": constant_bytes(program)}
+        self.program, self.memory = program.with_own_tensors(), {"weights": constant_bytes(program)}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.program.run(*inputs)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tvm
+from torch import Tensor
 
 from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build
@@ -142,6 +143,27 @@ def _llvm_module(module: Any) -> Any:
     return next((m for m in module.imports if m.kind == "llvm"), None) or _llvm_module(module.imports[0])
 
 
+def own_weights(weights: Sequence[np.ndarray], program: Program, shared_weights: Weights) -> list[np.ndarray]:
+    """Return the weights without views of the program's constants, which may be the user's live parameters: training would change them.
+
+    A view is replaced by the equal array in ``shared_weights``, else by a copy; equal views by one copy. Packed weights are no views.
+    """
+    live = {t.untyped_storage().data_ptr() for t in program.constants.values()}
+    copies: dict[Any, np.ndarray] = {}
+    own = []
+    for array in weights:
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, Tensor) and base.untyped_storage().data_ptr() in live:
+            view = (array.ctypes.data, array.shape, array.strides, array.dtype)
+            if view not in copies:
+                copies[view] = shared_weights.equal(array)
+            array = copies[view]
+        own.append(array)
+    return own
+
+
 def _check_room(directory: Path) -> None:
     """LLVM ends the process where it cannot write."""
     if (free := shutil.disk_usage(directory).free) < ROOM:
@@ -180,6 +202,7 @@ class TVMBackend(Backend):
             shared_weights=lowering_options.shared_weights,
         )
         module, weights = importer.run()
+        weights = own_weights(weights, program, lowering_options.shared_weights or Weights())
         lowering_options.progress("generating code")
         built = build(module, where, machine, choices, importer.builder.origin)
         lowered = TVMExecutable(

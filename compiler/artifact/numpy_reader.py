@@ -17,7 +17,8 @@ from thresher.artifact.fit import check_fit
 from thresher.backends.tvm.runtime import TVMModule, load_code
 from thresher.errors import ArtifactError
 from thresher.runtime.batching import BatchSplitter, Run
-from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHTS, code_members, damage_named, read
+from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHTS, code_members, read
+from thresher.runtime.package import damage_named
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.runtime.signature import Signature
 from thresher.runtime.weight_store import Weights, load_arrays

@@ -14,7 +14,8 @@ from thresher.backends.base import Executable, find_backend
 from thresher.backends.batched import BatchedExecutable
 from thresher.ir.signature import read_tree
 from thresher.report.data import Report
-from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHTS, code_members, damage_named, read
+from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHTS, code_members, read
+from thresher.runtime.package import damage_named
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.runtime.signature import Signature
 from thresher.runtime.weight_store import Weights

@@ -157,6 +157,14 @@ class Program:
             list(self.lineage),
         )
 
+    def with_own_tensors(self) -> Program:
+        """Return a copy whose constants and probe are copies, too: what is one tensor under two names stays one."""
+        program = self.clone()
+        program.probe = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in self.probe)
+        copies = {id(t): t.detach().clone() for t in program.constants.values()}
+        program.constants = {name: copies[id(t)] for name, t in program.constants.items()}
+        return program
+
     def add_constant(
         self,
         value: Tensor,

@@ -15,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from thresher.errors import ArtifactError, ThresherError
-from thresher.runtime.package import read_package
+from thresher.errors import ArtifactError
+from thresher.runtime.package import damage_named, read_package
 
 MAGIC, FORMAT = "thresher-artifact", 3
 MANIFEST, CODE, WEIGHTS = "manifest.json", "model.so", "weights.safetensors"
@@ -47,21 +45,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         if digest(data) != manifest["hashes"].get(name):
             raise ArtifactError(f"{path} is damaged: {name} does not have the hash that the manifest states")
     return manifest, contents
-
-
-@contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn every exception while members are interpreted into :class:`ArtifactError`: they are data, and may say anything."""
-    try:
-        yield
-    except ThresherError:
-        raise
-    except OSError as error:
-        raise ArtifactError(f"cannot unpack {path}: {error}; TMPDIR names a folder with room") from error
-    except Exception as error:
-        raise ArtifactError(
-            f"{path} is damaged: its contents do not fit together ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:

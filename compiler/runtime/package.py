@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thresher.errors import ArtifactError
+from thresher.errors import ArtifactError, ThresherError
 
 MAX_HEADER_BYTES = 64 << 20  # of manifest.json, for instance: it is small, whatever a damaged zip header claims
 
@@ -54,6 +55,21 @@ def read_package(
         RuntimeError,
     ) as error:
         raise ArtifactError(f"{path} is damaged or not {kind}: {error}") from error
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn every exception while members are interpreted into :class:`ArtifactError`: they are data, and may say anything."""
+    try:
+        yield
+    except ThresherError:
+        raise
+    except OSError as error:
+        raise ArtifactError(f"cannot unpack {path}: {error}; TMPDIR names a folder with room") from error
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} is damaged: its contents do not fit together ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_sizes(path: Path, kind: str, infos: list[zipfile.ZipInfo]) -> None:

@@ -44,6 +44,11 @@ class Weights:
         """Return True if an array of this dtype, shape and content is in the set."""
         return _named(array)[0] in self.arrays
 
+    def equal(self, array: np.ndarray) -> np.ndarray:
+        """Return the array of this dtype, shape and content that is in the set, else a copy of ``array``."""
+        name = _named(array)[0] if self.arrays else ""
+        return self._typed(name, str(array.dtype)) if name in self.arrays else array.copy()
+
     def find(self, stored: Stored) -> list[np.ndarray]:
         """Return the arrays in this order; those of one name are one object."""
         return [self._typed(s["name"], s["dtype"]) for s in stored]

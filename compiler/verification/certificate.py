@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,10 @@ from thresher.errors import ArtifactError
 from thresher.ir.nodes import is_tensor, shape_of
 from thresher.ir.parser import parse
 from thresher.ir.program import Program
+from thresher.runtime.package import damage_named, read_package
 
 FORMAT = 1
+CLAIMS, TENSORS = "certificate.json", "tensors.safetensors"  # the members of the file
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,29 @@ class Certificate:
             todo += [(s, known.get(s)) for s in reason.source if reason.kind != "unread"]
         return "\n".join(lines) or f"index {index} of dimension {dim} of {value} was not removed"
 
+    def with_own_tensors(self) -> Certificate:
+        """Return a copy that shares no tensor with the model that was folded: training it on would make the claims wrong."""
+        programs: dict[int, Program] = {}
+
+        def own(program: Program) -> Program:
+            if id(program) not in programs:
+                programs[id(program)] = program.with_own_tensors()
+            return programs[id(program)]
+
+        return Certificate(
+            [
+                Step(
+                    own(step.before),
+                    own(step.after),
+                    {name: (mask.clone(), content.clone()) for name, (mask, content) in step.known.items()},
+                    {name: mask.clone() for name, mask in step.read.items()},
+                    {n: (name, {d: t.clone() for d, t in dims.items()}) for n, (name, dims) in step.kept.items()},
+                    step.reasons,
+                )
+                for step in self.steps
+            ]
+        )
+
     # ------------------------------------------------------------------ on disk
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -116,24 +140,22 @@ class Certificate:
                 }
             )
         with new_zip(path) as package:
-            package.writestr("certificate.json", json.dumps({"format": FORMAT, "steps": steps}))
-            package.writestr("tensors.safetensors", save_tensors(tensors.found))
+            package.writestr(CLAIMS, json.dumps({"format": FORMAT, "steps": steps}))
+            package.writestr(TENSORS, save_tensors(tensors.found))
         return path
 
     @staticmethod
     def load(path: str | os.PathLike) -> Certificate:
-        """Read a certificate back; :class:`ArtifactError` where the file is none, or damaged."""
-        try:
-            with zipfile.ZipFile(path) as package:
-                raw = json.loads(package.read("certificate.json"))
-                tensors = load_tensors(package.read("tensors.safetensors"))
+        """Read a certificate back. Raise :class:`ArtifactError` where the file is none, or damaged."""
+        path = Path(path)
+        raw, members = read_package(path, "a certificate", CLAIMS, lambda raw: {TENSORS})
+        with damage_named(path):
             if raw["format"] > FORMAT:
                 raise ArtifactError(
                     f"{path} has format {raw['format']}; this library reads up to {FORMAT}: update thresher"
                 )
+            tensors = load_tensors(members[TENSORS])
             return Certificate([_step_from_json(step, tensors) for step in raw["steps"]])
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged or no certificate: {type(error).__name__}: {error}") from error
 
 
 class _Tensors:

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
+from helpers.hostile_zips import TRICKS
 from thresher.artifact import numpy_reader
 from thresher.cli import main as cli
 from thresher.errors import ArtifactError, ProgramError, ThresherError
@@ -111,43 +111,12 @@ def test_every_field_of_a_header(artifact: Path, tmp_path: Path, member: str) ->
             raise AssertionError(f"{place} = {value!r} raises {type(error).__name__}: {error}") from error
 
 
-def tricks() -> dict[str, Callable[[Path, Path], None]]:
-    def bomb(source: Path, target: Path) -> None:
-        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
-            for name in old.namelist():
-                new.writestr(name, b"\0" * (1 << 28) if name == "weights.safetensors" else old.read(name))
-
-    def twice(source: Path, target: Path) -> None:
-        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-            for name in [*old.namelist(), "main/model.so"]:
-                new.writestr(name, old.read(name))
-
-    def outside(source: Path, target: Path) -> None:
-        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-            for name in old.namelist():
-                new.writestr("../../model.so" if name == "main/model.so" else name, old.read(name))
-
-    def link(source: Path, target: Path) -> None:
-        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-            for name in old.namelist():
-                info = zipfile.ZipInfo(name)
-                info.external_attr = 0o120777 << 16 if name == "main/model.so" else 0
-                new.writestr(info, "/etc/passwd" if name == "main/model.so" else old.read(name))
-
-    def encrypted(source: Path, target: Path) -> None:
-        data = bytearray(source.read_bytes())
-        place = data.find(b"PK\x01\x02")
-        data[place + 8] |= 1
-        target.write_bytes(data)
-
-    return {f.__name__: f for f in (bomb, twice, outside, link, encrypted)}
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("name", tricks())
-def test_tricks_with_the_package(artifact: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("member", ["weights.safetensors", "main/model.so"])
+@pytest.mark.parametrize("name", TRICKS)
+def test_tricks_with_the_package(artifact: Path, tmp_path: Path, name: str, member: str) -> None:
     path = tmp_path / "m.thresher"
-    tricks()[name](artifact, path)
+    TRICKS[name](artifact, path, member)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ArtifactError, match="damaged"):
         thresher.load(path)
