@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -116,12 +117,12 @@ def coded(name: str, model: LISTA, batch: int) -> dict[str, Any]:
         calls = {"ours": partial(compiled, x), "torch.compile": partial(graph, x), "eager": partial(model, x)}
         times = interleaved(calls, rounds=15)
         assert (compiled(x) - model(x)).abs().max() <= 1e-4 * model(x).abs().max()
-    zeros = [line for line in compiled.report.sparsity if line["chosen"]]
+    zeros = [line for line in compiled.report.sparsity if line.chosen]
     row = {"model": name, "batch": batch, "layers that skip": len(zeros), **compared(times)}
     work = 2 * batch * 1024 * (256 + 15 * 1024)
     row["GFLOP/s if all were multiplied"] = {n: round(work / t.median / 1e6) for n, t in times.items()}
     if zeros:
-        row["not 0 in the last layer"] = round(zeros[-1]["nonzero"], 3)
+        row["not 0 in the last layer"] = round(zeros[-1].nonzero, 3)
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -168,7 +169,7 @@ def text() -> dict[str, Any]:
         errors = [float((skipping(t) - model(t)).abs().max() / model(t).abs().max()) for t in drawn(fresh, 200)]
     found["relu"] = {
         "nats per character": round(saved["relu"]["loss"], 3), **compared(times), "largest error on 200 texts": max(errors),
-        "zeros": [{k: v if isinstance(v, str) else round(v, 4) for k, v in line.items()} for line in skipping.report.sparsity],
+        "zeros": [{k: v if isinstance(v, str) else round(v, 4) for k, v in asdict(line).items()} for line in skipping.report.sparsity],
     }  # fmt: skip
     print(json.dumps(found["relu"]), file=sys.stderr, flush=True)
 
@@ -249,8 +250,8 @@ def shipped(kind: str, left: float, batch: int, inputs: int = 1024, outputs: int
         for a, b in zip(compiled(x), model(x)):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
     line = compiled.report.sparsity[0]
-    kept = "compressed" if line["chosen"] else "dense"
-    row = {"batch": batch, "zeros": kind, "left": left, "seen": line["kind"], "kept": kept}
+    kept = "compressed" if line.chosen else "dense"
+    row = {"batch": batch, "zeros": kind, "left": left, "seen": line.kind, "kept": kept}
     row["microseconds"] = {n: round(1e3 * t.median / count) for n, t in times.items()}
     row["ratio"] = {n: round(t.over(times["ours"]), 2) for n, t in times.items() if n != "ours"}
     print(row, file=sys.stderr, flush=True)

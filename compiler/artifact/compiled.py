@@ -7,7 +7,7 @@ from typing import Any
 
 from thresher.artifact.writer import save
 from thresher.backends.base import Executable
-from thresher.report.data import Report
+from thresher.report.report import Report
 from thresher.runtime.comparison import Check
 from thresher.runtime.format import MAIN
 from thresher.runtime.reference_run import ReferenceRun

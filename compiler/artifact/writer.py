@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from thresher.atomic_files import new_zip
 from thresher.backends.base import Executable
 from thresher.errors import ArtifactError
-from thresher.report.data import Report
+from thresher.report.report import Report
 from thresher.runtime.format import (
     FORMAT,
     MAGIC,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from thresher.analysis.attention.summary import describe_attentions
 from thresher.analysis.cost.peak_memory import peak_bytes
@@ -15,8 +15,9 @@ from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured, cost_of
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
-from thresher.report.data import Figures, Kernel, Report
+from thresher.report.data import Figures, Kernel
 from thresher.report.graph_diff import Line, graph_lines, mark_differences
+from thresher.report.report import Report
 from thresher.runtime.comparison import Check
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.verification.rounding import rounding_allowance
@@ -60,7 +61,7 @@ def _report(
         tuned=executable.tuned,
         library=list(executable.library),
         approximation=races["approximation"],
-        sparsity=[asdict(zero) for zero in build.zeros],
+        sparsity=list(build.zeros),
         spent=list(rewritten.ledger),
         attention=describe_attentions(rewritten.exact or rewritten.program),
         estimate=rewritten.cost().milliseconds,

@@ -1,1 +1,1 @@
-"""What a build says of itself: data, tables, a page, pictures."""
+"""The report of a build: its data, and the tables, the page and the pictures that show it."""

@@ -1,4 +1,4 @@
-"""A program line by line, for the report: every call with its weights, and what became of it."""
+"""The listing of a program for the report: every call with its weights, and its differences from the same call on the other side."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ Mark = Literal["kept", "changed", "gone", "new"]
 
 @dataclass
 class Line:
-    """One call. ``inputs``: names of the lines it reads; ``weights``: shapes of what it reads that is constant and has two dimensions or
-    more; ``other``: shape and weights of the same line on the other side, where they are others there."""
+    """One call, or an input of the model.
+
+    Attributes:
+        inputs: names of the lines that it reads.
+        shape: sizes of the first result, as text, for a free size is a symbol.
+        weights: shapes of the constants with two dimensions or more that it reads.
+        mark: its difference from the other side; ``gone`` only before, ``new`` only after.
+        other: ``shape`` and ``weights`` of the same line on the other side, where they differ.
+    """
 
     name: str
     operator: str
@@ -32,18 +39,18 @@ class Line:
 
 
 def graph_lines(program: Program) -> list[Line]:
-    """The inputs and the calls, in the order in which they are computed."""
-    computed: set[fx.Node] = set()  # constants, and what is made of nothing else: a masked weight
-    found = []
+    """Return a line for every input and call of ``program``, in the order in which they are computed."""
+    constant: set[fx.Node] = set()  # constants, and what is made of nothing else: a masked weight
+    lines = []
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            computed.add(node)
+            constant.add(node)
         elif node.op in ("placeholder", "call_function"):
             sources = node.all_input_nodes
-            if sources and computed.issuperset(sources):
-                computed.add(node)
-            found.append(_line(node, [] if node in computed else [n for n in sources if n in computed]))
-    return found
+            if sources and constant.issuperset(sources):
+                constant.add(node)
+            lines.append(_line(node, [] if node in constant else [n for n in sources if n in constant]))
+    return lines
 
 
 def _line(node: fx.Node, constants: Sequence[fx.Node]) -> Line:
@@ -54,39 +61,44 @@ def _line(node: fx.Node, constants: Sequence[fx.Node]) -> Line:
 
 
 def _shape(node: fx.Node) -> list[str]:
-    """Of the first result, where there are several."""
+    """Return the sizes of the result, of the first one where there are several."""
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     return [str(d) for d in first.shape] if isinstance(first, Tensor) else []
 
 
 def mark_differences(before: Sequence[Line], after: Sequence[Line]) -> None:
-    """Mark the lines of both sides: what is the same, what is smaller or larger, what is gone and what is new.
+    """Set ``mark`` and ``other`` of the lines of both sides.
 
-    A line is the same where name and operator are; else where a module has one line with weights left over on each side.
+    Two lines match if their names and operators are equal; else if each is the only unmatched line with weights of the same module.
     """
     pairs = {(b.name, b.operator): b for b in before}
     matched = [(pairs.pop((a.name, a.operator)), a) for a in after if (a.name, a.operator) in pairs]
-    found = {id(line) for pair in matched for line in pair}
-    left = _only_in_module([b for b in before if id(b) not in found])
-    matched += [
-        (left[module], a)
-        for module, a in _only_in_module([a for a in after if id(a) not in found]).items()
-        if module in left
-    ]
-    found = {id(line) for pair in matched for line in pair}
-    for line in before:
-        line.mark = "kept" if id(line) in found else "gone"
-    for line in after:
-        line.mark = "kept" if id(line) in found else "new"
+    matched += _matched_by_module(*(_unmatched(lines, matched) for lines in (before, after)))
+    for line in (*before, *after):
+        line.mark = "kept"
+    for line in _unmatched(before, matched):
+        line.mark = "gone"
+    for line in _unmatched(after, matched):
+        line.mark = "new"
     for b, a in matched:
         if (b.shape, b.weights) != (a.shape, a.weights):
             b.mark = a.mark = "changed"
             b.other, a.other = ({"shape": s.shape, "weights": s.weights} for s in (a, b))
 
 
-def _only_in_module(given: Sequence[Line]) -> dict[str, Line]:
-    """The lines with weights that are the only ones of their module."""
-    heavy = [line for line in given if line.weights]
-    count = Counter(line.module for line in heavy)
-    return {line.module: line for line in heavy if count[line.module] == 1}
+def _unmatched(lines: Sequence[Line], matched: Sequence[tuple[Line, Line]]) -> list[Line]:
+    matched_ids = {id(line) for pair in matched for line in pair}
+    return [line for line in lines if id(line) not in matched_ids]
+
+
+def _matched_by_module(before: Sequence[Line], after: Sequence[Line]) -> list[tuple[Line, Line]]:
+    sole = _sole_weighted_lines(before)
+    return [(sole[module], line) for module, line in _sole_weighted_lines(after).items() if module in sole]
+
+
+def _sole_weighted_lines(lines: Sequence[Line]) -> dict[str, Line]:
+    """Return by module the line with weights, where a module has exactly one."""
+    weighted = [line for line in lines if line.weights]
+    count = Counter(line.module for line in weighted)
+    return {line.module: line for line in weighted if count[line.module] == 1}

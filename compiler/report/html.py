@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from the network and runs no script. ``report.html`` is its template."""
+"""The report as one HTML page that needs nothing from the network and runs no script; ``page.html`` is its template."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from thresher.report.data import Report
-from thresher.report.svg import ROW, attention_picture, rails
+from thresher.approximation.ledger import Change
+from thresher.report import tables
+from thresher.report.data import ReportData
+from thresher.report.svg import ROW_HEIGHT, attention_picture, rails
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIZES = (
@@ -27,14 +29,15 @@ TIMES = (
 MARKS = {"kept": "as it was", "changed": "other sizes", "gone": "gone", "new": "new"}
 
 
-def page(report: Report) -> str:
-    """The page. All that comes from the model is escaped: names and messages are data."""
+def render_page(report: ReportData) -> str:
+    """Return the page as HTML text. All that comes from the model is escaped: names and messages are data."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"sizes": _sizes, "rails": lambda lines: Markup(rails(lines)), "picture": _picture}
     slowest = max((k.milliseconds for k in report.kernels), default=0.0)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        row=ROW,
+        tables=tables,
+        row=ROW_HEIGHT,
         marks=MARKS,
         graphs=[(side, report.graph[side]) for side in ("after", "before") if side in report.graph],
         figures=[(name, *_pair(report, field, unit), suffix) for name, field, unit, suffix in SIZES],
@@ -44,7 +47,7 @@ def page(report: Report) -> str:
     )
 
 
-def _pair(report: Report, field: str, unit: float) -> tuple[float, float]:
+def _pair(report: ReportData, field: str, unit: float) -> tuple[float, float]:
     return getattr(report.before, field) / unit, getattr(report.after, field) / unit
 
 
@@ -52,5 +55,5 @@ def _sizes(numbers: Sequence[Any]) -> str:
     return "x".join(map(str, numbers)) or "scalar"
 
 
-def _picture(change: Any) -> Markup:
+def _picture(change: Change) -> Markup:
     return Markup(attention_picture(change.mass, change.mask))

@@ -22,7 +22,8 @@ from thresher.approximation.search import Candidate, hull, ladder, last_of_each_
 from thresher.errors import InputError, PassError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
-from thresher.report.data import Figures, Report
+from thresher.report.data import Figures
+from thresher.report.report import Report
 from thresher.rewriting.approximate_pass import ApproximatePass
 from thresher.rewriting.contract import Context, Note
 from thresher.rewriting.manager import PassManager

@@ -16,7 +16,7 @@ from thresher.backends.tvm import TVMBackend
 from thresher.backends.tvm.importing.converters.registry import CPU_KERNELS
 from thresher.errors import BackendError, PassError, ThresherError, ValidationError
 from thresher.passes import pipelines
-from thresher.report.data import Report
+from thresher.report.report import Report
 from thresher.testing import ZOO, settle
 
 X = torch.randn(3, 4)

@@ -11,7 +11,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOP = ("compiler", "passes", "backends", "models")
 #: Folders whose docstrings are still to be written. The goal is none.
-UNFINISHED = {"compiler", "passes", "backends", "models"}
+UNFINISHED = {
+    "compiler/analysis",
+    "compiler/approximation",
+    "compiler/artifact",
+    "compiler/cli",
+    "compiler/debugging",
+    "compiler/driver",
+    "compiler/frontend",
+    "compiler/ir",
+    "compiler/ops",
+    "compiler/rewriting",
+    "compiler/runtime",
+    "compiler/testing",
+    "compiler/tuning",
+    "compiler/verification",
+    "passes",
+    "backends",
+    "models",
+}
 #: Words that a docstring does not begin with: it names what a definition does, not what it is about.
 NOUNS = ("What ", "Whether ", "Of ", "How ", "Where ", "Which ", "Why ")
 MOST_LINES = 400

@@ -18,8 +18,8 @@ import thresher
 from thresher.approximation.budget import Budget
 from thresher.approximation.ledger import Change, Spent
 from thresher.models import resnet18
-from thresher.report.data import Report
 from thresher.report.graph_diff import Line
+from thresher.report.report import Report
 from thresher.report.svg import lanes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -37,7 +37,7 @@ def report() -> Report:
 
 
 def test_every_layer_says_what_it_was_and_is(report: Report) -> None:
-    halved = [layer for layer in report.layers() if layer.left == 0.5]
+    halved = [layer for layer in report.layers() if layer.remaining == 0.5]
     assert len(halved) >= 4 and all("conv" in layer.module for layer in halved)
     first = next(layer for layer in halved if layer.module.endswith("conv1"))
     assert first.after == [first.before[0] // 2, *first.before[1:]]

@@ -108,7 +108,7 @@ def test_pruned_by_torch() -> None:
     x = torch.randn(5, 256)
     compiled = compile_with(FakeClock(break_even=by_density), model, (x,))
     assert not compare([model(x)], [compiled(x)]).exceeds(1e-5)
-    assert [line["kind"] for line in compiled.report.sparsity if line["chosen"]] == ["weight (scattered)"] * 2
+    assert [line.kind for line in compiled.report.sparsity if line.chosen] == ["weight (scattered)"] * 2
     dense = 4 * 2 * 256 * 256
     assert compiled.report.memory["weights"] < 0.35 * dense
 

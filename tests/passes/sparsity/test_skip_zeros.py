@@ -146,7 +146,7 @@ def test_builds_measure_once() -> None:
     compiled = compile_with(clock, model, (x,))
     again = compile_with(clock, model, (x,))
     assert clock.asked == ["skip zeros 2/input/2x256x32/hot"]
-    assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0]["chosen"]
+    assert compiled.report.sparsity == again.report.sparsity and compiled.report.sparsity[0].chosen
     assert "not 0" in str(compiled.report) and "down" in compiled.report.to_html()
 
 
