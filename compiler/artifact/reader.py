@@ -13,7 +13,7 @@ from thresher.artifact.fit import check_fit
 from thresher.backends.base import Executable, find_backend
 from thresher.backends.batched import BatchedExecutable
 from thresher.ir.signature import read_tree
-from thresher.report.data import Report
+from thresher.report.report import Report
 from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHTS, code_members, read
 from thresher.runtime.package import damage_named
 from thresher.runtime.reference_run import ReferenceRun

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 TORCH_FOLDER = os.path.dirname(torch.__file__)
+GENERATED_FILE = "<eval_with_key>"  # the code of fx graphs
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
@@ -25,7 +26,8 @@ def source_line(node: fx.Node) -> str:
     """The innermost ``File "...", line N`` outside torch that led to ``node``, or an empty string."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [line for line in lines if line.startswith("File ")]
-    return next((f for f in reversed(frames) if TORCH_FOLDER not in f), frames[-1] if frames else "")
+    foreign = (TORCH_FOLDER, GENERATED_FILE)
+    return next((f for f in reversed(frames) if not any(k in f for k in foreign)), frames[-1] if frames else "")
 
 
 def copy_origin(target: fx.Node, source: fx.Node) -> None:

@@ -1,0 +1,180 @@
+"""A decomposed ``ExportedProgram`` -> :class:`Program`: user inputs become placeholders, parameters and buffers constants.
+
+What a :class:`Program` cannot say is refused by name: state that is written, side effects, and operators that call a subgraph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
+from torch.utils._pytree import tree_leaves
+
+from thresher.errors import CaptureError
+from thresher.ir.nodes import copy_origin, source_line
+from thresher.ir.program import Original, Program, Role
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+#: The operators of torch that call a subgraph: what users write for them, and what to write instead.
+SUBGRAPH_CURES = {
+    "cond": ("torch.cond", "compute both branches and select with torch.where, or branch on a Python bool"),
+    "while_loop": (
+        "while_loop",
+        "write a Python loop over a fixed number of steps, and keep the state of finished samples with torch.where",
+    ),
+    "scan": ("scan", "write a Python loop over the steps; it is unrolled"),
+    "map_impl": ("map", "use torch.vmap, or operators on the whole batch"),
+    "flex_attention": (
+        "flex_attention",
+        "use torch.nn.functional.scaled_dot_product_attention, with what is added to the scores as its attn_mask",
+    ),
+}
+OTHER_CURE = "write its body with operators on whole tensors"
+
+
+def to_program(exported: ExportedProgram, name: str, example_inputs: tuple[tuple, dict[str, Any]]) -> Program:
+    """Return the :class:`Program` of ``exported``.
+
+    Args:
+        exported: decomposed (:func:`thresher.frontend.decompositions.decompose`); it is not changed.
+        name: that of the program.
+        example_inputs: positional and keyword arguments; flattened they are the program's ``probe``.
+
+    Raises:
+        CaptureError: the model writes to its state, has side effects, or calls an operator with a subgraph.
+    """
+    _check_outputs(exported)
+    graph = fx.Graph()
+    mapping, constants = _add_inputs(exported, graph)
+    for node in exported.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) and _subgraphs(exported, node):
+            _refuse_subgraphs(exported, node)
+        if node.op == "call_function" and not _is_assertion(node):
+            mapping[node] = _copy_call(graph, node, mapping.__getitem__)
+        elif node.op == "output":
+            output = graph.output(tuple(fx.map_arg(node.args[0], lambda n: mapping[n])))
+            output.meta = dict(node.meta)
+    learned = {s.target for s in exported.graph_signature.input_specs if s.kind is InputKind.PARAMETER}
+    constants = _share_storage(constants)
+    distinct = {id(t): t for constant, t in constants.items() if constant in learned}
+    program = Program(
+        graph,
+        constants,
+        exported.call_spec.in_spec,
+        exported.call_spec.out_spec,
+        tuple(tree_leaves(example_inputs)),
+        name,
+        Original(dict(exported.state_dict), sum(t.numel() for t in distinct.values())),
+        {constant: Role.BUFFER for constant in constants if constant not in learned},
+    )
+    return program.clean().propagate().verify()
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def _check_outputs(exported: ExportedProgram) -> None:
+    for output in exported.graph_signature.output_specs:
+        if output.kind is OutputKind.TOKEN:
+            raise CaptureError(
+                "the model calls an operator with side effects (printing, checking, random state); remove it from forward"
+            )
+        if output.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the model writes to {output.target or output.arg!r} while it runs ({output.kind.name.lower()}); "
+                "a compiled model has no state. Return the new value instead of assigning it, or put the module in eval mode"
+            )
+
+
+def _subgraphs(exported: ExportedProgram, node: fx.Node) -> list[fx.GraphModule]:
+    """Return the graphs that ``node`` calls."""
+    modules = (getattr(exported.graph_module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr")
+    return [module for module in modules if isinstance(module, fx.GraphModule)]
+
+
+def _refuse_subgraphs(exported: ExportedProgram, node: fx.Node) -> NoReturn:
+    operator = node.target.name() if isinstance(node.target, HigherOrderOperator) else str(node.target)
+    name, cure = SUBGRAPH_CURES.get(operator, (operator, OTHER_CURE))
+    # torch keeps the user's line for the calls inside, not for the operator
+    lines = [source_line(n) for n in [node, *(n for graph in _subgraphs(exported, node) for n in graph.graph.nodes)]]
+    line = next(filter(None, lines), "")
+    raise CaptureError(
+        f"the model calls {name}{f' ({line})' if line else ''}, whose subgraphs a compiled model does not have; {cure}"
+    )
+
+
+# ---------------------------------------------------------------------- nodes
+
+
+def _add_inputs(exported: ExportedProgram, graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[str, Tensor]]:
+    """Add the placeholders, then the constants; return the new node of each old one, and the tensors by name."""
+    nodes = {n.name: n for n in exported.graph.nodes}
+    mapping: dict[fx.Node, fx.Node] = {}
+    specs = exported.graph_signature.input_specs
+    for spec in (s for s in specs if s.kind is InputKind.USER_INPUT):
+        source = nodes[spec.arg.name]
+        mapping[source] = graph.node_copy(source)
+        if isinstance(spec.arg, ConstantArgument):
+            mapping[source].meta["val"] = spec.arg.value
+    constant_nodes: dict[str, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in (s for s in specs if s.kind is not InputKind.USER_INPUT):
+        name, source = _constant_name(spec), nodes[spec.arg.name]
+        if name not in constants:
+            node = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+            node.meta["val"] = source.meta["val"]
+            constant_nodes[name] = node
+            constants[name] = _constant(exported, name).detach()
+        mapping[source] = constant_nodes[name]
+    return mapping, constants
+
+
+def _constant_name(spec: InputSpec) -> str:
+    if spec.target is None or spec.kind not in CONSTANT_KINDS:
+        raise CaptureError(f"the exported program has an input of kind {spec.kind.name}, which is not supported")
+    return spec.target
+
+
+def _constant(exported: ExportedProgram, name: str) -> Tensor:
+    return exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
+
+
+def _copy_call(graph: fx.Graph, source: fx.Node, new_node: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    node = graph.node_copy(source, new_node)
+    copy_origin(node, source)
+    if node.target in VIEWS:  # strides are the backend's business: a view here is a reshape
+        node.target = torch.ops.aten.reshape.default
+    if node.target is torch.ops.aten.rms_norm.default:
+        _name_epsilon(node)
+    return node
+
+
+def _name_epsilon(node: fx.Node) -> None:
+    """Write the eps of rms_norm out: its default is that of the model's dtype, also when a proof runs the program in float64."""
+    x, shape, *rest = node.args
+    weight = rest[0] if rest else node.kwargs.get("weight")
+    eps = rest[1] if len(rest) > 1 else node.kwargs.get("eps")
+    eps = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
+    node.args, node.kwargs = (x, shape, weight, eps), {}
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    """Return whether ``node`` is a guard of export (shape and range checks): the compiled module checks its inputs itself."""
+    name = str(node.target)
+    return "_assert" in name or "sym_constrain_range" in name
+
+
+def _share_storage(constants: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the constants with one tensor object for tied weights, under their names."""
+    seen: dict[tuple, Tensor] = {}
+    return {
+        name: seen.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,), t)
+        for name, t in constants.items()
+    }
