@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from thresher.analysis.cost.cost import MachineModel, seconds
 from thresher.approximation.calibration import Calibration
 from thresher.approximation.ledger import Change, Spent, coarse
 from thresher.approximation.search import Candidate, Search
@@ -16,20 +18,32 @@ from thresher.rewriting.contract import Context, Kind, Note, Pass, PassResult
 
 @dataclass(frozen=True)
 class ApproximatePass(Pass):
-    """Base of the approximate passes: a subclass says what could be replaced, and how to replace it."""
+    """Base of the approximate passes: a subclass lists what could be replaced (:meth:`candidates`) and replaces it (:meth:`edit`)."""
 
     kind: ClassVar[Kind] = "approximate"
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
-        """What could be replaced, and refusals for what could not."""
+        """Return what could be replaced, and refusals for what could not. Must not change ``program``."""
         raise NotImplementedError
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
-        """``program`` with the chosen replacements; at most one per key. Must not change ``program``."""
+        """Return ``program`` with the chosen replacements, at most one per key. ``program`` itself stays as it is."""
+        work = program.clone()
+        for candidate in chosen:
+            self.edit(work, candidate)
+        return work.clean()
+
+    def edit(self, program: Program, candidate: Candidate) -> None:
+        """Write one replacement into ``program``; not needed by a pass that overrides :meth:`build`."""
         raise NotImplementedError
 
+    def with_savings(self, program: Program, candidates: Sequence[Candidate], machine: MachineModel) -> list[Candidate]:
+        """Return the candidates with the seconds that each alone saves by the cost model."""
+        before = seconds(program, machine)
+        return [dataclasses.replace(c, saved=before - seconds(self.build(program, [c]), machine)) for c in candidates]
+
     def checks(self, result: Program, calibration: Calibration) -> list[str]:
-        """What else a user should know of the result, beside its error: sentences for the report."""
+        """Return sentences for the report: facts of the result beside its error, that a user should know."""
         return []
 
     def apply(self, program: Program, context: Context) -> PassResult:

@@ -2,13 +2,15 @@
 
     out_l = sum_{s near l} size_s v_s / sum_{s near l} size_s          size: 1, or what a mask of keys lets through
 
-(Pooling as token mixer: PoolFormer, Yu et al., 2022; PoNet, Tan et al., 2022.) Queries and keys are not computed any more. Near are runs of
-tokens, squares where the tokens can be those of a square image (those before it, as a class token, get the mean of everything), or all.
+(Pooling as token mixer: PoolFormer, Yu et al., 2022; PoNet, Tan et al., 2022. Those models are trained with it and add other terms,
+PoolFormer - x, PoNet a global and a segment term; here only the mean stands in for a trained attention.) Queries and keys are not computed
+any more. Near are runs of tokens, squares where the tokens can be those of a square image (those before it, as a class token, get the mean
+of everything), or all. Refused: causal attention, masks by position, and grouped heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,25 +18,24 @@ import torch
 from torch import Tensor
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
-from thresher.analysis.cost.cost import seconds
 from thresher.approximation.search import Candidate
 from thresher.ir.nodes import shape_of
 from thresher.ir.program import Program
 from thresher.passes.attention._patterns import grid_of
 from thresher.passes.attention._site_errors import Values, site_errors
-from thresher.passes.tokens._importance import at_once
-from thresher.passes.tokens._key_sizes import key_sizes, sizes_of_mask
 from thresher.rewriting.approximate_pass import ApproximatePass
+from thresher.rewriting.calls import Call, at_once, inserter
 from thresher.rewriting.contract import Context, Note
+from thresher.rewriting.key_sizes import key_sizes, sizes_of_mask
 from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
-SAMPLES = 8
+MAX_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Window:
-    """``size`` tokens, or rows and columns of an image of ``side``; 0: all tokens. ``prefix`` tokens stand before the image."""
+    """A window of ``size`` tokens (0: all), or of rows and columns of an image of ``side`` after ``prefix`` other tokens."""
 
     size: int
     side: int = 0
@@ -52,7 +53,7 @@ class PoolValues(ApproximatePass):
 
     name: ClassVar[str] = "pool-values"
     target_ops: ClassVar[tuple] = (SDPA,)
-    windows: tuple[int, ...] = (0, 3, 5, 9)
+    windows: tuple[int, ...] = (0, 3, 5, 9)  # tokens, or rows and columns, that are tried; 0: all tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +62,10 @@ class PoolValues(ApproximatePass):
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        found, _ = attention_sites(program)
-        refusals = [Note.at(s.node, f"no mean in its place: {reason}") for s in found if (reason := _unfit(s))]
-        sites = [s for s in found if not _unfit(s)]
+        all_sites, _ = attention_sites(program)
+        reasons = {s.node: _unfit(s) for s in all_sites}
+        refusals = [Note.at(n, f"no mean in its place: {reason}") for n, reason in reasons.items() if reason]
+        sites = [s for s in all_sites if not reasons[s.node]]
 
         def variants(site: AttentionSite, values: Values) -> dict[Hashable, Tensor]:
             batch, _, _, keys = site.shape
@@ -72,46 +74,39 @@ class PoolValues(ApproximatePass):
             return {w: mean_of_values(at_once, site, v, size, w) for w in windows_of(site, self.windows)}
 
         context.progress(f"{self.name}: {len(sites)} sites")
-        errors = site_errors(program, sites, variants, context.calibration.search_samples[:SAMPLES])
-        before, made = seconds(program, context.machine), []
-        for site in sites:
-            where = (site.node.name, site.module)
-            for window in windows_of(site, self.windows):
-                trial = program.clone()
-                edit(trial, site.node.name, window)
-                saved = before - seconds(trial.clean(), context.machine)
-                error = errors[site.node][window]
-                made.append(Candidate(site.node.name, site.module, str(window), error, saved, *where, window))
-        return made, refusals
+        errors = site_errors(program, sites, variants, context.calibration.search_samples[:MAX_SAMPLES])
+        candidates = [
+            Candidate(s.node.name, s.module, str(w), errors[s.node][w], 0.0, s.node.name, s.module, w)
+            for s in sites
+            for w in windows_of(s, self.windows)
+        ]
+        return self.with_savings(program, candidates, context.machine), refusals
 
-    def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
-        work = program.clone()
-        for candidate in chosen:
-            edit(work, candidate.node, candidate.payload)
-        return work.clean()
+    def edit(self, program: Program, candidate: Candidate) -> None:
+        edit(program, candidate.node, candidate.payload)
 
 
 def _unfit(site: AttentionSite) -> str:
     if site.causal:
         return "causal: it would look ahead"
     if site.masks_by_position:
-        return "a mask by places"
-    return "grouped heads" if shape_of(site.k)[1] != site.shape[1] else ""
+        return "its mask differs from query to query, a mean would mix allowed and forbidden values"
+    return "groups of query heads share its values" if shape_of(site.k)[1] != site.shape[1] else ""
 
 
 def windows_of(site: AttentionSite, sizes: Sequence[int]) -> list[Window]:
-    """Those that a site can have: only the mean of everything where queries are other tokens than keys."""
+    """Return the windows that a site can have: only the mean of everything where queries are other tokens than keys."""
     _, _, rows, keys = site.shape
     side, prefix = grid_of(keys) or (0, 0)
     near = [n for n in sizes if 0 < n < keys] if rows == keys else []
-    found = [Window(n, side, prefix) for n in near if n < side]
+    windows = [Window(n, side, prefix) for n in near if n < side]
     if not prefix:
-        found += [Window(n) for n in near]
-    return [*found, *([Window(0)] if 0 in sizes else [])]
+        windows += [Window(n) for n in near]
+    return [*windows, *([Window(0)] if 0 in sizes else [])]
 
 
-def mean_of_values(call: Callable[..., Any], site: AttentionSite, v: Any, size: Any, window: Window) -> Any:
-    """The site's output [B, H, L, F], by ``call(operator, *arguments)``, from its values and the sizes [B, S] of the keys or None."""
+def mean_of_values(call: Call, site: AttentionSite, v: Any, size: Any, window: Window) -> Any:
+    """Return the output [B, H, L, F] of a site, computed by ``call``, from its values and the sizes [B, S] of its keys or None."""
     (batch, heads, rows, keys), width = site.shape, shape_of(site.v)[3]
     if size is not None:
         size = call(aten.reshape.default, size, [batch, 1, keys, 1])
@@ -119,23 +114,25 @@ def mean_of_values(call: Callable[..., Any], site: AttentionSite, v: Any, size: 
 
     def over_all() -> Any:
         total = call(aten.sum.dim_IntList, v, [2], True)
-        there = keys if size is None else call(aten.clamp.default, call(aten.sum.dim_IntList, size, [2], True), 1e-30)
-        return call(aten.div.Tensor, total, there)
+        total_size = (
+            keys if size is None else call(aten.clamp.default, call(aten.sum.dim_IntList, size, [2], True), 1e-30)
+        )
+        return call(aten.div.Tensor, total, total_size)
 
     if not window.size:
         return call(aten.expand.default, over_all(), [batch, heads, rows, width])
-    mixed = _pooled(call, v, window, (batch, heads, keys, width))
+    means = _pooled(call, v, window, (batch, heads, keys, width))
     if size is not None:
-        there = _pooled(call, size, window, (batch, 1, keys, 1))
-        mixed = call(aten.div.Tensor, mixed, call(aten.clamp.default, there, 1e-30))
+        total_size = _pooled(call, size, window, (batch, 1, keys, 1))
+        means = call(aten.div.Tensor, means, call(aten.clamp.default, total_size, 1e-30))
     if not window.prefix:
-        return mixed
+        return means
     first = call(aten.expand.default, over_all(), [batch, heads, window.prefix, width])
-    return call(aten.cat.default, [first, mixed], 2)
+    return call(aten.cat.default, [first, means], 2)
 
 
-def _pooled(call: Callable[..., Any], x: Any, window: Window, shape: tuple[int, int, int, int]) -> Any:
-    """Means of [B, H, S, F] over windows of tokens, without those before the image."""
+def _pooled(call: Call, x: Any, window: Window, shape: tuple[int, int, int, int]) -> Any:
+    """Return the means of [B, H, S, F] over windows of tokens, without those before the image."""
     batch, heads, keys, width = shape
     if window.prefix:
         x = call(aten.slice.Tensor, x, 2, window.prefix, keys)
@@ -148,11 +145,8 @@ def _pooled(call: Callable[..., Any], x: Any, window: Window, shape: tuple[int, 
 
 
 def edit(program: Program, name: str, window: Window) -> None:
-    """A mean in the place of the site ``name``."""
+    """Replace the site ``name`` by a mean."""
     site = next(s for s in attention_sites(program)[0] if s.node.name == name)
 
-    def call(target: Any, *args: Any) -> Any:
-        return program.insert_call(site.node, target, args, like=site.node)
-
     size = None if site.mask is None else key_sizes(program, site, site.node)
-    site.node.replace_all_uses_with(mean_of_values(call, site, site.v, size, window))
+    site.node.replace_all_uses_with(mean_of_values(inserter(program, site.node), site, site.v, size, window))

@@ -2,8 +2,9 @@
 
     softmax(c q_{l+1} k_{l+1}^T) v_{l+1}  ~  softmax(c q_l k_l^T) v_{l+1}
 
-(Shared Attention, Liao & Vargas, 2024.) The queries and keys of layer l + 1 are not computed. The weights are: they are never stored, and
-from q_l and k_l they come at the price of an attention kernel, which the layer pays anyway.
+(Shared Attention, Liao & Vargas, 2024; there with fine-tuning, here without.) The queries and keys of layer l + 1 are not computed. The
+weights are: they are never stored, and from q_l and k_l they come at the price of an attention kernel, which the layer pays anyway.
+Refused: neighbouring attentions of other shapes, masks or scales.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from thresher.analysis.attention.sites import SDPA, AttentionSite, attention_sites
-from thresher.analysis.cost.cost import seconds
 from thresher.approximation.search import Candidate
 from thresher.ir.nodes import shape_of
 from thresher.ir.program import Program
@@ -25,7 +25,7 @@ from thresher.rewriting.approximate_pass import ApproximatePass
 from thresher.rewriting.contract import Context, Note
 from thresher.rewriting.registry import register_pass
 
-SAMPLES = 8
+MAX_SAMPLES = 8
 
 
 @register_pass
@@ -38,10 +38,12 @@ class ShareAttention(ApproximatePass):
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        found, _ = attention_sites(program)
-        before = {b.node: a for a, b in itertools.pairwise(found) if _alike(a, b)}
+        sites, _ = attention_sites(program)
+        before = {b.node: a for a, b in itertools.pairwise(sites) if _alike(a, b)}
         refusals = [
-            Note.at(s.node, "the attention before it has another form") for s in found[1:] if s.node not in before
+            Note.at(s.node, "the attention before it has other shapes, another mask or another scale")
+            for s in sites[1:]
+            if s.node not in before
         ]
 
         def variants(site: AttentionSite, values: Values) -> dict[Hashable, Tensor]:
@@ -51,24 +53,13 @@ class ShareAttention(ApproximatePass):
             mask = None if site.mask is None else values[site.mask]
             return {"shared": attend(site, values[other.q], values[other.k], values[site.v], mask)}
 
-        errors = site_errors(program, found, variants, context.calibration.search_samples[:SAMPLES])
-        base, made = seconds(program, context.machine), []
-        for site in (s for s in found if s.node in before):
-            other, where = before[site.node], (site.node.name, site.module)
-            trial = self.build(program, [Candidate("", "", "", 0.0, 0.0, site.node.name, payload=other.node.name)])
-            words, error = f"the attention weights of {other.module}", errors[site.node]["shared"]
-            made.append(
-                Candidate(
-                    site.node.name,
-                    site.module,
-                    words,
-                    error,
-                    base - seconds(trial, context.machine),
-                    *where,
-                    other.node.name,
-                )
-            )
-        return made, refusals
+        errors = site_errors(program, sites, variants, context.calibration.search_samples[:MAX_SAMPLES])
+        candidates = []
+        for site in (s for s in sites if s.node in before):
+            name, error, other = site.node.name, errors[site.node]["shared"], before[site.node]
+            choice = f"the attention weights of {other.module}"
+            candidates.append(Candidate(name, site.module, choice, error, 0.0, name, site.module, other.node.name))
+        return self.with_savings(program, candidates, context.machine), refusals
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
         work = program.clone()

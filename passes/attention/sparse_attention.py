@@ -1,9 +1,13 @@
 """Each head looks at fewer blocks of keys: always the same ones, or those whose means promise the most.
 
-Static patterns (``patterns.py``) cost nothing at run time. Selected blocks (``thresher::select_blocks``) follow the input: a fixed number,
-the highest by the scores of the blocks' means; where blocks are many, groups of them are asked first. What a head gets is decided by what
-it does to the model's output on calibration samples; all heads of a layer run in one kernel, each over its own list, and a head that
-loses too much keeps all of its keys.
+    o_J = sum_{s in J} exp(c q k_s) v_s / sum_{s in J} exp(c q k_s)        J: the blocks that the head lists for a block of queries
+
+Static patterns (``_patterns.py``) cost nothing at run time. Selected blocks (``thresher::select_blocks``) follow the input: a fixed number,
+the highest by the scores of the blocks' means (MInference's block-sparse heads, Jiang et al., 2024), or those that promise a mass
+(SpargeAttn's first stage, Zhang et al., 2025, here without the test of self-similarity and without INT8); where blocks are many, groups of
+them are scored first. The pattern of a head is decided by what it does to the model's output on calibration samples; all heads of a layer
+run in one kernel, each over its own list, and a head that loses too much keeps all of its keys. Refused: attentions of too few tokens for
+blocks, and on GPUs other types than float16 and bfloat16.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from thresher.passes.attention._block_sizes import Blocks, blocks_of, cannot_ski
 from thresher.passes.attention._head_errors import HeadErrors, Sample, each_head
 from thresher.passes.attention._patterns import static_patterns
 from thresher.passes.attention._selected_blocks import (
-    EVERYTHING,
-    GROUP,
+    BLOCKS_PER_GROUP,
+    UNREACHABLE_MASS,
     constant,
+    patterns_by_site,
     scores_of_blocks,
     select,
     selection_cost,
@@ -37,20 +42,23 @@ from thresher.rewriting.approximate_pass import ApproximatePass
 from thresher.rewriting.contract import Context, Note
 from thresher.rewriting.registry import register_pass
 
-FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the key blocks, that are selected
-MANY = 64  # blocks, from which on groups of them are asked first
-PROMISES = (0.5, 0.7, 0.9, 0.97)  # of the weight that the means of blocks promise
-SAMPLES = 8  # that the heads' errors are measured on
+SELECTED_FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the key blocks
+PROMISED_MASSES = (0.5, 0.7, 0.9, 0.97)  # of the weight that the means of blocks promise
+MIN_BLOCKS_FOR_GROUPS = 64  # from which on groups of blocks are scored first
+MAX_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class HeadPattern:
-    """What one head looks at: blocks that it always lists, and besides, as the input has it, the most promising until ``keep`` are listed
-    or those listed promise ``mass`` of all (from 1 on: whatever they promise), of the ``groups`` most promising groups (0: of all)."""
+    """The blocks that one head looks at: those that it lists ``always``, and the most promising ones of the input.
+
+    They are added until ``keep`` are listed or those listed promise ``mass`` of all (from 1 on: whatever they promise); only the ``groups``
+    most promising groups count (0: all).
+    """
 
     always: Tensor  # bool [query blocks, key blocks]
     keep: int = 0
-    mass: float = EVERYTHING
+    mass: float = UNREACHABLE_MASS
     groups: int = 0
 
 
@@ -62,8 +70,8 @@ class SparseAttention(ApproximatePass):
     name: ClassVar[str] = "sparse-attention"
     target_ops: ClassVar[tuple] = (SDPA,)
     block: int = 0  # tokens of a block; 0: by the length
-    static: bool = True
-    selected: bool = True
+    static: bool = True  # try static patterns
+    selected: bool = True  # try blocks that the input selects
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,86 +79,86 @@ class SparseAttention(ApproximatePass):
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        found, others = attention_sites(program)
+        all_sites, others = attention_sites(program)
+        reasons = {s.node: cannot_skip(s, context.target) for s in all_sites}
         refusals = [Note.at(node, reason) for node, reason in others.items()]
-        refusals += [
-            Note.at(s.node, f"{reason}: stays dense") for s in found if (reason := cannot_skip(s, context.target))
-        ]
-        sites = [s for s in found if not cannot_skip(s, context.target)]
+        refusals += [Note.at(node, f"{reason}: stays dense") for node, reason in reasons.items() if reason]
+        sites = [s for s in all_sites if not reasons[s.node]]
         blocks = {s.node: blocks_of(s, context.target, self.block) for s in sites}
-        samples = context.calibration.search_samples[:SAMPLES]
+        samples = context.calibration.search_samples[:MAX_SAMPLES]
         context.progress(f"{self.name}: attention mass of {len(sites)} sites")
         mass = _mass(program, sites, blocks, samples)
         choices = {s.node: self.choices(s, blocks[s.node], mass[s.node]) for s in sites}
         context.progress(f"{self.name}: errors of {sum(map(len, choices.values()))} patterns")
         errors = errors_of_heads(program, sites, blocks, choices, samples)
-        made = [
-            c
-            for s in sites
-            for c in self.of_site(s, blocks[s.node], choices[s.node], errors[s.node], mass[s.node], context)
-        ]
-        return made, refusals
+        candidates = []
+        for s in sites:
+            candidates += _of_site(s, blocks[s.node], choices[s.node], errors[s.node], mass[s.node], context)
+        return candidates, refusals
 
     def choices(self, site: AttentionSite, blocks: Blocks, mass: Tensor) -> dict[str, list[HeadPattern]]:
-        """Per name a choice for every head."""
+        """Return for every name of a pattern the pattern of each head; ``mass`` is that of :func:`_mass`."""
         heads, rows, columns = mass.shape
-        found: dict[str, list[HeadPattern]] = {}
+        choices: dict[str, list[HeadPattern]] = {}
         if self.static:
             for name, grid in static_patterns(mass, *site.shape[2:], blocks.q, blocks.k).items():
-                found[name] = [HeadPattern(g) for g in grid.expand(heads, rows, columns)]
-        if self.selected and not site.masks_by_position:  # else the means of blocks cannot be told
-            nothing = torch.zeros(rows, columns, dtype=torch.bool)
-            for keep in sorted({max(1, round(f * columns)) for f in FRACTIONS}):
-                words, groups = f"the {keep} most promising of {columns} blocks", 2 * -(-keep // GROUP)
+                choices[name] = [HeadPattern(g) for g in grid.expand(heads, rows, columns)]
+        if (
+            self.selected and not site.masks_by_position
+        ):  # else the means of blocks do not say what their keys may be looked at by
+            none = torch.zeros(rows, columns, dtype=torch.bool)
+            for keep in sorted({max(1, round(fraction * columns)) for fraction in SELECTED_FRACTIONS}):
+                most_promising, groups = (
+                    f"the {keep} most promising of {columns} blocks",
+                    2 * -(-keep // BLOCKS_PER_GROUP),
+                )
                 if keep < columns:
-                    found[words] = [HeadPattern(nothing, keep)] * heads
-                if columns >= MANY and groups * GROUP < columns:
-                    in_groups = f"{words}, in the {groups} most promising groups of {GROUP}"
-                    found[in_groups] = [HeadPattern(nothing, keep, groups=groups)] * heads
-            for promise in PROMISES:
-                found[f"blocks that promise {100 * promise:g} %"] = [HeadPattern(nothing, columns, promise)] * heads
-        return found
-
-    def of_site(
-        self,
-        site: AttentionSite,
-        blocks: Blocks,
-        choices: dict[str, list[HeadPattern]],
-        measured: HeadErrors,
-        mass: Tensor,
-        context: Context,
-    ) -> list[Candidate]:
-        errors, heads = measured.relative(), site.shape[1]
-        possible = blocks.rows(site) * blocks.columns(site) * (0.5 if site.causal else 1.0)
-        dense = site.flops() / heads / context.machine.flops * (0.5 if site.causal else 1.0)
-        found = []
-        for name, of_heads in choices.items():
-            for h, choice in enumerate(of_heads):
-                counted = float(measured.listed[name][h]) / measured.outputs
-                saved = dense * (1 - counted / possible)
-                saved -= selection_cost(site, blocks, context, choice.groups) if choice.keep else 0.0
-                if saved > 0:
-                    key, words, error = (site.node.name, h), f"head {h}: {name}", float(errors[name][h])
-                    how, mask = (blocks, choice), None if choice.keep else choice.always
-                    found.append(
-                        Candidate(
-                            key, site.module, words, error, saved, site.node.name, site.module, how, mass[h], mask
-                        )
-                    )
-        return found
+                    choices[most_promising] = [HeadPattern(none, keep)] * heads
+                if columns >= MIN_BLOCKS_FOR_GROUPS and groups * BLOCKS_PER_GROUP < columns:
+                    in_groups = f"{most_promising}, in the {groups} most promising groups of {BLOCKS_PER_GROUP}"
+                    choices[in_groups] = [HeadPattern(none, keep, groups=groups)] * heads
+            for promise in PROMISED_MASSES:
+                choices[f"blocks that promise {100 * promise:g} %"] = [HeadPattern(none, columns, promise)] * heads
+        return choices
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
         work = program.clone()
         sites = {s.node.name: s for s in attention_sites(work)[0]}
-        for name in dict.fromkeys(c.node for c in chosen):
-            own = [c for c in chosen if c.node == name]
-            of_heads = {c.key[1]: c.payload[1] for c in own}  # type: ignore[index]
-            replace(work, sites[name], own[0].payload[0], of_heads)
+        for name, blocks, patterns in patterns_by_site(chosen):
+            replace(work, sites[name], blocks, patterns)
         return work.clean()
 
 
+def _of_site(
+    site: AttentionSite,
+    blocks: Blocks,
+    choices: dict[str, list[HeadPattern]],
+    measured: HeadErrors,
+    mass: Tensor,
+    context: Context,
+) -> list[Candidate]:
+    """Return the candidates of all heads of a site that save something."""
+    errors, heads, name = measured.relative(), site.shape[1], site.node.name
+    half = 0.5 if site.causal else 1.0
+    possible = blocks.rows(site) * blocks.columns(site) * half
+    dense = site.flops() / heads / context.machine.flops * half
+    candidates = []
+    for pattern, of_heads in choices.items():
+        for h, choice in enumerate(of_heads):
+            saved = dense * (1 - float(measured.listed[pattern][h]) / measured.outputs / possible)
+            saved -= selection_cost(site, blocks, context, choice.groups) if choice.keep else 0.0
+            if saved > 0:
+                description, error = f"head {h}: {pattern}", float(errors[pattern][h])
+                mask = None if choice.keep else choice.always
+                where, payload = (name, site.module), (blocks, choice)
+                candidates.append(
+                    Candidate((name, h), site.module, description, error, saved, *where, payload, mass[h], mask)
+                )
+    return candidates
+
+
 def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict[int, HeadPattern]) -> None:
-    """The site over the lists of its heads; heads without a choice list everything."""
+    """Write the site over the lists of its heads; heads without a pattern list everything."""
     rows, columns = blocks.rows(site), blocks.columns(site)
     everything = HeadPattern(torch.ones(rows, columns, dtype=torch.bool))
     of_heads = [choices.get(h, everything) for h in range(site.shape[1])]
@@ -168,50 +176,54 @@ def replace(program: Program, site: AttentionSite, blocks: Blocks, choices: dict
 def _mass(
     program: Program, sites: Sequence[AttentionSite], blocks: dict[fx.Node, Blocks], samples: Sequence[list[Any]]
 ) -> dict[fx.Node, Tensor]:
-    """The mean share of every block, [H, query blocks, key blocks]."""
-    found = {s.node: torch.zeros(s.shape[1], blocks[s.node].rows(s), blocks[s.node].columns(s)) for s in sites}
+    """Return the mean attention mass of every block, [H, query blocks, key blocks]."""
+    mass = {s.node: torch.zeros(s.shape[1], blocks[s.node].rows(s), blocks[s.node].columns(s)) for s in sites}
 
     def collect(site: AttentionSite, values: dict[fx.Node, Any]) -> None:
         def add(b: int, h: int, sample: Sample) -> None:
-            found[site.node][h] += sample.shares.mean(1) / (len(samples) * site.shape[0])
+            mass[site.node][h] += sample.mass.mean(1) / (len(samples) * site.shape[0])
 
         each_head(site, values, blocks[site.node], add)
 
     watch(program, samples, {s.node: partial(collect, s) for s in sites})
-    return found
+    return mass
 
 
 def errors_of_heads(
     program: Program, sites: Sequence[AttentionSite], blocks: dict[fx.Node, Blocks],
     choices: dict[fx.Node, dict[str, list[HeadPattern]]], samples: Sequence[list[Any]],
 ) -> dict[fx.Node, HeadErrors]:  # fmt: skip
-    """The squared error of every choice and head at its site, and how many blocks it lists on average."""
-    found = {s.node: HeadErrors(head_weights(program, s)) for s in sites}
+    """Return the squared error of every pattern and head at its site, and the blocks that it lists."""
+    errors = {s.node: HeadErrors(head_weights(program, s)) for s in sites}
 
     def collect(site: AttentionSite, values: dict[fx.Node, Any]) -> None:
-        cut, own = blocks[site.node], choices[site.node]
-        found[site.node].add_output(values[site.node].float())
-        asked = [c for of_heads in own.values() for c in of_heads if c.keep]
-        scores = scores_of_blocks(site, values, cut) if asked else None
-        coarse = scores_of_blocks(site, values, Blocks(cut.q, cut.k * GROUP)) if any(c.groups for c in asked) else None
+        site_blocks, of_site = blocks[site.node], choices[site.node]
+        errors[site.node].add_output(values[site.node].float())
+        selecting = [c for of_heads in of_site.values() for c in of_heads if c.keep]
+        scores = scores_of_blocks(site, values, site_blocks) if selecting else None
+        group_scores = (
+            scores_of_blocks(site, values, Blocks(site_blocks.q, site_blocks.k * BLOCKS_PER_GROUP))
+            if any(c.groups for c in selecting)
+            else None
+        )
 
         def add(b: int, h: int, sample: Sample) -> None:
-            grids = {name: _grid(of_heads[h], scores, coarse, b, h) for name, of_heads in own.items()}
-            found[site.node].add(h, sample, grids)
+            grids = {name: _grid(of_heads[h], scores, group_scores, b, h) for name, of_heads in of_site.items()}
+            errors[site.node].add(h, sample, grids)
 
-        each_head(site, values, cut, add)
+        each_head(site, values, site_blocks, add)
 
     watch(program, samples, {s.node: partial(collect, s) for s in sites})
-    return found
+    return errors
 
 
-def _grid(choice: HeadPattern, scores: Tensor | None, coarse: Tensor | None, b: int, h: int) -> Tensor:
+def _grid(choice: HeadPattern, scores: Tensor | None, group_scores: Tensor | None, b: int, h: int) -> Tensor:
     if not choice.keep or scores is None:
         return choice.always
-    own = scores[b : b + 1, h : h + 1]
-    if choice.groups and coarse is not None:
+    own_scores = scores[b : b + 1, h : h + 1]
+    if choice.groups and group_scores is not None:
         groups = torch.tensor([choice.groups])
-        good = in_best_groups(coarse[b : b + 1, h : h + 1], groups, GROUP, own.shape[-1])
-        own = own.masked_fill(~(good | choice.always), -torch.inf)
+        in_groups = in_best_groups(group_scores[b : b + 1, h : h + 1], groups, BLOCKS_PER_GROUP, own_scores.shape[-1])
+        own_scores = own_scores.masked_fill(~(in_groups | choice.always), -torch.inf)
     keep, mass = torch.tensor([choice.keep]), torch.tensor([choice.mass])
-    return listed(own, choice.always[None, None], keep, mass)[0, 0]
+    return listed(own_scores, choice.always[None, None], keep, mass)[0, 0]

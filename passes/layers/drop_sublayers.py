@@ -2,9 +2,10 @@
 
     x + f(x)  ->  x            f: an attention, a feed-forward network, or any other branch
 
-Which ones is found by the change of the model's output, one by one and then together, under the budget (FinerCut, Zhang et al., 2024). With
-``speed=s`` the branches are spread evenly over the depth until the estimated time is 1/s (Unified Layer Skipping, Liu et al., 2024): all of
-them or, over the budget, none.
+They are found by the change of the model's output, one by one and then together, under the budget (FinerCut, Zhang et al., 2024, which is
+greedy and measures every step anew; here the steps are ordered once). With ``speed=s`` the branches are spread evenly over the depth until
+the estimated time is 1/s (Unified Layer Skipping, Liu et al., 2024, which skips whole layers): all of them or, over the budget, none. A
+branch must hold a product or a convolution, and nothing but its sum may read it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from thresher.analysis.cost.cost import seconds
+from thresher.analysis.cost.cost import MachineModel, seconds
 from thresher.approximation.calibration import watch
 from thresher.approximation.search import Candidate
 from thresher.ir.nodes import is_tensor, module_path, shape_of
@@ -27,12 +28,12 @@ from thresher.rewriting.contract import Context, Note
 from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
-WORK = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+PRODUCTS = {aten.linear.default, aten.matmul.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """``sum`` = ``stream`` + ``change``, where ``change`` is made from ``stream``."""
+    """A residual branch: ``sum`` = ``stream`` + ``change``, where ``change`` is made from ``stream``."""
 
     sum: fx.Node
     stream: fx.Node
@@ -40,6 +41,7 @@ class Branch:
 
     @property
     def module(self) -> str:
+        """The dotted path of the module that ends the branch."""
         return module_path(self.change)
 
 
@@ -50,7 +52,7 @@ class DropSublayers(ApproximatePass):
 
     name: ClassVar[str] = "drop-sublayers"
     target_ops: ClassVar[tuple] = (aten.add.Tensor,)
-    speed: float = 0.0
+    speed: float = 0.0  # how many times faster, with evenly spread branches; 0: what the budget allows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,32 +60,27 @@ class DropSublayers(ApproximatePass):
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
         assert context.calibration is not None
-        found = branches(program)
-        before = seconds(program, context.machine)
-
-        def time(dropped: Sequence[Branch]) -> float:
-            return seconds(_without(program, [b.sum.name for b in dropped]), context.machine)
-
+        all_branches = branches(program)
         if self.speed > 1:
-            return self.balanced(found, before, time), []
-        errors = _sizes(program, found, context.calibration.search_samples)
-        made = []
-        for b in found:
-            group, words, saved = f"{b.module} ({b.sum.name})", "removed, its input goes on", before - time([b])
-            made.append(Candidate(b.sum.name, group, words, errors[b], saved, b.sum.name, b.module, (b.sum.name,)))
-        return made, []
+            return self.balanced(program, all_branches, context.machine), []
+        errors = _sizes(program, all_branches, context.calibration.search_samples)
+        candidates = []
+        for b in all_branches:
+            name, group, choice = b.sum.name, f"{b.module} ({b.sum.name})", "removed, its input goes on"
+            candidates.append(Candidate(name, group, choice, errors[b], 0.0, name, b.module, (name,)))
+        return self.with_savings(program, candidates, context.machine), []
 
-    def balanced(self, found: Sequence[Branch], before: float, time: Any) -> list[Candidate]:
-        """One candidate: the fewest branches, evenly spread, that give the speed."""
-        for count in range(1, len(found) + 1):
-            places = [round((i + 0.5) * len(found) / count - 0.5) for i in range(count)]
-            dropped = [found[p] for p in places]
-            after = time(dropped)
+    def balanced(self, program: Program, all_branches: Sequence[Branch], machine: MachineModel) -> list[Candidate]:
+        """Return one candidate: the fewest branches, evenly spread, that give the speed; none where all of them do not."""
+        before = seconds(program, machine)
+        for count in range(1, len(all_branches) + 1):
+            indices = [round((i + 0.5) * len(all_branches) / count - 0.5) for i in range(count)]
+            dropped = [all_branches[i] for i in indices]
+            names, modules = tuple(b.sum.name for b in dropped), ", ".join(b.module for b in dropped)
+            after = seconds(_without(program, names), machine)
             if before / after >= self.speed:
-                names, modules = tuple(b.sum.name for b in dropped), ", ".join(b.module for b in dropped)
-                return [
-                    Candidate("all", "all", f"{count} branches removed: {modules}", 1.0, before - after, payload=names)
-                ]
+                choice = f"{count} branches removed: {modules}"
+                return [Candidate("all", "all", choice, 1.0, before - after, payload=names)]
         return []
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
@@ -91,39 +88,39 @@ class DropSublayers(ApproximatePass):
 
 
 def branches(program: Program) -> list[Branch]:
-    """All residual branches that hold some work and that nothing but their sum reads."""
-    found = []
+    """Return the residual branches that hold a product or a convolution and that nothing but their sum reads, in order."""
+    result = []
     for node in program.calls(aten.add.Tensor):
         left, right = node.args[:2]
         if "alpha" in node.kwargs or not is_tensor(left) or not is_tensor(right) or len(shape_of(node)) < 3:
             continue
         for stream, change in ((left, right), (right, left)):
             if shape_of(stream) == shape_of(node) == shape_of(change) and (inside := _between(stream, change)):
-                if any(n.target in WORK for n in inside) and _closed(inside, node):
-                    found.append(Branch(node, stream, change))
+                if any(n.target in PRODUCTS for n in inside) and _closed(inside, node):
+                    result.append(Branch(node, stream, change))
                 break
-    return found
+    return result
 
 
 def _between(stream: fx.Node, change: fx.Node) -> set[fx.Node]:
-    """The nodes on paths from ``stream`` to ``change``; empty if there is none."""
-    behind: dict[fx.Node, bool] = {stream: True}
+    """Return the nodes on paths from ``stream`` to ``change``; empty if there is none."""
+    reached: dict[fx.Node, bool] = {stream: True}
 
     def reaches(node: fx.Node) -> bool:
-        todo = [node]
-        while todo:
-            one = todo[-1]
-            waiting = [n for n in one.all_input_nodes if n not in behind and n > stream]
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [n for n in top.all_input_nodes if n not in reached and n > stream]
             if waiting:
-                todo += waiting
+                stack += waiting
                 continue
-            behind[one] = behind.get(one, any(behind.get(n, False) for n in one.all_input_nodes))
-            todo.pop()
-        return behind[node]
+            reached[top] = reached.get(top, any(reached.get(n, False) for n in top.all_input_nodes))
+            stack.pop()
+        return reached[node]
 
     if not reaches(change):
         return set()
-    return {n for n, yes in behind.items() if yes and n is not stream}
+    return {n for n, is_reached in reached.items() if is_reached and n is not stream}
 
 
 def _closed(inside: set[fx.Node], end: fx.Node) -> bool:
@@ -138,15 +135,15 @@ def _without(program: Program, sums: Sequence[str]) -> Program:
     return work.clean()
 
 
-def _sizes(program: Program, found: Sequence[Branch], samples: Sequence[list[Any]]) -> dict[Branch, float]:
-    """The squared size of each change beside the sum."""
-    sizes = dict.fromkeys(found, 0.0)
+def _sizes(program: Program, all_branches: Sequence[Branch], samples: Sequence[list[Any]]) -> dict[Branch, float]:
+    """Return the squared size of each change relative to its sum."""
+    sizes = dict.fromkeys(all_branches, 0.0)
 
     def add(branch: Branch, values: dict[fx.Node, Any]) -> None:
-        part = values[branch.change].double().square().sum() / values[branch.sum].double().square().sum().clamp(
+        size = values[branch.change].double().square().sum() / values[branch.sum].double().square().sum().clamp(
             min=1e-30
         )
-        sizes[branch] += float(part) / len(samples)
+        sizes[branch] += float(size) / len(samples)
 
-    watch(program, samples, {b.sum: partial(add, b) for b in found})
+    watch(program, samples, {b.sum: partial(add, b) for b in all_branches})
     return sizes

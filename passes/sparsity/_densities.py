@@ -1,4 +1,4 @@
-"""How many zeros the linear layers of a program meet, on samples: at their inputs, and in what their outputs are multiplied with."""
+"""The zeros that the linear layers of a program meet, on samples: at their inputs, and in what their outputs are multiplied with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
 
 aten = torch.ops.aten
-TILE = 7  # rows that share a list, where there are many
+TILE_ROWS = 7  # that share a list, where there are many rows
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,26 @@ class Site:
 
     @property
     def sparse(self) -> fx.Node:
-        """Where the zeros are."""
+        """The value that has the zeros."""
         return self.linear.args[0] if self.gate is None else self.gate
 
     @property
     def rows(self) -> int:
+        """The number of rows that the layer multiplies."""
         return math.prod(int(d) for d in shape_of(self.linear)[:-1])
 
 
 @dataclass(frozen=True)
 class Density:
-    """``nonzero``: the part of all elements; ``listed``: the part of the columns that some row of a tile has."""
+    """The fraction of all elements that are ``nonzero``, and of the columns that are ``listed``: not 0 in some row of a tile."""
 
     nonzero: float
     listed: float
 
 
 def sites_of(program: Program, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[Site]:
-    """Of constant, finite weights, with static shapes."""
-    found = []
+    """Return the sites of layers with constant, finite weights and static shapes; a gated layer has two, one for its input."""
+    sites = []
     for node in program.calls(aten.linear.default):
         weight = program.constant(node.args[1])
         static = all(isinstance(d, int) for d in (*shape_of(node), *shape_of(node.args[0])))
@@ -57,18 +58,18 @@ def sites_of(program: Program, dtypes: Sequence[torch.dtype] = (torch.float32,))
             continue
         if not bool(torch.isfinite(weight).all()):
             continue  # 0 times infinity is no 0
-        found.append(Site("input", node))
+        sites.append(Site("input", node))
         product = next(iter(node.users)) if len(node.users) == 1 else None
         if product is not None and product.target is aten.mul.Tensor:
             gate = product.args[1] if product.args[0] is node else product.args[0]
             if is_tensor(gate) and gate is not node and shape_of(gate) == shape_of(node) and gate < node:
-                found.append(Site("gate", node, gate, product))
-    return found
+                sites.append(Site("gate", node, gate, product))
+    return sites
 
 
 def densities(program: Program, sites: Sequence[Site], samples: Sequence[list[Any]]) -> dict[Site, Density]:
-    """Means over the samples."""
-    found = {s: [0.0, 0.0] for s in sites}
+    """Return the density of each site, the mean over the samples."""
+    sums = {s: [0.0, 0.0] for s in sites}
     by_node: dict[fx.Node, list[Site]] = {}
     for site in sites:
         by_node.setdefault(site.linear if site.product is None else site.product, []).append(site)
@@ -76,16 +77,16 @@ def densities(program: Program, sites: Sequence[Site], samples: Sequence[list[An
     def see(node: fx.Node, values: dict[fx.Node, Any]) -> None:
         for site in by_node[node]:
             x = values[site.sparse]
-            found[site][0] += float((x != 0).double().mean()) / len(samples)
-            found[site][1] += listed(x) / len(samples)
+            sums[site][0] += float((x != 0).double().mean()) / len(samples)
+            sums[site][1] += listed(x) / len(samples)
 
     watch(program, samples, {node: partial(see, node) for node in by_node})
-    return {site: Density(*values) for site, values in found.items()}
+    return {site: Density(*values) for site, values in sums.items()}
 
 
 def listed(x: Tensor) -> float:
-    """The part of the columns of [.., K] that are not 0 in some row of a tile; the mean over the tiles."""
+    """Return the fraction of the columns of x [.., K] that are not 0 in some row of a tile; the mean over the tiles."""
     rows = (x != 0).flatten(0, -2)
-    tile = len(rows) if len(rows) <= MAX_MEMORY_BOUND_ROWS else TILE
+    tile = len(rows) if len(rows) <= MAX_MEMORY_BOUND_ROWS else TILE_ROWS
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % tile))
     return float(rows.unflatten(0, (-1, tile)).any(1).double().mean())

@@ -3,9 +3,9 @@
     linear(x, W)                   ->  thresher::pruned_linear(x, W, layout)
     conv2d_nhwc(x, W [N, K, 1, 1]) ->  the same, of every pixel (Elsen et al., Fast Sparse ConvNets, 2020); with a stride, of those it takes
 
-What pruned structure there is, is seen from the values: blocks, N:M, or scattered zeros. How the weight is kept
-(``thresher.ops.pruned_linear``) is decided by what was measured for its shape and the density that is left in each layout; else it stays
-dense, and the report says so. Zero channels are not meant: ``fold-channels`` has taken them out.
+The pruned structure is seen from the values: blocks, N:M, or scattered zeros. The layout of the weight
+(``thresher.ops.pruned_linear``) is decided by what was measured for its shape and the density that is left in each; where dense is faster
+it stays dense, and the report says so. Zero channels are not meant: ``fold-channels`` has taken them out. GPUs have no kernel for it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import dtype_of, module_path, shape_of
 from thresher.ir.program import Program
 from thresher.passes.sparsity._densities import sites_of
-from thresher.passes.sparsity.skip_zeros import SkippedZeros
-from thresher.rewriting.contract import Context, Note, Pass, PassResult
+from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
 from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 BLOCKS = ((32, 32), (16, 16), (32, 1), (1, 32), (16, 1), (1, 16), (8, 8), (4, 4))
 GROUPS = (4, 8, 16)  # M of N:M
-NEARLY = 0.98  # of the zeros, that lie in whole blocks
+MIN_FRACTION = 0.98  # of the zeros, that lie in whole blocks or groups
 
 
 @register_pass
@@ -45,7 +44,7 @@ class SkipPrunedWeights(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         if context.target.startswith("cuda"):
-            return PassResult(program, [], [Note("", "", "GPUs have no kernel for pruned weights")])
+            return PassResult(program, [], [Note("", "", "GPUs have no kernel for pruned weights: they stay dense")])
         work, cold = program.clone(), constant_bytes(program) > CACHED_BYTES
         notes, lines = [], []
         for node in pruned_layers(work):
@@ -57,16 +56,16 @@ class SkipPrunedWeights(Pass):
             lines.append(line)
             if line.chosen:
                 node.replace_all_uses_with(_rewritten(work, node, layout))
-                how = "measured" if line.measured else "estimated"
-                notes.append(
-                    Note.at(
-                        node,
-                        f"{100 * (1 - line.nonzero):.0f} % of the weight are 0 ({pattern_of(weight)}), kept by {layout}: "
-                        f"{line.sparse:.3f} ms instead of {line.dense:.3f} ms ({how})",
-                    )
-                )
+                notes.append(Note.at(node, _sparse(line, pattern_of(weight), layout)))
         refusals = [Note("", line.module, _dense(line)) for line in lines if not line.chosen]
         return PassResult(work.clean() if notes else program, notes, refusals, zeros=lines)
+
+
+def _sparse(line: SkippedZeros, pattern: str, layout: str) -> str:
+    return (
+        f"{100 * (1 - line.nonzero):.0f} % of the weight are 0 ({pattern}), kept by {layout}: "
+        f"{line.sparse:.3f} ms instead of {line.dense:.3f} ms ({'measured' if line.measured else 'estimated'})"
+    )
 
 
 def _dense(line: SkippedZeros) -> str:
@@ -106,13 +105,13 @@ def _rows(node: fx.Node) -> int:
 def best(
     node: fx.Node, weight: Tensor, layouts: Mapping[Kind, float], context: Context, cold: bool
 ) -> tuple[SkippedZeros, str]:
-    """The fastest layout for a weight [N, K], of those with the part that they keep, and whether it is faster than dense."""
+    """Return the times of the fastest of ``layouts`` (with the fraction that each keeps) for a weight [N, K], and its name."""
     outputs, inputs = weight.shape
-    tried = []
+    options = []
     for layout, density in layouts.items():
         times = context.break_even(Layer(layout, _rows(node), inputs, outputs, cold))
-        tried.append((times.at(density), density, layout, times))
-    seconds, density, layout, times = min(tried, key=lambda t: t[0])
+        options.append((times.at(density), density, layout, times))
+    seconds, density, layout, times = min(options, key=lambda t: t[0])
     nonzero, faster = float((weight != 0).double().mean()), times.worthwhile(density)
     line = SkippedZeros(
         module_path(node), f"weight ({pattern_of(weight)})", nonzero, 1 - density, 1e3 * times.dense, 1e3 * seconds,
@@ -122,33 +121,35 @@ def best(
 
 
 def stored(weight: Tensor, rows: int) -> dict[Kind, float]:
-    """The part of a weight that each layout keeps, where that is not nearly all."""
-    found: dict[Kind, float] = {"rows": _blocks(weight, 1, 1), "panels": _blocks(weight, PANEL_OUTPUTS, 1)}
-    found |= {"runs": _blocks(weight, 1, RUN_INPUTS)} if rows == 1 else {}
-    return {layout: density for layout, density in found.items() if density <= PRUNED_DENSITIES[-1]}
+    """Return the fraction of a weight that each layout keeps, where that is not nearly all."""
+    kept: dict[Kind, float] = {"rows": _blocks(weight, 1, 1), "panels": _blocks(weight, PANEL_OUTPUTS, 1)}
+    kept |= {"runs": _blocks(weight, 1, RUN_INPUTS)} if rows == 1 else {}
+    return {layout: density for layout, density in kept.items() if density <= PRUNED_DENSITIES[-1]}
 
 
 def _blocks(weight: Tensor, high: int, wide: int) -> float:
-    """The part of the blocks of a weight that are not 0; the last ones may be smaller."""
+    """Return the fraction of the blocks of a weight that are not 0; the last ones may be smaller."""
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight != 0, (0, -k % wide, 0, -n % high))
     return float(padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).any(3).any(1).double().mean())
 
 
 def pattern_of(weight: Tensor) -> str:
-    """In words, from the values: the largest blocks that hold nearly all of the zeros, N:M along the inputs, or scattered."""
+    """Describe the zeros of a weight: the largest blocks that hold nearly all of them, N:M along the inputs, or scattered."""
     zeros = float((weight == 0).double().mean())
     for high, wide in BLOCKS:
         if (
             weight.shape[0] % high == 0
             and weight.shape[1] % wide == 0
-            and 1 - _blocks(weight, high, wide) >= NEARLY * zeros
+            and 1 - _blocks(weight, high, wide) >= MIN_FRACTION * zeros
         ):
             return f"blocks of {high} x {wide}"
     for group in GROUPS:
         if weight.shape[1] % group == 0:
             counts = (weight != 0).unflatten(1, (-1, group)).sum(2)
-            most = int(counts.max())
-            if most <= group // 2 and float(counts.double().mean()) >= NEARLY * most:  # chance is not so regular
-                return f"{most}:{group}"
+            largest = int(counts.max())
+            if (
+                largest <= group // 2 and float(counts.double().mean()) >= MIN_FRACTION * largest
+            ):  # chance is not so regular
+                return f"{largest}:{group}"
     return "scattered"

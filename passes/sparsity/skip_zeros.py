@@ -1,11 +1,11 @@
 """Linear layers skip the zeros that they meet, where that is faster.
 
-    linear(x)            -> thresher::sparse_linear(x)                 zeros of x: behind relu, thresholds, top-k
+    linear(x)            -> thresher::sparse_linear(x)                 zeros of x: after relu, thresholds, top-k
     gate * linear(x)     -> thresher::gated_linear(x, gate)            zeros of the gate
 
-The function stays what it is. How many zeros there are is measured on calibration samples, or on the example where there are none; what
-that saves is measured, too (``thresher.analysis.cost.break_even``). The kernels look at the zeros of every call; a density
-that turns out larger costs little.
+The function stays what it is. The number of zeros is measured on calibration samples, or on the example where there are none; what
+it saves is measured, too (``thresher.analysis.cost.break_even``). The kernels look at the zeros of every call; a density
+that turns out larger costs little. Only constant, finite weights (0 times infinity is no 0) and static shapes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from thresher.rewriting.contract import Context, Note, Pass, PassResult, Skipped
 from thresher.rewriting.registry import register_pass
 
 aten, ops = torch.ops.aten, torch.ops.thresher
-MOST = 0.95  # of all elements: what has fewer zeros is not looked at
-SAMPLES = 8
-ON_A_GPU = (torch.float32, torch.float16, torch.bfloat16)
+MAX_NONZERO = 0.95  # a value with fewer zeros is not looked at
+MAX_SAMPLES = 8
+GPU_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @register_pass
@@ -44,26 +44,28 @@ class SkipZeros(Pass):
         work = program.clone()
         sites = sites_of(work)
         if context.target.startswith("cuda"):  # there are kernels for a few rows, whose input is 0
-            sites = [s for s in sites_of(work, ON_A_GPU) if s.kind == "input" and s.rows <= MAX_MEMORY_BOUND_ROWS]
+            sites = [s for s in sites_of(work, GPU_TYPES) if s.kind == "input" and s.rows <= MAX_MEMORY_BOUND_ROWS]
         calibration = context.calibration
-        samples = [list(work.probe)] if calibration is None else calibration.search_samples[:SAMPLES]
-        found = {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MOST} if sites else {}
+        samples = [list(work.probe)] if calibration is None else calibration.search_samples[:MAX_SAMPLES]
+        with_zeros = (
+            {s: d for s, d in densities(work, sites, samples).items() if d.nonzero < MAX_NONZERO} if sites else {}
+        )
         cold = constant_bytes(work) > CACHED_BYTES
-        judged = [Judged(s, d, context.break_even(_layer(s, cold))) for s, d in found.items()]
-        notes, lines, done = [], [], set()
-        for one in sorted(judged, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
-            chosen = one.times.worthwhile(one.density.listed) and one.site.linear not in done
-            lines.append(one.line(chosen))
+        timed = [TimedSite(s, d, context.break_even(_layer(s, cold))) for s, d in with_zeros.items()]
+        notes, lines, rewritten = [], [], set()
+        for candidate in sorted(timed, key=lambda j: -j.gain):  # of a layer that meets zeros twice those that save more
+            chosen = candidate.times.worthwhile(candidate.density.listed) and candidate.site.linear not in rewritten
+            lines.append(candidate.line(chosen))
             if chosen:
-                done.add(one.site.linear)
-                notes.append(Note.at(one.site.linear, one.words()))
-                _rewrite(work, one.site)
+                rewritten.add(candidate.site.linear)
+                notes.append(Note.at(candidate.site.linear, candidate.describe()))
+                _rewrite(work, candidate.site)
         return PassResult(work.clean() if notes else program, notes, zeros=lines)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A site, its zeros, and what it takes with and without them."""
+class TimedSite:
+    """A site, its zeros, and the time that it takes with and without them."""
 
     site: Site
     density: Density
@@ -71,14 +73,16 @@ class Judged:
 
     @property
     def sparse(self) -> float:
+        """The seconds that the layer takes when it skips its zeros."""
         return self.times.at(self.density.listed)
 
     @property
     def gain(self) -> float:
-        """Seconds."""
+        """The seconds that skipping saves."""
         return self.times.dense - self.sparse
 
     def line(self, chosen: bool) -> SkippedZeros:
+        """Return the line of the report."""
         d, t = self.density, self.times
         milliseconds = 1e3 * t.dense, 1e3 * self.sparse
         where = module_path(self.site.linear)
@@ -86,12 +90,14 @@ class Judged:
             where, self.site.kind, d.nonzero, 1 - d.listed, *milliseconds, t.density, t.measured, chosen
         )
 
-    def words(self) -> str:
-        what = "its input" if self.site.gate is None else "what its output is multiplied with"
+    def describe(self) -> str:
+        """Return the sentence of the note."""
+        zeros_of = "its input" if self.site.gate is None else "what its output is multiplied with"
         how = "measured" if self.times.measured else "estimated"
+        d, t = self.density, self.times
         return (
-            f"zeros of {what} are skipped: {100 * self.density.nonzero:.1f} % are not 0, {100 * (1 - self.density.listed):.0f} % of the "
-            f"arithmetic is left out, {1e3 * self.sparse:.3f} ms instead of {1e3 * self.times.dense:.3f} ms ({how})"
+            f"zeros of {zeros_of} are skipped: {100 * d.nonzero:.1f} % are not 0, {100 * (1 - d.listed):.0f} % of the "
+            f"arithmetic is left out, {1e3 * self.sparse:.3f} ms instead of {1e3 * t.dense:.3f} ms ({how})"
         )
 
 

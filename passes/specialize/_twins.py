@@ -1,4 +1,4 @@
-"""The channels-last twins of values: ``[N, C, H, W]`` is held as ``[N, H, W, C]``, and what needs the value itself gets it back from its twin."""
+"""The channels-last twins of values: ``[N, C, H, W]`` is held as ``[N, H, W, C]``; what needs the value itself gets it from its twin."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""What stands behind a value with fewer tokens is made for fewer tokens; where something needs all of them, they are restored first.
+"""Everything after a value with fewer tokens is made for fewer tokens; where something needs all of them, they are restored first.
 
-Tokens are treated as a set by pointwise operators, by linear layers and norms over channels, and by attention, to whose scores log(size)
-is added. Those take fewer tokens as they are, once the sizes in their arguments are right. Numbers that belong to places (rotary positions)
-become those of the tokens whose slots they are. Tokens at the front may stand apart for a while. Whatever treats tokens otherwise
-(convolutions, scans, means and softmax over tokens, sums with values of another length, outputs) gets every token back, as
-``restore_tokens``.
+    f(X)  ->  f(M X)                                 f treats tokens as a set: pointwise operators, linear layers and norms over channels
+    softmax(q k^T) v  ->  softmax(q (M k)^T + log size) (M v)
+    f(X)  ->  f(restore_tokens(M X))                 f does not: convolutions, scans, means and softmax over tokens, sums with values of
+                                                     another length, outputs
+
+Numbers that belong to positions (rotary positions) become those of the tokens whose slots they are. Tokens at the front may stand apart for
+a while.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from thresher.analysis.attention.sites import SDPA, SOFTMAX
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import shape_of
 from thresher.ir.program import Program
+from thresher.rewriting.calls import inserter
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 MOVES = (aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
@@ -28,16 +31,17 @@ NORMS = (aten.layer_norm.default, aten.rms_norm.default, ops.layer_norm.default)
 
 
 class NeedsAllTokens(Exception):
-    """Why an operator does not take fewer tokens."""
+    """Raised with the reason why an operator does not take fewer tokens."""
 
 
 @dataclass
 class Resize:
-    """One reduction: ``source`` [B, N, C] became ``reduced`` [B, N - r, C] by ``assign``; ``sizes`` [B, N - r] of the slots say what the
-    ``mask`` of keys said before, ``own`` [B, N] whose slots they are. ``protected`` tokens at the front are where they were.
+    """One reduction: ``source`` [B, N, C] became ``reduced`` [B, N - r, C] by ``assign``.
 
-    ``dims``: the dimension of tokens of what has fewer; ``starts``: how many at the front it is without. ``blockers`` are those who needed
-    all tokens."""
+    ``sizes`` [B, N - r] of the slots stand for what the ``mask`` of keys said before, ``own`` [B, N] are the tokens whose slots they are;
+    ``protected`` tokens at the front are where they were. ``dims``: the dimension of tokens of each value that has fewer; ``starts``: how
+    many at the front it lacks. ``blockers`` describes the operators that needed all tokens.
+    """
 
     program: Program
     source: fx.Node
@@ -56,12 +60,12 @@ class Resize:
     _bias: fx.Node | None = None
 
     def run(self) -> None:
-        """Let everything behind ``source`` read ``reduced``."""
-        behind = [n for n in self.program.graph.nodes if n > self.reduced]
+        """Let everything after ``source`` read ``reduced``."""
+        later = [n for n in self.program.graph.nodes if n > self.reduced]
         for user in [u for u in self.source.users if u > self.reduced]:
             user.replace_input_with(self.source, self.reduced)
         self.dims[self.reduced], self.starts[self.reduced] = 1, 0
-        for node in behind:
+        for node in later:
             if not any(n in self.dims for n in node.all_input_nodes):
                 continue
             if node.op == "output":
@@ -82,7 +86,7 @@ class Resize:
             self.restore(node, str(reason) if isinstance(reason, NeedsAllTokens) else "values of another length")
 
     def changed(self, node: fx.Node, before: Any) -> dict[fx.Node, int]:
-        """The token dimension of the result: the one whose size changed."""
+        """Return the token dimension of the result: the one whose size changed."""
         if not isinstance(before, torch.Tensor):
             raise NeedsAllTokens("several results")
         dims = [d for d, (a, b) in enumerate(zip(before.shape, shape_of(node))) if a != b]
@@ -93,7 +97,7 @@ class Resize:
     # ------------------------------------------------------------------ what takes fewer tokens
 
     def fit(self, node: fx.Node) -> int:
-        """Make the arguments of ``node`` right; returns how many tokens at the front the result is without."""
+        """Make the arguments of ``node`` right; returns how many tokens at the front the result lacks."""
         target = node.target
         if target is aten.slice.Tensor:
             return self.slice(node)
@@ -119,63 +123,65 @@ class Resize:
         return starts.pop()
 
     def pointwise(self, node: fx.Node) -> None:
-        """What belongs to places goes with the tokens."""
+        """Let operands that belong to positions go with the tokens."""
         rank = max(len(shape_of(n)) for n in node.all_input_nodes)
         x = next(n for n in node.all_input_nodes if n in self.dims)
-        behind = len(shape_of(x)) - self.dims[x]  # the dimension of the tokens, from the last one
+        from_end = len(shape_of(x)) - self.dims[x]  # the dimension of the tokens, from the last one
         for other in node.all_input_nodes:
             shape = shape_of(other)
-            if other not in self.dims and len(shape) >= behind and shape[-behind] == self.before(x):
-                node.replace_input_with(other, self.placed(other, self.starts[x], len(shape) - behind, rank - behind))
+            if other not in self.dims and len(shape) >= from_end and shape[-from_end] == self.before(x):
+                node.replace_input_with(
+                    other, self.placed(other, self.starts[x], len(shape) - from_end, rank - from_end)
+                )
         torch.broadcast_shapes(*(shape_of(n) for n in node.all_input_nodes))
 
     def before(self, x: fx.Node) -> int:
-        """How many tokens ``x`` had."""
+        """Return the number of tokens that ``x`` had."""
         return shape_of(self.source)[1] - self.starts[x]
 
     def placed(self, x: fx.Node, start: int, dim: int, to: int) -> fx.Node:
-        """[.., 1, N - start, *rest], the tokens at ``dim``, as [B, .., 1, N' - start, *rest] with the tokens at ``to``: of every slot the
-        numbers of the token whose slot it is."""
+        """Return x [.., 1, N - start, *rest], the tokens at ``dim``, as [B, .., 1, N' - start, *rest] with the tokens at ``to``.
+
+        Every slot gets the numbers of the token whose slot it is.
+        """
         if (x, start, to) in self._placed:
             return self._placed[x, start, to]
         if to < 1 or any(d != 1 for d in shape_of(x)[:dim]):
-            raise NeedsAllTokens("numbers that differ from sample to sample or head to head belong to places")
+            raise NeedsAllTokens("numbers that differ from sample to sample or head to head belong to positions")
         tokens, rest, batch = shape_of(x)[dim], shape_of(x)[dim + 1 :], shape_of(self.source)[0]
         own, assign = self.apart(start)
-        place = x if x > self.reduced else assign if start else self.reduced
+        last = x if x > self.reduced else assign if start else self.reduced
 
         def call(target: Any, *args: Any) -> fx.Node:
-            nonlocal place
-            place = self.program.insert_call(place.next, target, args, like=x)
-            return place
+            nonlocal last
+            last = self.program.insert_call(last.next, target, args, like=x)
+            return last
 
         flat = call(aten.reshape.default, x, [1, tokens, math.prod(rest)])
         flat = call(aten.expand.default, flat, [batch, tokens, math.prod(rest)])
-        left = shape_of(self.reduced)[1] - start
-        taken = call(ops.reduce_tokens.default, flat, own, assign, left)
-        self._placed[x, start, to] = call(aten.reshape.default, taken, [batch, *[1] * (to - 1), left, *rest])
+        remaining = shape_of(self.reduced)[1] - start
+        of_slots = call(ops.reduce_tokens.default, flat, own, assign, remaining)
+        self._placed[x, start, to] = call(aten.reshape.default, of_slots, [batch, *[1] * (to - 1), remaining, *rest])
         return self._placed[x, start, to]
 
     def apart(self, start: int) -> tuple[fx.Node, fx.Node]:
-        """``own`` and ``assign`` without the first tokens."""
+        """Return ``own`` and ``assign`` without the first ``start`` tokens."""
         if start and start not in self._apart:
-            place, end = self.reduced.next, shape_of(self.source)[1]
-
-            def call(target: Any, *args: Any) -> fx.Node:
-                return self.program.insert_call(place, target, args, like=self.reduced)
-
+            before, end = self.reduced.next, shape_of(self.source)[1]
+            call = inserter(self.program, before, like=self.reduced)
             own, assign = (call(aten.slice.Tensor, n, 1, start, end) for n in (self.own, self.assign))
             lower = call(aten.sub.Tensor, assign, start)
             self._apart[start] = own, call(aten.clamp.default, lower, -1)
         return self._apart[start] if start else (self.own, self.assign)
 
     def attention(self, node: fx.Node) -> None:
+        """Let an attention read fewer keys, with log(size) as its mask."""
         q, k, v = node.args[:3]
         rank = len(shape_of(q))
         if any(self.dims.get(n, rank - 2) != rank - 2 for n in (q, k, v)):
             raise NeedsAllTokens("attention over another dimension than tokens")
         if argument(node, 5, "is_causal", False):
-            raise NeedsAllTokens("causal attention: a token that stands for several has no place")
+            raise NeedsAllTokens("causal attention: a token that stands for several has no position")
         mask = argument(node, 3, "attn_mask")
         if (k in self.dims) != (v in self.dims):
             raise NeedsAllTokens("keys and values of different tokens")
@@ -189,39 +195,40 @@ class Resize:
         node.kwargs = {**{n: a for n, a in node.kwargs.items() if n != "attn_mask"}, "attn_mask": self.bias(rank)}
 
     def bias(self, rank: int) -> fx.Node:
-        """log(size) of the keys, [B, 1, 1, N - r]; -inf for padding."""
+        """Return log(size) of the keys, [B, 1, 1, N - r]; -inf for padding."""
         if self._bias is None:
             batch, tokens = shape_of(self.sizes)
             with_origin = dict(like=self.reduced)
-            place = self.reduced.next
-            log = self.program.insert_call(place, aten.log.default, (self.sizes,), **with_origin)
+            before = self.reduced.next
+            log = self.program.insert_call(before, aten.log.default, (self.sizes,), **with_origin)
             shape = [batch, *[1] * (rank - 2), tokens]
-            self._bias = self.program.insert_call(place, aten.reshape.default, (log, shape), **with_origin)
+            self._bias = self.program.insert_call(before, aten.reshape.default, (log, shape), **with_origin)
         return self._bias
 
     def sizes_of(self, node: fx.Node) -> None:
-        """New sizes in the arguments of reshape and expand."""
+        """Write the new sizes into the arguments of reshape and expand."""
         source, sizes = node.args[:2]
         dim, before = self.dims[source], shape_of(node)
         now = shape_of(source)[dim]
         old = self.before(source)
         if node.target is aten.expand.default:
-            at = dim + len(before) - len(shape_of(source))
+            position = dim + len(before) - len(shape_of(source))
         else:
             lead = math.prod(shape_of(source)[:dim])
-            at = next((d for d in range(len(before)) if math.prod(before[:d]) == lead and before[d] == old), -1)
-            if at < 0:
+            position = next((d for d in range(len(before)) if math.prod(before[:d]) == lead and before[d] == old), -1)
+            if position < 0:
                 raise NeedsAllTokens("tokens are regrouped")
-        if sizes[at] != -1:
-            node.args = (source, [now if d == at else s for d, s in enumerate(sizes)], *node.args[2:])
+        if sizes[position] != -1:
+            node.args = (source, [now if d == position else s for d, s in enumerate(sizes)], *node.args[2:])
 
     def select(self, node: fx.Node) -> None:
+        """Let one of the protected tokens be selected."""
         source, dim, index = node.args
         if dim % len(shape_of(source)) == self.dims[source] and not 0 <= index < self.protected:
-            raise NeedsAllTokens(f"token {index} by its place")
+            raise NeedsAllTokens(f"token {index} by its position")
 
     def slice(self, node: fx.Node) -> int:
-        """Of other dimensions; of tokens the first ones, or all behind them."""
+        """Let other dimensions be sliced, and of the tokens the first ones, or all after them; returns what :meth:`fit` does."""
         source, dim, start, end, step = (argument(node, i, n, v) for i, (n, v) in enumerate(
             (("self", None), ("dim", 0), ("start", None), ("end", None), ("step", 1))
         ))  # fmt: skip
@@ -234,10 +241,11 @@ class Resize:
             node.args = (source, dim, start, 1 << 62)
             return without + start
         if step != 1 or not 0 <= start <= end <= self.protected - without:
-            raise NeedsAllTokens("tokens by their place")
+            raise NeedsAllTokens("tokens by their position")
         return without
 
     def channels(self, node: fx.Node) -> None:
+        """Let a linear layer or a norm work over channels that are no tokens."""
         x = node.args[0]
         over = len(node.args[1]) if node.target in (aten.layer_norm.default, aten.rms_norm.default) else 1
         if self.dims.get(x, len(shape_of(x))) >= len(shape_of(x)) - over or any(
@@ -246,7 +254,7 @@ class Resize:
             raise NeedsAllTokens("channels are mixed with tokens")
 
     def concat(self, node: fx.Node) -> int:
-        """Of other dimensions; along the tokens, those that stood apart at the front with all others."""
+        """Let other dimensions be joined, and along the tokens those that stood apart with all others; returns what :meth:`fit` does."""
         parts, dim = node.args[0], argument(node, 1, "dim", 0) % len(shape_of(node))
         first, last = [n for n in parts if n not in self.dims], parts[-1]
         if not first and all(self.dims[n] != dim for n in parts):
@@ -259,6 +267,7 @@ class Resize:
         return 0
 
     def over_other_dims(self, node: fx.Node) -> None:
+        """Let a reduction work over dimensions that are no tokens."""
         x, dims = node.args[:2]
         dims = [dims] if isinstance(dims, int) else dims
         if not dims or self.dims[x] in [d % len(shape_of(x)) for d in dims]:

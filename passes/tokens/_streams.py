@@ -1,4 +1,4 @@
-"""Where tokens can become fewer: the residual stream behind an attention of tokens to themselves."""
+"""The residual streams in which tokens can become fewer: those after an attention of tokens to themselves."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from thresher.rewriting.contract import Note
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+MAX_FRONT = 8  # tokens that may stand apart
 BETWEEN = (aten.permute.default, aten.reshape.default, aten.linear.default, aten.mul.Tensor, aten.layer_norm.default)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Where a layer's tokens can become fewer: the value behind its attention, and that attention."""
+    """A value whose tokens can become fewer, and the attention that it follows."""
 
     value: fx.Node
     site: AttentionSite
 
     @property
     def tokens(self) -> int:
+        """The number of tokens."""
         return shape_of(self.value)[1]
 
 
 def streams(program: Program) -> tuple[list[Stream], list[Note]]:
-    """The places behind attentions of tokens to themselves, and refusals."""
-    found, refusals = [], []
+    """Return the streams after attentions of tokens to themselves, and refusals."""
+    result, refusals = [], []
     for site in attention_sites(program)[0]:
-        value = _stream_behind(site)
+        value = _stream_after(site)
         if isinstance(value, str):
             refusals.append(Note.at(site.node, f"its tokens cannot become fewer: {value}"))
         else:
-            found.append(Stream(value, site))
-    return found, refusals
+            result.append(Stream(value, site))
+    return result, refusals
 
 
-def _stream_behind(site: AttentionSite) -> fx.Node | str:
-    """The residual sum behind an attention, and the norm behind that, if it is all that reads the sum."""
+def _stream_after(site: AttentionSite) -> fx.Node | str:
+    """Return the residual sum after an attention, or the norm after that where it alone reads the sum; else why there is none."""
     batch, _, rows, keys = site.shape
     if rows != keys:
         return "queries and keys are different tokens"
     if site.causal or site.masks_by_position:
-        return "a mask by places"
+        return "causal, or its mask differs from query to query"
     node: fx.Node | None = site.node
     while node is not None:
         node = next(iter(node.users)) if len(node.users) == 1 else None
         if node is None or not is_tensor(node) or node.op == "output":
-            return "no residual sum behind it"
+            return "no residual sum follows it"
         if node.target is aten.add.Tensor and all(
             is_tensor(n) and shape_of(n) == shape_of(node) for n in node.args[:2]
         ):
@@ -68,9 +70,9 @@ def _stream_behind(site: AttentionSite) -> fx.Node | str:
     return node
 
 
-def read_by_place(program: Program) -> int:
-    """How many tokens at the front of streams are selected by their number, or stand apart from the others."""
-    lengths, first = {s.tokens for s in streams(program)[0]}, 0
+def read_by_position(program: Program) -> int:
+    """Return the number of tokens at the front of streams that are selected by their position, or stand apart from the others."""
+    lengths, front = {s.tokens for s in streams(program)[0]}, 0
     for node in program.calls(aten.select.int, aten.slice.Tensor):
         source = node.args[0]
         if len(node.args) < 3 or program.constant(source) is not None:
@@ -79,6 +81,6 @@ def read_by_place(program: Program) -> int:
             continue
         start, end = node.args[2], node.args[3] if len(node.args) > 3 else 1 << 62
         split = start + 1 if node.target is aten.select.int else start if start else end
-        if 0 < split <= 8:
-            first = max(first, split)
-    return first
+        if 0 < split <= MAX_FRONT:
+            front = max(front, split)
+    return front

@@ -105,7 +105,7 @@ def test_words_that_look_like_something_else_are_read_back(text: str) -> None:
         ("threshold-activations", {"density": 2}, "a fraction of the elements, or 0 for what the budget allows"),
         ("reduce-tokens", {"kinds": ""}, "some of merge, energy, received, pagerank, joined by plus signs"),
         ("reduce-tokens", {"every": -1}, "a number of tokens, or 0 for no uniform sample"),
-        ("reduce-tokens", {"protected": -2}, "a number of tokens, or -1 for those that are read by their place"),
+        ("reduce-tokens", {"protected": -2}, "a number of tokens, or -1 for those that are read by their position"),
     ],
 )
 def test_a_wrong_value_names_the_option(name: str, options: dict[str, Any], message: str) -> None:

@@ -17,7 +17,8 @@ from thresher.approximation.calibration import Calibration
 from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
 from thresher.ir.nodes import shape_of
-from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit, poolings
+from thresher.passes.attention._pooling import poolings
+from thresher.passes.attention.pool_keys import PoolKeys, _pooled, edit
 from thresher.rewriting.contract import Context
 from thresher.rewriting.manager import PassManager
 from thresher.verification.compare import compare

@@ -19,9 +19,9 @@ from thresher.ir.nodes import shape_of
 from thresher.ir.program import Program
 from thresher.models.vit import ViT
 from thresher.passes import pipelines
-from thresher.passes.tokens._by_place import error_by_place, in_words, kept_by_place
+from thresher.passes.tokens._by_position import describe_positions, error_by_position, kept_by_position
 from thresher.passes.tokens._importance import SIDES
-from thresher.passes.tokens._streams import read_by_place, streams
+from thresher.passes.tokens._streams import read_by_position, streams
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
 from thresher.rewriting.contract import Context
 from thresher.rewriting.manager import PassManager
@@ -55,14 +55,14 @@ def edited(
     """``program`` with so many tokens gone behind each attention."""
     work, blockers = program.clone(), []
     for number, count in counts.items():
-        blockers += (rule or ReduceTokens()).edit(work, streams(work)[0][number].value.name, kind, count)
+        blockers += (rule or ReduceTokens()).reduce(work, streams(work)[0][number].value.name, kind, count)
     return work.clean().verify(), blockers
 
 
 def test_the_streams_of_a_vit() -> None:
     found, refusals = streams(program := folded(vit(), images(1)[0]))
     assert [s.tokens for s in found] == [65, 65, 65] and not refusals
-    assert read_by_place(program) == 1
+    assert read_by_position(program) == 1
 
 
 @pytest.mark.parametrize("kind", sorted(SIDES))
@@ -210,7 +210,7 @@ def test_causal_attention_is_refused() -> None:
             return x + y.transpose(1, 2).reshape(1, 32, 16)
 
     found, refusals = streams(folded(Causal(), torch.randn(1, 32, 16)))
-    assert not found and "a mask by places" in refusals[0].message
+    assert not found and "causal, or its mask differs from query to query" in refusals[0].message
 
 
 def test_within_the_budget() -> None:
@@ -220,7 +220,7 @@ def test_within_the_budget() -> None:
     manager = PassManager([ReduceTokens(kinds="merge+energy+received")])
     result = manager.run(program, Context(calibration=calibration))
     assert manager.records[0].status == "changed" and manager.ledger[0].held_out.bound <= 0.05
-    assert any("tokens" in words and "by their place" in words for words in manager.ledger[0].checks)
+    assert any("tokens" in words and "by their position" in words for words in manager.ledger[0].checks)
     compiled = thresher.compile(to_module(result), (data[0],), passes="none")
     assert not compare(result.run(data[1]), [compiled(data[1])]).exceeds(1e-4)
 
@@ -231,14 +231,14 @@ def test_what_stays_of_every_place() -> None:
     there[0, 30:] = there[1, 20:] = False
     program = folded(Encoder(False).eval(), x, there)
     work, _ = edited(program, {0: 6, 1: 4}, "received", ReduceTokens(drop=True))
-    kept = kept_by_place(work, [[x, there]])
+    kept = kept_by_position(work, [[x, there]])
     assert kept[:20].tolist() == [1.0] * 20 and kept[20:].tolist() == [0.5] * 20
     calibration = Calibration.of(program, [(x, there)] * 8, Budget(rel_l2=0.5))
-    errors = error_by_place(work, calibration, calibration.held_out_samples, 40)
+    errors = error_by_position(work, calibration, calibration.held_out_samples, 40)
     assert errors is not None and errors[:20].max() < 1e-5 and errors.max() > 0.1  # what is dropped is 0
-    assert [w.startswith(("of 40 tokens 75 % are left", "error by place")) for w in in_words(work, calibration)] == [
-        True
-    ] * 2
+    assert [
+        w.startswith(("of 40 tokens 75 % are left", "error by position")) for w in describe_positions(work, calibration)
+    ] == [True] * 2
 
 
 def test_unknown_scores() -> None:
