@@ -1,4 +1,4 @@
-"""The fold on every architecture of the zoo (tests/helpers/architectures.py): how much goes, whether it is equal, what is held and by what.
+"""Fold every architecture of the zoo (tests/helpers/architectures.py): how much is removed, whether it is equal, what is held and by what.
 
     python benchmarks/coverage.py [LIBRARY ...] [--amount 0.3]      # writes benchmarks/results/coverage.json as it goes
     python benchmarks/coverage.py --render                          # docs/coverage.md from it and from the operator table
@@ -22,9 +22,9 @@ import torch
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "coverage.json"
 PAGE = HERE.parent / "docs" / "coverage.md"
-INTRODUCTION = """Random weights, {:.0%} of the output channels of every convolution and linear layer (but the last) zeroed at
-random. *Equal*: the relative error of the whole pipeline in float64 on two inputs (1e-9 is the bound). *Held*: layers some of whose dead
-channels stay, and the operator that holds them: the saving is not worth the elements that an adapter would move."""
+INTRODUCTION = """Weights are random, and {:.0%} of the output channels of each convolution and linear layer (but the last) are zeroed
+at random. *Equal* is the relative error of all exact passes in float64 on two inputs (the bound is 1e-9). *Held* counts the layers some of
+whose dead channels stay, by the operator that holds them: to remove them would move more elements than it saves."""
 COLUMNS = ["| model | parameters, M | less | GFLOP less | equal | fold, s | held |", "|---|---|---|---|---|---|---|"]
 sys.path.insert(0, str(HERE.parent / "tests"))
 
@@ -100,7 +100,8 @@ def render(rows: list[dict[str, Any]]) -> str:
                 continue
             (p0, p1), (f0, f1) = r["parameters"], r["flops"]
             held = ", ".join(
-                f"{n}x {op.removeprefix('aten.')}" for op, n in sorted(r["held"].items(), key=lambda h: -h[1])[:3]
+                f"{n}x {op.removeprefix('aten.').replace('adapter', 'edge_marker')}"
+                for op, n in sorted(r["held"].items(), key=lambda h: -h[1])[:3]
             )
             note = f"**{r['status']}**: {r['reason']}" if r["status"] == "reverted" else held
             lines.append(
@@ -114,7 +115,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "",
         "## Operators",
         "",
-        "What is not in this table is never cut through, and the report names it.",
+        "No channel is removed through an operator that is not in this table; the report names it.",
         "",
         "| rule | operators |",
         "|---|---|",
