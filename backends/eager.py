@@ -1,4 +1,4 @@
-"""The reference backend: torch runs the program node by node."""
+"""The reference backend: torch runs the program node by node. Nothing is generated, so nothing can be saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from thresher.runtime.weight_store import Weights
 
 
 class EagerExecutable(Executable):
-    """A program and constants of its own: those of the captured model are the user's live parameters."""
+    """A program that torch runs node by node, with constants of its own: those of the captured model are the user's live parameters."""
 
     def __init__(self, program: Program):
         self.program, self.memory = program.with_own_tensors(), {"weights": constant_bytes(program)}
@@ -32,6 +32,8 @@ class EagerExecutable(Executable):
 
 
 class EagerBackend(Backend):
+    """Runs the captured program in torch, on any target; what it computes is what other backends are compared with."""
+
     name: ClassVar[str] = "eager"
 
     def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:

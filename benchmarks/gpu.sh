@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU: the tests marked so, then the zoo. A host without network needs .tvmpack here, which shared/scripts/pack_tvm.sh makes,
-# and a python3 with torch, pytest and setuptools.
+# The checks that need a GPU: the tests marked so, then the zoo. A host without network needs a python3 with torch, pytest and setuptools, and
+# .tvmpack here: TVM and the other dependencies as installed packages, in archives (*.tar.xz) that are unpacked into one folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

@@ -12,7 +12,7 @@ __all__ = ["TVMBackend"]
 
 
 def __getattr__(name: str) -> Any:
-    """The compiler when it is asked for: running a module (``runtime``) needs neither it nor torch."""
+    """Import the compiler when it is asked for: running a module (``runtime``) needs neither it nor torch."""
     if name == "TVMBackend":
         from thresher.backends.tvm.backend import TVMBackend
 

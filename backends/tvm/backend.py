@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,19 +18,13 @@ from torch import Tensor
 
 from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build
-from thresher.backends.tvm.cpu import (
-    CpuInfo,
-    cpu_info,
-    cpu_name,
-    llvm_target,
-    missing_features,
-    triple_of,
-)
-from thresher.backends.tvm.importing.importer import Importer, architecture
+from thresher.backends.tvm.cpu import missing_features, triple_of
+from thresher.backends.tvm.importing.import_program import import_program
 from thresher.backends.tvm.importing.provenance import Kernels
 from thresher.backends.tvm.plans.plan_selection import PlanSelector
 from thresher.backends.tvm.plans.tuner import tune
 from thresher.backends.tvm.runtime import TVMModule, load_code
+from thresher.backends.tvm.target import resolve_target
 from thresher.errors import BackendError
 from thresher.ir.program import Program
 from thresher.runtime.format import CODE
@@ -40,12 +33,12 @@ from thresher.tuning.options import Tune
 from thresher.tuning.records import Record, read_lines
 
 PLANS_VERSION = 3  # of the kernel templates: records of another are for other code
-ROOM = 32 << 20  # bytes for compiled code on the way to its library
-SHIPPED = Path(__file__).parent / "plans" / "records.jsonl"
+MIN_FREE_BYTES = 32 << 20  # of the disk that code is linked on
+SHIPPED_RECORDS = Path(__file__).parent / "plans" / "records.jsonl"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCode:
     """Compiled code from an artifact, and its bytes, to save it again."""
 
     library: Any
@@ -62,19 +55,34 @@ class TVMExecutable(Executable):
         device: str,
         cpu: str,
         activations: int | None,
+        kernels: Kernels | None = None,
+        device_arrays: dict[tuple[int, str], Any] | None = None,
     ):
-        """``code``: fresh from the compiler, or :class:`Loaded`."""
-        self.code, self.weights, self.device, self.cpu = code, weights, device, cpu
-        self.placed: dict[tuple[int, str], Any] = {}
+        """Hold code that was compiled or loaded.
+
+        Args:
+            code: TVM's executable, fresh from the compiler, or :class:`LoadedCode`.
+            weights: the packed constants in the order in which the code takes them.
+            device: ``cpu`` or ``cuda``.
+            cpu: the LLVM name of the (host) CPU that the code is for.
+            activations: bytes of the planned buffers for intermediate values; None where they are not known.
+            kernels: the kernels in the order in which they run, each with the nodes that it computes.
+            device_arrays: the weights that are on a device already (:class:`thresher.runtime.weight_store.Weights`).
+        """
+        self.code, self.weights, self.device, self.cpu, self.kernels = code, weights, device, cpu, kernels or []
+        self.device_arrays = {} if device_arrays is None else device_arrays
         self.memory = {"weights": sum(w.nbytes for w in weights)}
         if activations is not None:
             self.memory["activations"] = activations
         self._module: TVMModule | None = None
-        self.kernels: Kernels = []
 
     @property
     def module(self) -> TVMModule:
-        """The runnable module; made at the first call, because code for a GPU can be built where there is none."""
+        """The runnable module; made at the first call, because code for a GPU can be built where there is none.
+
+        Raises:
+            BackendError: this machine has no GPU, or its CPU lacks instructions that the code uses.
+        """
         if self._module is None:
             if self.device == "cuda" and not tvm.cuda(0).exist:
                 raise BackendError(
@@ -85,49 +93,58 @@ class TVMExecutable(Executable):
                     f"this module was compiled for the CPU {self.cpu!r}; this one lacks {', '.join(missing)}: save it and run it where "
                     "they are"
                 )
-            self._module = TVMModule(self._library, self.weights, self.device, self.placed)
+            self._module = TVMModule(self._library, self.weights, self.device, self.device_arrays)
         return self._module
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.module(inputs)
 
     def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
-        """Kernels whose nodes TVM's passes leave unknown have none; on a GPU, where the host does not wait for kernels, none is timed."""
+        """Time every kernel; on a GPU, where the host does not wait for kernels, none.
+
+        A kernel whose nodes TVM's passes leave unknown has none in the result.
+        """
         if self.device != "cpu":
             return []
         waiting = deque(self.kernels)
-        found = []
+        times = []
         for name, milliseconds in self.module.profile(inputs, {name for name, _ in self.kernels}):
-            while waiting and waiting[0][0] != name:  # what became a view is no call any more
+            while waiting and waiting[0][0] != name:  # a kernel that became a view is no call any more
                 waiting.popleft()
-            found.append(KernelTime(name, waiting.popleft()[1] if waiting else (), milliseconds))
-        return found
+            times.append(KernelTime(name, waiting.popleft()[1] if waiting else (), milliseconds))
+        return times
 
     def as_text(self) -> str:
         """Return CUDA C++ for a GPU, LLVM IR for a CPU; empty for code that was loaded: it is machine code."""
         if self.device == "cuda":
             return self.device_code()
-        return "" if isinstance(self.code, Loaded) else str(_llvm_module(self.code.mod).inspect_source("ll"))
+        return "" if isinstance(self.code, LoadedCode) else str(_llvm_module(self.code.mod).inspect_source("ll"))
 
     def device_code(self) -> str:
-        """The generated device source (CUDA C++) of a module compiled for a GPU."""
-        host = (self._library if isinstance(self.code, Loaded) else self.code.mod).imports[0]
+        """Return the generated device source (CUDA C++) of a module compiled for a GPU."""
+        host = (self._library if isinstance(self.code, LoadedCode) else self.code.mod).imports[0]
         return "\n".join(m.inspect_source() for m in host.imports)
 
     def constants(self) -> Weights:
-        held = Weights()
-        held.add(self.weights)
-        return held
+        constants = Weights()
+        constants.add(self.weights)
+        return constants
 
     @property
     def _library(self) -> Any:
-        return self.code.library if isinstance(self.code, Loaded) else self.code
+        return self.code.library if isinstance(self.code, LoadedCode) else self.code
 
     def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
-        if isinstance(self.code, Loaded):
+        """Write the code as a shared library.
+
+        Raises:
+            BackendError: linking for another architecture needs a compiler that is not installed.
+            OSError: the disk is full.
+        """
+        if isinstance(self.code, LoadedCode):
             (directory / CODE).write_bytes(self.code.data)
         else:
-            _check_room(directory)
+            _check_free_space(directory)
             self.code.export_library(str(directory / CODE), fcompile=_linker(self.cpu))
         return {
             "device": self.device,
@@ -164,16 +181,18 @@ def own_weights(weights: Sequence[np.ndarray], program: Program, shared_weights:
     return own
 
 
-def _check_room(directory: Path) -> None:
-    """LLVM ends the process where it cannot write."""
-    if (free := shutil.disk_usage(directory).free) < ROOM:
+def _check_free_space(directory: Path) -> None:
+    """Raise OSError where code may not fit: LLVM ends the process when it cannot write."""
+    if (free := shutil.disk_usage(directory).free) < MIN_FREE_BYTES:
         raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for code ({free >> 20} of {ROOM >> 20} MB)", str(directory)
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)} for code ({free >> 20} of {MIN_FREE_BYTES >> 20} MB)",
+            str(directory),
         )
 
 
 def _linker(cpu: str) -> Any:
-    """What makes a shared library for a CPU (None: this machine's compiler)."""
+    """Return the function that links a shared library for a CPU; None for this machine's compiler."""
     if not (triple := triple_of(cpu)):
         return None
     compiler = f"{triple}-g++"
@@ -185,44 +204,39 @@ def _linker(cpu: str) -> Any:
 
 
 class TVMBackend(Backend):
+    """Lowers through TVM: to machine code for CPUs with kernels of our own, to CUDA for GPUs."""
+
     name: ClassVar[str] = "tvm"
     tunable: ClassVar[bool] = True
 
     def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
-        """``target``: ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
-        where, machine, cpu = resolve_target(target)
+        """Lower for ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
+        resolved = resolve_target(target)
+        selector = PlanSelector(lowering_options.records, lowering_options.library)
         lowering_options.progress("importing into TVM")
-        choices = PlanSelector(lowering_options.records, lowering_options.library)
-        importer = Importer(
-            program,
-            machine,
-            lowering_options.strict_rounding,
-            choices,
-            arch=architecture(where),
-            shared_weights=lowering_options.shared_weights,
-        )
-        module, weights = importer.run()
-        weights = own_weights(weights, program, lowering_options.shared_weights or Weights())
+        imported = import_program(program, resolved, selector, lowering_options)
+        weights = own_weights(imported.weights, program, lowering_options.shared_weights or Weights())
         lowering_options.progress("generating code")
-        built = build(module, where, machine, choices, importer.builder.origin)
-        lowered = TVMExecutable(
-            built.executable, weights, "cpu" if machine is not None else "cuda", cpu, built.activations
+        built = build(imported.module, resolved, selector, imported.origins)
+        executable = TVMExecutable(
+            built.executable, weights, resolved.device, resolved.cpu, built.activations, built.kernels
         )
-        lowered.tuned, lowered.library = (len(choices.taken), len(choices.sites)), choices.called
-        lowered.kernels = built.kernels
-        return lowered
+        executable.tuned = (len(selector.used_records), len(selector.sites))
+        executable.library = selector.torch_nodes
+        return executable
 
     def runs_here(self, target: str) -> bool:
-        _, machine, cpu = resolve_target(target)
-        return super().runs_here(target) and (machine is None or not missing_features(cpu))
+        resolved = resolve_target(target)
+        return super().runs_here(target) and (resolved.device == "cuda" or not missing_features(resolved.cpu))
 
     def fingerprint(self, target: str) -> str:
-        _, machine, cpu = resolve_target(target)
-        size = f"{machine.threads} threads {machine.cache >> 10} KB" if machine is not None else target
-        return f"tvm {version('apache-tvm')} plans {PLANS_VERSION} {cpu} {size}"
+        resolved = resolve_target(target)
+        machine = resolved.machine
+        size = target if machine is None else f"{machine.threads} threads {machine.cache >> 10} KB"
+        return f"tvm {version('apache-tvm')} plans {PLANS_VERSION} {resolved.cpu} {size}"
 
     def shipped(self) -> Sequence[Record]:
-        return read_lines(SHIPPED)
+        return read_lines(SHIPPED_RECORDS)
 
     def tune(
         self,
@@ -232,38 +246,16 @@ class TVMBackend(Backend):
         lowering_options: LoweringOptions,
         save: Callable[[Record], None],
     ) -> int:
-        where, machine, _ = resolve_target(target)
-        return tune(program, where, machine, self.fingerprint(target), options, lowering_options, save)
+        return tune(program, resolve_target(target), self.fingerprint(target), options, lowering_options, save)
 
     def load(self, code: bytes, manifest: dict[str, Any], weights: Weights) -> Executable:
         if manifest["device"] == "cuda" and tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
             raise BackendError(
                 "this artifact was compiled for CUDA, and TVM finds no CUDA driver here; load it where a GPU is"
             )
-        arrays = weights.find(manifest["weights"])
-        loaded = Loaded(load_code(code), code)
-        lowered = TVMExecutable(loaded, arrays, manifest["device"], manifest["cpu"], manifest.get("activations"))
-        lowered.library, lowered.placed = manifest.get("library", []), weights.placed
-        return lowered
-
-
-def resolve_target(target: str) -> tuple[tvm.target.Target, CpuInfo | None, str]:
-    """The TVM target, the CPU's description (None for a GPU) and the LLVM name of the (host) CPU."""
-    kind, _, detail = target.partition(":")
-    if kind == "cpu":
-        cpu = detail or cpu_name()
-        if triple_of(cpu) is None:
-            raise BackendError(
-                f"unknown CPU in target {target!r}: give the name LLVM has for it, for instance cpu:x86-64-v3 or cpu:neoverse-n1"
-            )
-        machine = cpu_info(cpu)
-        return llvm_target(cpu, **{"num-cores": machine.threads}), machine, cpu
-    if kind == "cuda" and re.fullmatch(r"sm_\d+a?", detail):
-        host = {"kind": "llvm", "mcpu": "x86-64-v3"}
-        device = {
-            "kind": "cuda", "arch": detail, "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32,
-        }  # fmt: skip
-        return tvm.target.Target(device, host=host), None, "x86-64-v3"
-    raise BackendError(
-        f"unknown target {target!r}: 'cpu', 'cpu:<llvm cpu name>' or 'cuda:sm_NN' (for instance cuda:sm_90)"
-    )
+        executable = TVMExecutable(
+            LoadedCode(load_code(code), code), weights.find(manifest["weights"]), manifest["device"], manifest["cpu"],
+            manifest.get("activations"), device_arrays=weights.placed,
+        )  # fmt: skip
+        executable.library = manifest.get("library", [])
+        return executable

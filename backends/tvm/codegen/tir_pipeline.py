@@ -3,9 +3,9 @@
 * Buffers of less than a kilobyte that live within a kernel are on the stack (TVM would ask its runtime for those in the scope ``local``;
   ours are ``global``), so that LLVM can keep them in registers.
 * Indices stay 64 bits wide: from 32 LLVM makes no pointers, and computes each address in the innermost loop.
-* A loop is cut where a schedule says so (:func:`cut`). Where a row of results ends within a tile, the last step of the loop over the
-  tiles of a row becomes code of its own: in the steps before it no store has a condition, and in the last every condition is known when
-  it is compiled, so that what nobody stores is not computed either.
+* A loop is cut where a schedule says so (:func:`thresher.backends.tvm.kernels.loop_marks.cut`). Where a row of results ends within a
+  tile, the last step of the loop over the tiles of a row becomes code of its own: in the steps before it no store has a condition, and
+  in the last every condition is known when it is compiled, so that what nobody stores is not computed either.
 """
 
 from __future__ import annotations
@@ -19,27 +19,17 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from thresher.backends.tvm.cpu import CpuInfo
+from thresher.backends.tvm.kernels.loop_marks import CUTS, IDLE, SUMS
 
-CUTS, IDLE, SUMS = (f"thresher.{word}" for word in ("cuts", "idle", "sums"))  # the annotations of loops
 CPU = "thresher_cpu"  # the name of the pipeline
-
-
-def cut(sch: s_tir.Schedule, loop: Any, *steps: int) -> None:
-    """Make code of its own from each of these steps of a loop on."""
-    sch.annotate(loop, CUTS, list(steps))
-
-
-def idle(sch: s_tir.Schedule, loop: Any, step: int, sums: Any) -> None:
-    """From ``step`` of a loop on, leave the loop ``sums`` within it out: nobody reads what it would add up."""
-    sch.annotate(loop, IDLE, step)
-    sch.annotate(sums, SUMS, 1)
 
 
 @tvm.transform.module_pass(opt_level=0, name="CutLoops")
 class CutLoops:
-    """Cut every marked loop."""
+    """A pass that cuts every loop that a schedule has marked."""
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
+        """Return the module with the marked loops in parts."""
         return _mapped(mod, _cut)
 
 
@@ -62,9 +52,10 @@ def _left_out(loop: tirx.For) -> tirx.Stmt:
 
 @tvm.transform.module_pass(opt_level=0, name="ShortenVectors")
 class ShortenVectors:
-    """A vectorised loop of which only the first steps do anything becomes that much shorter, instead of a loop over single elements."""
+    """A pass that shortens a vectorised loop to its first steps, if only these do anything, instead of making it scalar."""
 
     def transform_module(self, mod: tvm.IRModule, context: Any) -> tvm.IRModule:
+        """Return the module with such loops shortened."""
         return _mapped(mod, _shortened)
 
 
@@ -89,15 +80,15 @@ def _shortened(loop: tirx.For) -> tirx.Stmt:
 
 
 def _lanes(lane: tirx.Var, start: int, count: int, body: tirx.Stmt) -> tirx.Stmt:
-    """``body`` for ``count`` neighbouring lanes from ``start`` on, in one register."""
-    own = tirx.Var(lane.name, "int64")
+    """Return ``body`` for ``count`` neighbouring lanes from ``start`` on, in one register."""
+    step = tirx.Var(lane.name, "int64")
     zero, size = (tirx.const(v, "int64") for v in (0, count))
     kind = tirx.ForKind.VECTORIZED if count > 1 else tirx.ForKind.SERIAL
 
     def moved(variable: tirx.Var) -> Any:
-        return own + start if variable.same_as(lane) else variable
+        return step + start if variable.same_as(lane) else variable
 
-    return tirx.For(own, zero, size, kind, tvm_ffi.structural_map(body, (tirx.Var, moved)))
+    return tirx.For(step, zero, size, kind, tvm_ffi.structural_map(body, (tirx.Var, moved)))
 
 
 def _is_choice(value: Any) -> bool:
@@ -105,7 +96,7 @@ def _is_choice(value: Any) -> bool:
 
 
 def _first_lanes(condition: Any, lane: tirx.Var) -> tuple[int, list[Any]]:
-    """The bound in a condition that says ``lane < bound`` (0: it does not), and the terms that it says besides."""
+    """Return the bound in a condition of the form ``lane < bound`` and others (0: it has none), and its other terms."""
     terms, bound, rest = [condition], 0, []
     while terms:
         term = terms.pop()
@@ -119,7 +110,7 @@ def _first_lanes(condition: Any, lane: tirx.Var) -> tuple[int, list[Any]]:
 
 
 def _mapped(mod: tvm.IRModule, change: Callable[[tirx.For], tirx.Stmt]) -> tvm.IRModule:
-    """Every kernel with its loops changed, inner ones first."""
+    """Return the module with the loops of every kernel changed, inner ones first."""
     for name, function in list(mod.functions_items()):
         if isinstance(function, tirx.PrimFunc):
             mod.update_func(name, function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, change))))
@@ -127,7 +118,7 @@ def _mapped(mod: tvm.IRModule, change: Callable[[tirx.For], tirx.Stmt]) -> tvm.I
 
 
 def phases() -> tvm.transform.Sequential:
-    """From blocks and loops to functions that LLVM can translate."""
+    """Return the passes from blocks and loops to functions that LLVM can translate."""
     return tvm.transform.Sequential(
         [
             s_tir.transform.CanonicalizeLoop(),
@@ -166,7 +157,7 @@ def phases() -> tvm.transform.Sequential:
 
 
 def pipeline_of(machine: CpuInfo | None) -> str:
-    """The name of the phases for the CPU, or of TVM's (None: a GPU)."""
+    """Return the name of the phases for the CPU, or of TVM's own ones for a GPU (None)."""
     return CPU if machine is not None else "default"
 
 

@@ -1,15 +1,15 @@
 """Program -> Relax module.
 
-TVM's own ``ExportedProgramImporter`` converts the operators it gets right; ours (``converters.py``) replace those it gets silently wrong,
-add those it lacks and, on the CPU, put our kernels in. Constants become a parameter of the function (``weights``), so that they live
-in one safetensors file beside the compiled code, already packed for their kernels.
+TVM's own ``ExportedProgramImporter`` converts the operators it gets right; the converters of the table that is handed in replace those it
+gets silently wrong, add those it lacks and, on the CPU, put our kernels in. Constants become a parameter of the function (``weights``), so
+that they are stored in one safetensors file beside the compiled code, already packed for their kernels.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,113 +19,142 @@ from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from thresher.backends.base import DEFAULT, LoweringOptions
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.importing.provenance import NamingBuilder
+from thresher.backends.tvm.kernels.blocks import OPAQUE
 from thresher.backends.tvm.plans import torch_kernels
 from thresher.backends.tvm.plans.plan_selection import PlanSelector, workload_of
+from thresher.backends.tvm.target import TVMTarget
 from thresher.errors import BackendError
 from thresher.ir.nodes import is_tensor, module_path, source_line
 from thresher.ir.program import Program
 from thresher.runtime.tensor_spec import dtype_name
-from thresher.runtime.weight_store import Weights
 
-BUILDING = threading.Lock()  # TVM's builders share one stack in a process
-WEIGHT = "vm.builtin.tuple_getitem"
-OPAQUE = 8  # TVM's OpPatternKind
-SMALL = 1  # constants of at most this many elements stay in the code
+BUILDER_LOCK = threading.Lock()  # TVM's builders share one stack in a process
+GET_WEIGHT = "vm.builtin.tuple_getitem"
+MAX_EMBEDDED_ELEMENTS = 1  # constants of at most this many elements stay in the code
+
+#: ``f(importer, node)`` returns the Relax expression of a call.
+Converter = Callable[["Importer", fx.Node], Any]
+#: ``f(node, importer)`` returns the converter of a call, None where TVM's own is right.
+ConverterTable = Callable[[fx.Node, "Importer"], Converter | None]
 
 
-def architecture(target: tvm.target.Target) -> int:
-    """80 for sm_80; 0 for a CPU."""
-    return int(re.sub(r"\D", "", str(target.attrs.get("arch", "0"))))
+@dataclass(frozen=True)
+class Imported:
+    """A Relax module and its constants.
+
+    ``module``: its ``main`` takes the tensor inputs in their order and then the weights, as one tuple or one by one. ``weights``: the
+    packed constants in the order in which the code reads them. ``origins``: Relax variable -> the node of the program that it was
+    emitted for.
+    """
+
+    module: tvm.IRModule
+    weights: list[np.ndarray]
+    origins: dict[str, str]
 
 
 class Importer:
-    """Converts one program. ``machine`` is the CPU whose kernels are used, or None for targets that TVM schedules; ``strict_rounding``
-    as in :meth:`Backend.lower`; ``choices`` are the plans of the kernels that were measured; ``apart``: every weight is an argument of its
-    own, because a remote device takes no arrays of tensors; ``arch``: the number of a GPU's architecture (80 for sm_80), 0 for others;
-    ``shared_weights``: as in :class:`LoweringOptions`."""
+    """The conversion of one program, and what converters ask and tell while it runs."""
 
     def __init__(
         self,
         program: Program,
-        machine: CpuInfo | None,
-        strict_rounding: bool = False,
-        choices: PlanSelector | None = None,
-        apart: bool = False,
-        arch: int = 0,
-        shared_weights: Weights | None = None,
+        table: ConverterTable,
+        target: TVMTarget,
+        selector: PlanSelector,
+        options: LoweringOptions = DEFAULT,
+        separate_weights: bool = False,
     ):
-        self.program, self.machine, self.strict_rounding = program, machine, strict_rounding
-        self.choices = PlanSelector() if choices is None else choices
+        """Prepare the conversion of ``program``.
+
+        Args:
+            program: already rounded to the dtypes it runs in.
+            table: the converters that replace TVM's.
+            target: the machine to generate code for; a CPU gets the kernels of ``kernels/cpu``.
+            selector: chooses the plan of every kernel that has several.
+            options: of these the importer heeds ``strict_rounding`` and ``shared_weights``.
+            separate_weights: make every weight an argument of its own, because a remote device takes no tuple of tensors.
+        """
+        self.program, self.table, self.target, self.selector = program, table, target, selector
+        self.strict_rounding, self.shared_weights = options.strict_rounding, options.shared_weights
+        self.separate_weights = separate_weights
         self.stock = ExportedProgramImporter()
         self.builder = NamingBuilder()
         self.stock.block_builder = self.builder
-        self.env: dict[fx.Node, Any] = self.stock.env
+        self.env: dict[fx.Node, Any] = self.stock.env  # node -> its Relax expression
         self.weights: list[np.ndarray] = []
-        self.parameters: list[relax.Var] = [] if apart else [relax.Var("weights", relax.ObjectType())]
-        self.apart, self.arch, self.shared_weights = apart, arch, shared_weights
+        self.parameters: list[relax.Var] = [] if separate_weights else [relax.Var("weights", relax.ObjectType())]
         self.symbols: dict[str, tirx.Var] = {}
-        self._shared: dict[Any, relax.Var] = {}
-        self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding behind them adds
+        self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding after them adds
+        self._weight_of: dict[Any, relax.Var] = {}
+
+    @property
+    def machine(self) -> CpuInfo | None:
+        """The CPU whose kernels are used, None for a GPU."""
+        return self.target.machine
 
     @property
     def cpu(self) -> CpuInfo:
-        """The CPU that kernels of ours are made for."""
-        assert self.machine is not None, "CPU kernels are chosen for CPU targets only"
-        return self.machine
+        """The CPU whose kernels are used; only for converters that run for CPU targets alone."""
+        return self.target.cpu_info
 
-    def run(self) -> tuple[tvm.IRModule, list[np.ndarray]]:
-        """The module, whose ``main`` takes the tensor inputs and then the weights as one array, and the weights."""
-        from thresher.backends.tvm.importing.converters import converter_of
+    def run(self) -> Imported:
+        """Convert every call of the program in its order.
 
-        with BUILDING:
+        Raises:
+            BackendError: a node cannot be lowered; the message names it, its operator, its module and its line of source.
+        """
+        with BUILDER_LOCK:
             inputs = [self._input(n) for n in self.program.placeholders if is_tensor(n)]
             self.builder.begin_scope(inputs)
             with self.builder.function("main"):
                 with self.builder.dataflow():
                     for node in self.program.calls():
-                        self._convert(node, converter_of(node, self))
+                        self._convert(node)
                     results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
                     output = self.builder.emit_output(relax.Tuple(results))
                 self.builder.emit_func_output(output, params=[*inputs, *self.parameters])
             self.builder.end_scope()
-            return self.builder.get(), self.weights
+            return Imported(self.builder.get(), self.weights, self.builder.origins)
 
-    def _convert(self, node: fx.Node, convert: Callable[[Importer, fx.Node], Any] | None) -> None:
-        if node in self.env:  # the operator before it gave this value, too
+    def _convert(self, node: fx.Node) -> None:
+        if node in self.env:  # the converter of an earlier node computed this one, too
             return
         self.builder.node = node.name
         try:
-            if self._by_library(node):
-                self.env[node] = torch_kernels.emit(self, node)
-                return
-            if convert is not None:
-                self.env[node] = convert(self, node)
-                return
-            for source in node.all_input_nodes:  # stock converters look into env themselves
-                if source.op == "get_attr":
-                    self.value(source)
-            stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
-            if stock is None:
-                raise BackendError(f"no TVM lowering for {node.target}")
-            self.env[node] = stock(node)
+            self.env[node] = self._expression_of(node)
         except Exception as error:
-            where = source_line(node)
-            place = f" at {where}" if where else ""
+            line = source_line(node)
+            where = f" at {line}" if line else ""
             raise BackendError(
-                f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){place}: {type(error).__name__}: {error}"
+                f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){where}: {type(error).__name__}: {error}"
             ) from error
 
-    def _by_library(self, node: fx.Node) -> bool:
-        if not self.choices.library or not torch_kernels.possible(node):
+    def _expression_of(self, node: fx.Node) -> Any:
+        """Convert a call: by torch's own kernel where that is on record as fastest, by a converter of the table, else by TVM's."""
+        if self._uses_torch(node):
+            return torch_kernels.emit(self, node)
+        if (convert := self.table(node, self)) is not None:
+            return convert(self, node)
+        for source in node.all_input_nodes:  # TVM's converters look into env themselves
+            if source.op == "get_attr":
+                self.value(source)
+        stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
+        if stock is None:
+            raise BackendError(f"no TVM lowering for {node.target}")
+        return stock(node)
+
+    def _uses_torch(self, node: fx.Node) -> bool:
+        if not self.selector.library or not torch_kernels.possible(node):
             return False
-        return self.choices.by_library(workload_of(node, self.strict_rounding), node)
+        return self.selector.uses_torch(workload_of(node, self.strict_rounding), node)
 
     # ------------------------------------------------------------------ values
 
     def value(self, node: Any) -> Any:
-        """The Relax expression of an argument: of a node, or of a literal as it is."""
+        """Return the Relax expression of an argument: of a node, or a literal as it is."""
         if not isinstance(node, fx.Node):
             return node
         if node not in self.env:
@@ -135,7 +164,7 @@ class Importer:
         return self.env[node]
 
     def array(self, node: fx.Node) -> np.ndarray:
-        """The constant behind a ``get_attr`` node."""
+        """Return the constant of a ``get_attr`` node, in its own dtype."""
         tensor = self.program.constants[node.target].detach().cpu()
         if tensor.dtype is torch.bfloat16:
             import ml_dtypes
@@ -143,43 +172,52 @@ class Importer:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.contiguous().numpy()
 
-    def choose(self, node: fx.Node, plans: Callable[[int], Sequence[Any]]) -> Any:
-        """The plan of the kernel of ``node``: the one recorded as fastest, else the first of ``plans(limit)``."""
-        return self.choices.choose(workload_of(node, self.strict_rounding), node, plans)
-
     def is_constant(self, node: Any) -> bool:
+        """Return whether an argument is a constant of the program, whose :meth:`array` may be packed when the code is generated."""
         return isinstance(node, fx.Node) and node.op == "get_attr"
 
+    def choose(self, node: fx.Node, plans: Callable[[int], Sequence[Any]]) -> Any:
+        """Return the plan of the kernel of ``node``: the one on record as fastest, else the first of ``plans(limit)``."""
+        return self.selector.choose(workload_of(node, self.strict_rounding), node, plans)
+
     def weight(self, array: np.ndarray, key: Any) -> Any:
-        """A constant array as an expression: an element of the parameter ``weights``, the same one for the same ``key``."""
-        if array.size <= SMALL:
+        """Return a constant array as an expression: an element of the parameter ``weights``, the same one for the same ``key``."""
+        if array.size <= MAX_EMBEDDED_ELEMENTS:
             return relax.const(array)
-        if key not in self._shared:
-            kind = relax.TensorType(array.shape, str(array.dtype))
-            if self.apart:
-                self._shared[key] = relax.Var(f"w{len(self.weights)}", kind)
-                self.parameters.append(self._shared[key])
+        if key not in self._weight_of:
+            kind, index = relax.TensorType(array.shape, str(array.dtype)), len(self.weights)
+            if self.separate_weights:
+                self._weight_of[key] = relax.Var(f"w{index}", kind)
+                self.parameters.append(self._weight_of[key])
             else:  # one argument for all weights: each argument of its own costs a check at every call
-                place = relax.prim_value(len(self.weights))
-                self._shared[key] = self.emit(relax.call_pure_packed(WEIGHT, *self.parameters, place, ty_args=[kind]))
+                call = relax.call_pure_packed(GET_WEIGHT, *self.parameters, relax.prim_value(index), ty_args=[kind])
+                self._weight_of[key] = self.emit(call)
             self.weights.append(array)
-        return self._shared[key]
+        return self._weight_of[key]
 
     def emit(self, expression: Any) -> Any:
+        """Bind an expression to a new variable, which is returned; it counts as computed for the node that is being converted."""
         return self.builder.emit(expression)
 
     def emit_te(
-        self, name: str, compute: Callable[..., te.Tensor], *args: Any, scheduled: bool = False, alone: bool = False
+        self, name: str, compute: Callable[..., te.Tensor], *args: Any, scheduled: bool = False, opaque: bool = False
     ) -> Any:
-        """A kernel from its computation; ``None`` arguments are passed through. ``scheduled``: it is to stay as it is; ``alone``: it is to
-        become part of no other."""
+        """Emit the kernel ``name`` from its computation and return its result.
+
+        Args:
+            name: a hint; TVM numbers kernels of one name.
+            compute: a function of TE tensors that returns the result's; an argument that is None is passed through as None.
+            args: Relax expressions.
+            scheduled: the kernel stays as it is.
+            opaque: the kernel is fused with no other.
+        """
         present = [a for a in args if a is not None]
 
         def call(*tensors: te.Tensor) -> te.Tensor:
-            left = iter(tensors)
-            return compute(*[None if a is None else next(left) for a in args])
+            remaining = iter(tensors)
+            return compute(*[None if a is None else next(remaining) for a in args])
 
-        attrs = {"tirx.is_scheduled": True} if scheduled else {"op_pattern": OPAQUE} if alone else None
+        attrs = {"tirx.is_scheduled": True} if scheduled else {"op_pattern": OPAQUE} if opaque else None
         return self.builder.emit_te(call, *present, primfunc_name_hint=name, primfunc_attrs=attrs)
 
     # ------------------------------------------------------------------ inputs

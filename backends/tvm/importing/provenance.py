@@ -1,14 +1,14 @@
-"""Which nodes of the program each kernel computes, so that its time can be told in the words of the model.
+"""The nodes of the program that each kernel computes, so that a profile can name modules instead of kernels.
 
 TVM fuses operators into kernels and names them after operators; equal kernels are one function. So the calls of the module before fusion
-and after it are laid over each other: a fused function holds the calls that went into it, and a call is known by its callee and its
+are matched with those after it: a fused function contains the calls that went into it, and a call is identified by its callee and its
 arguments.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -18,21 +18,28 @@ Kernels = list[tuple[str, tuple[str, ...]]]  # (name, nodes) of every call of a 
 
 
 class NamingBuilder(relax.BlockBuilder):
-    """A builder that remembers which node every variable was emitted for."""
+    """A builder that records the node for which every variable was emitted, in ``origins``; ``node`` names the current one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.node = ""  # that is being converted
-        self.origin: dict[str, str] = {}  # variable -> node
+        self.node = ""
+        self.origins: dict[str, str] = {}
 
     def emit(self, expr: Any, name_hint: str = "") -> relax.Var:
+        """Bind an expression to a new variable and record it for the current node."""
         var = super().emit(expr, name_hint)
-        self.origin[var.name] = self.node
+        self.origins[var.name] = self.node
         return var
 
+    def _exit_function_scope(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        """Leave the function. After an error its last block is still open, of which TVM would warn on standard error."""
+        super()._exit_function_scope(exc_type, exc_val, exc_tb)
+        if exc_type is not None:
+            self._end_block()
 
-def kernels(before: tvm.IRModule, fused: tvm.IRModule, origin: dict[str, str]) -> Kernels:
-    """The calls of ``main`` in ``fused`` with the nodes they compute; ``before`` is the same module before ``FuseOps``."""
+
+def kernels(before: tvm.IRModule, fused: tvm.IRModule, origins: Mapping[str, str]) -> Kernels:
+    """Return the calls of ``main`` in ``fused`` with the nodes they compute; ``before`` is the same module before ``FuseOps``."""
     main = before["main"]
     known: dict[Any, int] = {p: -1 - i for i, p in enumerate(main.params)}
     calls: dict[Any, list[int]] = defaultdict(list)
@@ -40,15 +47,15 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origin: dict[str, str]) -
     for var, value in _bindings(main):
         calls[_key(value, known)].append(len(names))
         known[var] = len(names)
-        names.append(origin.get(var.name, ""))
+        names.append(origins.get(var.name, ""))
 
     def number(value: Any, numbers: dict[Any, int]) -> int:
-        """The binding of ``before`` that ``value`` is; each is found once."""
+        """Return the index of the binding of ``before`` that ``value`` is; each is returned once."""
         waiting = calls.get(_key(value, numbers))
         return waiting.pop(0) if waiting else len(names)
 
-    names.append("")  # the name of what is not found
-    found: Kernels = []
+    names.append("")  # of a call that has no counterpart
+    result: Kernels = []
     main = fused["main"]
     numbers: dict[Any, int] = {p: -1 - i for i, p in enumerate(main.params)}
     for var, value in _bindings(main):
@@ -57,20 +64,20 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origin: dict[str, str]) -
         if callee is None or not isinstance(inner, relax.Function):
             numbers[var] = number(value, numbers)
             if _is_kernel(value):
-                found.append((value.args[0].name_hint, _named([names[numbers[var]]])))
+                result.append((value.args[0].name_hint, _named([names[numbers[var]]])))
             continue
         inside = {p: _key(a, numbers) for p, a in zip(inner.params, value.args)}
-        parts = []
+        nodes = []
         for inner_var, inner_value in _bindings(inner):
             inside[inner_var] = number(inner_value, inside)
-            parts.append(names[inside[inner_var]])
+            nodes.append(names[inside[inner_var]])
         numbers[var] = inside[inner.body.body] if inner.body.body in inside else len(names) - 1
-        found.append((callee.name_hint, _named(parts)))
-    return found
+        result.append((callee.name_hint, _named(nodes)))
+    return result
 
 
 def _named(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Each node once; calls that no node is known for have none."""
+    """Return each node once; a call without a known node has the empty name, which is left out."""
     return tuple(dict.fromkeys(filter(None, nodes)))
 
 
@@ -85,7 +92,7 @@ def _is_kernel(value: Any) -> bool:
 
 
 def _key(value: Any, numbers: dict[Any, int]) -> Any:
-    """What tells calls apart: the callee and the arguments, variables by their numbers."""
+    """Return the identity of a call: the callee and the arguments, variables by their numbers."""
     if isinstance(value, relax.Var):
         return numbers.get(value)
     if isinstance(value, relax.Call):

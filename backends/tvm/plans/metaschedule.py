@@ -30,13 +30,13 @@ BATCH = 16  # schedules that are built and measured together
 
 
 def workload_of(function: tirx.PrimFunc) -> str:
-    """The kernel by the names of its blocks and a hash of all that it computes."""
+    """Describe the kernel by the names of its blocks and a hash of all that it computes."""
     plain = tirx.PrimFunc(function.params, function.body, function.ret_type)
     return f"{KERNEL}{' '.join(sorted(block_names(function)))} {tvm_ffi.structural_hash(plain, map_free_vars=True) & (2**64 - 1):016x}"
 
 
 def scheduled(function: tirx.PrimFunc, plan: str) -> s_tir.Schedule:
-    """The kernel with a recorded schedule."""
+    """Return the kernel with a recorded schedule."""
     schedule = s_tir.Schedule(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}))
     s_tir.schedule.Trace.apply_json_to_schedule(json.loads(plan.removeprefix(TRACE)), schedule)
     return schedule
@@ -49,7 +49,7 @@ def search(
     built: Callable[[tvm.IRModule], Any],
     seconds: Callable[[Any], float],
 ) -> str | None:
-    """The fastest of ``trials`` schedules as a plan, None where none could be built; ``seconds`` that a ``built`` one takes."""
+    """Return the fastest of ``trials`` schedules as a plan, None where none could be built; ``seconds`` measures what ``built`` returns."""
     import_intrinsics()
     from tvm.s_tir import meta_schedule as ms
 
@@ -83,7 +83,7 @@ def search(
 
 
 def _plain(value: Any) -> Any:
-    """TVM's containers and numbers as Python's."""
+    """Return TVM's containers and numbers as Python's."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     if hasattr(value, "value"):
@@ -92,16 +92,16 @@ def _plain(value: Any) -> Any:
 
 
 def _measuring(ms: Any, built: Callable[[tvm.IRModule], Any], seconds: Callable[[Any], float]) -> tuple[Any, Any]:
-    """A builder and a runner that share built kernels by number: MetaSchedule hands on file names only."""
+    """Return a builder and a runner that share built kernels by number: MetaSchedule passes on file names only."""
     kernels: dict[str, Any] = {}
     numbers = itertools.count()
 
     @derived_object
     class Builder(ms.builder.PyBuilder):
         def build(self, build_inputs: Sequence[Any]) -> list[Any]:
-            def one(given: Any) -> Any:
+            def one(entry: Any) -> Any:
                 try:
-                    kernel = built(given.mod)
+                    kernel = built(entry.mod)
                 except Exception as error:
                     return ms.builder.BuilderResult(None, str(error)[-200:])
                 name = str(next(numbers))
@@ -126,12 +126,12 @@ def _measuring(ms: Any, built: Callable[[tvm.IRModule], Any], seconds: Callable[
     @derived_object
     class Runner(ms.runner.PyRunner):
         def run(self, runner_inputs: Sequence[Any]) -> list[Any]:
-            found = []
-            for given in runner_inputs:
+            results = []
+            for entry in runner_inputs:
                 try:
-                    found.append(Done(seconds(kernels.pop(str(given.artifact_path))), None))
+                    results.append(Done(seconds(kernels.pop(str(entry.artifact_path))), None))
                 except Exception as error:
-                    found.append(Done(None, str(error)[-200:]))
-            return found
+                    results.append(Done(None, str(error)[-200:]))
+            return results
 
     return Builder(), Runner()

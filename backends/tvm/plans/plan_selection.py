@@ -1,8 +1,9 @@
-"""Which plan a kernel gets: the one measured as fastest for its workload, else the first that its family proposes.
+"""The choice of a plan for every kernel: the one measured as fastest for its workload, else the first that its family proposes.
 
-A *workload* is what a kernel computes, in words: operator, shapes, literals. A *plan* is a frozen dataclass of the kernel family (tile,
-task, algorithm); it is recorded as its ``repr`` and taken back only if the family proposes a plan with that very text, so a record can
-choose among plans but never bring one in; but for the schedules that MetaSchedule found (``metaschedule.py``), which are programs.
+A *workload* describes what a kernel computes as text: operator, shapes, literals. A *plan* is a frozen dataclass of the kernel family
+(tile, task, algorithm). It is recorded as its ``repr`` and used again only if the family proposes a plan with that very text, so a
+record can choose among plans but never introduce one. The schedules that MetaSchedule found (``metaschedule.py``) are the exception:
+they are programs.
 """
 
 from __future__ import annotations
@@ -20,57 +21,67 @@ from thresher.backends.tvm.plans.metaschedule import KERNEL, TRACE
 from thresher.runtime.tensor_spec import dtype_name
 from thresher.tuning.options import TorchKernel
 
-MOST = 32  # plans that a family proposes at most
+MAX_PLANS = 32  # that a family proposes
 
+#: ``plans(limit)`` returns at most ``limit`` plans of a kernel, at least one, the one estimated to be the fastest first.
 Plans = Callable[[int], Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Own:
-    """The plan of a site that has one kernel of ours, and nothing to choose about it but the library."""
+    """The plan of a site that has one kernel of ours: there is nothing to choose but torch's kernel or a searched schedule."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What has a workload (a node, on a GPU the kernel that its operators became), and the plans its kernel may have."""
+    """A kernel with a workload, and the plans that it may have; ``subject`` is its node or, where schedules follow fusion, its function."""
 
     subject: Any
     plans: Plans
 
 
 class PlanSelector:
-    """Chooses for one program; ``records``: workload -> the text of its plan; ``library``: whether a plan may be to call torch;
-    ``search``: whether kernels without plans of ours count as sites, too. ``sites``, ``taken`` and ``called`` tell afterwards what was
-    asked for, which records were used, and which nodes torch computes."""
+    """The choice of plans for one program, and an account of it.
+
+    Attributes:
+        sites: every workload that was asked for.
+        used_records: the workloads whose plan came from a record.
+        torch_nodes: the names of the nodes that torch computes.
+    """
 
     def __init__(self, records: Mapping[str, str] | None = None, library: bool = False, search: bool = False):
-        self.records, self.library, self.search = records or {}, library, search
-        self.searched = search or any(workload.startswith(KERNEL) for workload in self.records)
-        self.sites: dict[str, Site] = {}
-        self.taken: set[str] = set()
-        self.called: list[str] = []
+        """Choose by ``records`` (workload -> text of its plan).
 
-    def by_library(self, workload: str, node: fx.Node) -> bool:
-        """Whether torch computes ``node``, which it can: where that is on record as fastest."""
+        ``library`` lets a plan be to call torch's own kernel; ``search`` counts kernels without plans of ours as sites, too.
+        """
+        self.records, self.library, self.search = records or {}, library, search
+        self.sites: dict[str, Site] = {}
+        self.used_records: set[str] = set()
+        self.torch_nodes: list[str] = []
+        self._asks_for_schedules = search or any(workload.startswith(KERNEL) for workload in self.records)
+
+    def uses_torch(self, workload: str, node: fx.Node) -> bool:
+        """Return whether torch computes ``node``, one that it can compute: it does where that is on record as fastest."""
         self.sites.setdefault(workload, Site(node, lambda limit: [Own()]))
         if self.records.get(workload) != repr(TorchKernel()):
             return False
-        self.taken.add(workload)
-        self.called.append(node.name)
+        self.used_records.add(workload)
+        self.torch_nodes.append(node.name)
         return True
 
     def choose(self, workload: str, subject: Any, plans: Plans) -> Any:
+        """Return the plan on record for a workload if its family proposes it, else the first plan that the family proposes."""
         self.sites[workload] = Site(subject, plans)
         if text := self.records.get(workload):
-            for plan in plans(MOST):
+            for plan in plans(MAX_PLANS):
                 if repr(plan) == text:
-                    self.taken.add(workload)
+                    self.used_records.add(workload)
                     return plan
         return plans(1)[0]
 
     def schedule(self, function: tirx.PrimFunc) -> s_tir.Schedule | None:
-        """The schedule on record for a kernel that has no plans of ours."""
-        if not self.searched:
+        """Return the schedule on record for a kernel that has no plans of ours, None where there is none."""
+        if not self._asks_for_schedules:
             return None
         workload = metaschedule.workload_of(function)
         if self.search or workload in self.records:
@@ -78,23 +89,23 @@ class PlanSelector:
         plan = self.records.get(workload, "")
         if not plan.startswith(TRACE):
             return None
-        self.taken.add(workload)
+        self.used_records.add(workload)
         return metaschedule.scheduled(function, plan)
 
 
 def workload_of(node: fx.Node, strict_rounding: bool) -> str:
-    """The operator and its arguments, tensors by shape and dtype."""
+    """Describe the operator of a node and its arguments: tensors by shape and dtype, constants with a star."""
 
-    def word(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, fx.Node):
-            seen = value.meta.get("val")
-            if not isinstance(seen, torch.Tensor):
+            tensor = value.meta.get("val")
+            if not isinstance(tensor, torch.Tensor):
                 return "?"
             constant = "*" if value.op == "get_attr" else ""
-            return f"{'x'.join(map(str, seen.shape))}:{dtype_name(seen.dtype)}{constant}"
+            return f"{'x'.join(map(str, tensor.shape))}:{dtype_name(tensor.dtype)}{constant}"
         if isinstance(value, (list, tuple)):
-            return f"({','.join(map(word, value))})"
+            return f"({','.join(map(text, value))})"
         return str(value)
 
-    words = [word(a) for a in node.args] + [f"{k}={word(v)}" for k, v in sorted(node.kwargs.items())]
-    return " ".join([str(node.target), *words, *(["strict"] if strict_rounding else [])])
+    arguments = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in sorted(node.kwargs.items())]
+    return " ".join([str(node.target), *arguments, *(["strict"] if strict_rounding else [])])

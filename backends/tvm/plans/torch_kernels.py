@@ -26,7 +26,7 @@ CALL = "thresher.library"
 
 
 def possible(node: fx.Node) -> bool:
-    """Whether torch may compute ``node``: arithmetic on float32 of known shapes."""
+    """Return whether torch may compute ``node``: arithmetic on float32 of known shapes."""
     tensors = [node, *node.all_input_nodes]
     return (
         node.target in COUNTERS
@@ -36,7 +36,7 @@ def possible(node: fx.Node) -> bool:
 
 
 def emit(importer: Any, node: fx.Node) -> Any:
-    """The call: the operator and its literals as text, then its tensors."""
+    """Emit the call: the operator and its literals as text, then its tensors."""
     sources = node.all_input_nodes
 
     def word(value: Any) -> Any:
@@ -53,7 +53,7 @@ def emit(importer: Any, node: fx.Node) -> Any:
 
 @tvm_ffi.register_global_func(CALL, override=True)
 def call(text: str, *tensors: Any) -> Any:
-    """What compiled code calls."""
+    """Compute an operator by torch; compiled code calls this by its registered name."""
     result = _parsed(text)([torch.from_dlpack(t) for t in tensors])
     return tvm_ffi.from_dlpack(result.contiguous())
 

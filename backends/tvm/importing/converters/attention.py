@@ -51,7 +51,7 @@ class Call:
 
     @staticmethod
     def of(node: fx.Node) -> Call | None:
-        """None where the dimensions are dynamic, or not three or four, or broadcast."""
+        """Return the arguments of a node; None where dimensions are dynamic, or not three or four, or broadcast."""
         q, k, v = node.args[:3]
         rank = len(shape_of(q))
         if rank not in (3, 4) or any(not isinstance(d, int) for n in (q, k, v) for d in shape_of(n)):
@@ -72,14 +72,14 @@ class Call:
         return Call(q, k, v, argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False)), scale, inputs)
 
     def values(self, importer: Importer) -> list[Any]:
-        """q, k and v with four dimensions."""
-        given = [importer.value(n) for n in (self.q, self.k, self.v)]
+        """Return q, k and v with four dimensions."""
+        tensors = [importer.value(n) for n in (self.q, self.k, self.v)]
         if len(shape_of(self.q)) == 4:
-            return given
-        return [importer.emit(R.reshape(t, s)) for t, s in zip(given, self.shapes)]
+            return tensors
+        return [importer.emit(R.reshape(t, s)) for t, s in zip(tensors, self.shapes)]
 
     def mask_value(self, importer: Importer) -> Any:
-        """The mask with four dimensions, boolean or float32."""
+        """Return the mask with four dimensions, boolean or float32; None without a mask."""
         if self.mask is None:
             return None
         m = importer.value(self.mask)
@@ -88,18 +88,19 @@ class Call:
 
     @property
     def blocked(self) -> bool:
-        """Whether it matters where a block of queries or keys ends."""
+        """True where results depend on the borders of blocks: some are not listed, or are skipped."""
         return self.lists is not None or self.skip is not None
 
     @property
     def mask_shape(self) -> list[int]:
+        """The shape of the mask with four dimensions."""
         assert self.mask is not None
         return [1] * (4 - len(shape_of(self.mask))) + sizes(self.mask)
 
 
 @cpu_kernel(aten.scaled_dot_product_attention.default)
 def attention_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Three and four dimensions: in one pass over the keys; a few queries, which do not fill a register, row by row."""
+    """Compute attention in one pass over the keys; with few queries, which do not fill a register, row by row."""
     call, machine = Call.of(node), importer.cpu
     if call is None:
         return attention_composed(importer, node)
@@ -116,7 +117,7 @@ def attention_kernel(importer: Importer, node: fx.Node) -> Any:
 
 @cpu_kernel(ops.sparse_attention.default)
 def sparse_attention_kernel(importer: Importer, node: fx.Node) -> Any:
-    """In one pass over the listed blocks of keys."""
+    """Compute attention in one pass over the listed blocks of keys."""
     call = Call.of(node)
     if call is None or (call.blocked and call.block_q % importer.cpu.lanes):
         return sparse_attention_composed(importer, node)
@@ -124,7 +125,10 @@ def sparse_attention_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 def streamed(importer: Importer, node: fx.Node, call: Call) -> Any:
-    """The kernel that reads heads inside the tokens as they are stored, and writes them so where that is all that is asked for."""
+    """Emit the kernel that computes one pass over the keys.
+
+    It reads heads inside the tokens as they are stored, and writes them so where the only user transposes the result.
+    """
     machine = importer.cpu
     values, (q, k, v) = as_stored(importer, (call.q, call.k, call.v), call.values(importer), call.shapes)
     user = next(iter(node.users)) if len(node.users) == 1 else None
@@ -150,7 +154,7 @@ def streamed(importer: Importer, node: fx.Node, call: Call) -> Any:
 def as_stored(
     importer: Importer, nodes: Sequence[fx.Node], values: Sequence[Any], shapes: Sequence[Sequence[int]]
 ) -> tuple[list[Any], list[streamed_attention.Operand]]:
-    """[B, H, L, E] values, those that are a view of [B, L, H, E] as they are stored."""
+    """Return [B, H, L, E] values, those that are a view of [B, L, H, E] as they are stored, and how each is stored."""
     stored, operands = [], []
     for node, value, shape in zip(nodes, values, shapes):
         source = before_swap(node, 1, 2) if len(shape_of(node)) == 4 else None
@@ -161,7 +165,7 @@ def as_stored(
 
 
 def added_by_key(importer: Importer, call: Call, tile: int) -> Any:
-    """The mask as numbers to add, [b, h, keys, queries], whole tiles of queries; a dimension of 1 stays."""
+    """Return the mask as numbers to add, [b, h, keys, queries] in whole tiles of queries; a dimension of 1 stays."""
     shape = call.mask_shape
     columns = -(-shape[2] // tile) * tile if shape[2] > 1 else 1
     if importer.is_constant(call.mask):
@@ -183,27 +187,28 @@ def added_by_key(importer: Importer, call: Call, tile: int) -> Any:
 
 @semantics(aten.scaled_dot_product_attention.default)
 def attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
-    """In half precision on a GPU with tensor cores one kernel; composed for everything else."""
+    """Compute attention in half precision on a GPU with tensor cores in one kernel, and composed elsewhere."""
     call = Call.of(node)
-    if call is None or not flash_attention.fits(importer.arch, result_dtype(node), call.shapes):
+    if call is None or not flash_attention.fits(importer.target.arch, result_dtype(node), call.shapes):
         return attention_composed(importer, node)
     return on_tensor_cores(importer, node, call)
 
 
 def on_tensor_cores(importer: Importer, node: fx.Node, call: Call) -> Any:
+    """Emit the kernel for tensor cores; q, k and v are read with the strides with which they are stored."""
     values, operands = [], []
-    for given, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
-        source = before_swap(given, 1, 2) if len(shape_of(given)) == 4 else None  # stored as [B, L, H, E]
+    for operand, value, shape in zip((call.q, call.k, call.v), call.values(importer), call.shapes):
+        source = before_swap(operand, 1, 2) if len(shape_of(operand)) == 4 else None  # stored as [B, L, H, E]
         values.append(value if source is None else importer.value(source))
         operands.append(flash_attention.Operand.of(shape, source is not None))
-    mask, kind, place = call.mask_value(importer), "NONE", None
+    mask, kind, mask_operand = call.mask_value(importer), "NONE", None
     if mask is not None:
         kind = "BOOLEAN" if str(mask.ty.dtype) == "bool" else "ADDED"
-        place = flash_attention.Operand.mask(call.mask_shape)
+        mask_operand = flash_attention.Operand.mask(call.mask_shape)
     q, k, v = operands
     lists = (None, None) if call.lists is None else tuple(map(importer.value, call.lists))
     problem = flash_attention.Problem(
-        q, k, v, place, kind, call.causal, call.scale, result_dtype(node), call.softcap,
+        q, k, v, mask_operand, kind, call.causal, call.scale, result_dtype(node), call.softcap,
         None if call.lists is None else tuple(sizes(call.lists[0])), call.block_q, call.block_k, call.skip,
     )  # fmt: skip
     compute = partial(flash_attention.attention, problem)
@@ -213,18 +218,18 @@ def on_tensor_cores(importer: Importer, node: fx.Node, call: Call) -> Any:
 
 @semantics(ops.sparse_attention.default)
 def sparse_attention_elsewhere(importer: Importer, node: fx.Node) -> Any:
-    """On tensor cores, blocks that are not listed, or of small weights, are skipped; composed for everything else."""
+    """Skip blocks that are not listed, or of small weights, on tensor cores; composed elsewhere."""
     call, dtype = Call.of(node), result_dtype(node)
     if call is None:
         return sparse_attention_composed(importer, node)
     blocks = (call.block_q, call.block_k) if call.blocked else (flash_attention.ROWS, flash_attention.ROWS)
-    if not flash_attention.fits(importer.arch, dtype, call.shapes, *blocks, call.skip is not None):
+    if not flash_attention.fits(importer.target.arch, dtype, call.shapes, *blocks, call.skip is not None):
         return sparse_attention_composed(importer, node)
     return on_tensor_cores(importer, node, call)
 
 
 def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
-    """Dense attention with what is not listed, or of small weights, masked: right, and nothing is saved."""
+    """Compute dense attention with a mask for what is not listed, or of small weights: right, but nothing is saved."""
     _, _, _, mask, blocks, counts, block_q, block_k, scale, causal, softcap, skip = arguments(node)
     listed = []
     if blocks is not None:
@@ -234,9 +239,9 @@ def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
             c = te.reduce_axis((0, b.shape[3]), name="c")
 
             def one(*i: Any) -> Any:
-                place = (*i[:2], i[2] // block_q)
-                found = te.all(c < n[place], b[(*place, c)] == i[3] // block_k)
-                return te.max(tirx.Cast("int32", found), axis=c)
+                row = (*i[:2], i[2] // block_q)
+                entry = te.all(c < n[row], b[(*row, c)] == i[3] // block_k)
+                return te.max(tirx.Cast("int32", entry), axis=c)
 
             return te.compute((*b.shape[:2], rows, keys), one, name="allowed")
 
@@ -246,7 +251,7 @@ def sparse_attention_composed(importer: Importer, node: fx.Node) -> Any:
 
 
 def attention_composed(importer: Importer, node: fx.Node) -> Any:
-    """Any rank, grouped heads, dynamic shapes."""
+    """Compute attention of any rank, with grouped heads and dynamic shapes."""
     scale = argument(node, 6, "scale")
     scale = 1.0 / math.sqrt(int(shape_of(node.args[0])[-1])) if scale is None else float(scale)
     return composed(importer, node, argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False)), scale)
@@ -262,8 +267,10 @@ def composed(
     allowed: Sequence[Any] = (),
     large: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """softmax(cap(scale q k^T) + mask) v, boolean or additive masks, those ``allowed``, and those that are ``large`` among the scores;
-    softmax in float32."""
+    """Return softmax(cap(scale q k^T) + mask) v, the softmax in float32 or wider.
+
+    ``mask`` is boolean or additive; ``allowed`` are more boolean masks, and ``large`` computes one from the scores.
+    """
     q, k, v = (importer.value(n) for n in node.args[:3])
     rank = len(shape_of(node))
     heads, kv_heads = (shape_of(n)[-3] if rank > 2 else 1 for n in node.args[:2])

@@ -34,7 +34,7 @@ from thresher.ir.nodes import shape_of
 
 
 def _padded(importer: Importer, x: Any, before: list[int], after: list[int], channels: int = 0) -> Any:
-    """[B, *spatial, C] with zeros around the image, and ``channels`` of them behind its own."""
+    """Return [B, *spatial, C] with zeros around the image, and ``channels`` of them after its own."""
     if not any((*before, *after, channels)):
         return x
     return importer.emit_te("pad", lambda t: pad(t, (0, *before, 0), (0, *after, channels), 0), x)
@@ -42,8 +42,9 @@ def _padded(importer: Importer, x: Any, before: list[int], after: list[int], cha
 
 @cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
 def conv_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Channels-last convolution: depthwise by its own kernel, 3x3 by Winograd's filtering where that is faster, else as a packed product
-    per group."""
+    """Compute a channels-last convolution: depthwise by its own kernel, 3x3 by Winograd's minimal filtering where that is estimated to
+    be faster (Lavin & Gray, 2016), else as a packed product per group.
+    """
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
     if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
@@ -57,8 +58,8 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     per_out = outputs // groups
     for group in range(groups):
         rows_of_group = array[group * per_out : (group + 1) * per_out]
-        place = Place((weight, group), group * inputs, out, stride, dilation)
-        parts.append(_conv_group(importer, image, rows_of_group, place, plan, wide))
+        part = Group((weight, group), group * inputs, out, stride, dilation)
+        parts.append(_conv_group(importer, image, rows_of_group, part, plan, wide))
     value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
     return add_bias(importer, value, bias, wide)
 
@@ -66,7 +67,7 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
 def _plans(
     importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], limit: int
 ) -> list[gemm.Plan | winograd.Plan]:
-    """The plans of a convolution, the estimate's choice first."""
+    """Return the plans of a convolution, the one estimated to be the fastest first."""
     *_, stride, _, dilation, groups = node.args
     outputs, inputs, *taps = array.shape
     machine = importer.cpu
@@ -80,7 +81,7 @@ def _plans(
 
 
 def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[int], limit: int) -> list[gemm.Plan]:
-    """``weight``: [O, I, *taps] of one group."""
+    """Return the plans of a convolution as a product; ``weight`` is the shape [O, I, *taps] of one group."""
     outputs, inputs, *taps = weight
     line = out[-1] if math.prod(taps) > 1 else 0
     return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
@@ -125,9 +126,11 @@ def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: li
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a group of a convolution reads and writes: the channels from ``first`` on, for the output pixels ``out`` (batch first), the
-    first of which has its first tap at ``origin`` (default: the image's first pixel). ``key`` names its weights."""
+class Group:
+    """A group of a convolution: it reads the channels from ``first`` on and writes the output pixels ``out`` (batch first).
+
+    The first tap of the first output reads the pixel ``origin`` (default: the image's first one). ``key`` names the group's weights.
+    """
 
     key: Any
     first: int
@@ -137,30 +140,34 @@ class Place:
     origin: Sequence[int] | None = None
 
 
-def _conv_group(importer: Importer, image: Any, array: np.ndarray, place: Place, plan: gemm.Plan, wide: int = 0) -> Any:
-    """One group as a product: rows are the output pixels, the sum goes over the taps and the input channels. ``array``: [O, I, *taps];
-    ``wide``: as for :func:`gemm.product`."""
+def _conv_group(importer: Importer, image: Any, array: np.ndarray, group: Group, plan: gemm.Plan, wide: int = 0) -> Any:
+    """Return one group as a product: rows are the output pixels, the sum goes over the taps and the input channels.
+
+    ``array`` is [O, I, *taps]; ``wide`` as for :func:`gemm.product`.
+    """
     outputs, inputs, *taps = array.shape
     tile = plan.tile(importer.cpu)
-    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (place.key, tile))
+    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(array, 1, -1)), tile), (group.key, tile))
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
         def read(m: Any, *k: Any) -> Any:
-            b, *pixel = gemm.unravel(m, place.out)
+            b, *pixel = gemm.unravel(m, group.out)
             *tap, c = k
-            origin = place.origin or [0] * len(tap)
-            at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, place.stride, place.dilation)]
-            return image[(b, *at, place.first + c if place.first else c)]
+            origin = group.origin or [0] * len(tap)
+            at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, group.stride, group.dilation)]
+            return image[(b, *at, group.first + c if group.first else c)]
 
-        return gemm.product(read, w, (*taps, inputs), place.out, outputs, plan, wide)
+        return gemm.product(read, w, (*taps, inputs), group.out, outputs, plan, wide)
 
     return importer.emit_te("conv", compute, image, packed)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The outputs of a transposed convolution at one position modulo the stride, along one axis: those taps, of which the first reads the
-    input ``start`` pixels away and each further one ``step`` pixels more."""
+    """The outputs of a transposed convolution at one position modulo the stride, along one axis.
+
+    Of their ``taps`` the first reads the input ``start`` pixels away and each further one ``step`` pixels more.
+    """
 
     taps: list[int]
     start: int
@@ -168,13 +175,17 @@ class Phase:
 
     @property
     def last(self) -> int:
+        """The distance in pixels of the input that the last tap reads."""
         return self.start + (len(self.taps) - 1) * self.step
 
 
 def phases_of(taps: int, stride: int, padding: int, dilation: int) -> list[Phase]:
-    """out[stride j + q] = sum_t in[j + (q + padding - t dilation) / stride] w[t], over the taps t for which that is a whole number: for
-    every q an ordinary convolution."""
-    found = []
+    """Return the phases of a transposed convolution along one axis, one for each q < stride.
+
+    out[stride j + q] = sum_t in[j + (q + padding - t dilation) / stride] w[t], over the taps t for which that is a whole number: for
+    every q an ordinary convolution.
+    """
+    phases = []
     for q in range(stride):
         reads = sorted(
             ((q + padding - t * dilation) // stride, t)
@@ -183,13 +194,13 @@ def phases_of(taps: int, stride: int, padding: int, dilation: int) -> list[Phase
         )
         start = reads[0][0] if reads else 0
         step = reads[1][0] - start if len(reads) > 1 else 1
-        found.append(Phase([t for _, t in reads], start, step))
-    return found
+        phases.append(Phase([t for _, t in reads], start, step))
+    return phases
 
 
 @cpu_kernel(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
 def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Each position modulo the stride by an ordinary convolution with its taps, and the results side by side."""
+    """Compute each position modulo the stride by an ordinary convolution with its taps, and put the results side by side."""
     x, weight, bias, stride, padding, _, groups, dilation = node.args
     array, (batch, *out, outputs) = importer.array(weight), sizes(node)
     per_in = array.shape[0] // groups
@@ -201,32 +212,32 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         for axis, count, have in zip(axes, size, shape_of(x)[1:-1])
     ]
     image = _padded(importer, importer.value(x), before, after)
-    parts, places = [], []
+    parts, phases = [], []
     for offsets, position in zip(itertools.product(*map(range, stride)), itertools.product(*axes)):
         if not all(phase.taps for phase in position):
             continue  # more stride than taps: nothing gets here
-        places.append(offsets)
-        own = array[np.ix_(*map(range, array.shape[:2]), *(phase.taps for phase in position))]
+        phases.append(offsets)
+        section = array[np.ix_(*map(range, array.shape[:2]), *(phase.taps for phase in position))]
         origin = [phase.start + b for phase, b in zip(position, before)]
         steps = [phase.step for phase in position]
         of_groups = []
         for group in range(groups):
-            kernel = np.ascontiguousarray(own[group * per_in : (group + 1) * per_in].swapaxes(0, 1))
+            kernel = np.ascontiguousarray(section[group * per_in : (group + 1) * per_in].swapaxes(0, 1))
             key = (weight, group, tuple(origin), tuple(tuple(phase.taps) for phase in position))
-            place = Place(key, group * per_in, [batch, *size], [1] * len(size), steps, origin)
+            part = Group(key, group * per_in, [batch, *size], [1] * len(size), steps, origin)
             plan = importer.choose(node, partial(_plans_of_product, importer, [batch, *size], kernel.shape))
-            of_groups.append(_conv_group(importer, image, kernel, place, plan))
+            of_groups.append(_conv_group(importer, image, kernel, part, plan))
         parts.append(of_groups[0] if groups == 1 else importer.emit(R.concat(of_groups, len(size) + 1)))
 
     all_reached = len(parts) == math.prod(stride)
 
     def side_by_side(*tensors: te.Tensor) -> te.Tensor:
         def element(b: Any, *i: Any) -> Any:
-            *place, c = i
-            at = (b, *(p // s for p, s in zip(place, stride)), c)
+            *pixel, c = i
+            at = (b, *(p // s for p, s in zip(pixel, stride)), c)
             value = tensors[-1][at] if all_reached else tirx.const(0.0, "float32")
-            for tensor, offsets in list(zip(tensors, places))[: -1 if all_reached else None]:
-                here = te.all(*(p % s == o for p, s, o in zip(place, stride, offsets)))
+            for tensor, offsets in list(zip(tensors, phases))[: -1 if all_reached else None]:
+                here = te.all(*(p % s == o for p, s, o in zip(pixel, stride, offsets)))
                 value = tirx.if_then_else(here, tensor[at], value)
             return value
 
@@ -238,7 +249,7 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
 def conv_transpose(importer: Importer, node: fx.Node) -> Any:
-    """As a convolution over the image with zeros between its pixels (weights flipped)."""
+    """Compute a transposed convolution as a convolution over the image with zeros between its pixels (weights flipped)."""
     x, weight, bias, stride, padding, extra, groups, dilation = node.args
     array = importer.array(weight)
     inputs, per_out, *taps = array.shape
@@ -269,12 +280,12 @@ def conv_transpose(importer: Importer, node: fx.Node) -> Any:
 
 
 def _stock(rank: int) -> Any:
-    """TVM's convolution of ``rank`` spatial dimensions."""
+    """Return TVM's convolution of ``rank`` spatial dimensions."""
     return {1: R.nn.conv1d, 2: R.nn.conv2d, 3: R.nn.conv3d}[rank]
 
 
 def _layouts(rank: int) -> dict[str, str]:
-    """Channels-last images and weights."""
+    """Return the layouts of channels-last images and weights."""
     return {2: {"data_layout": "NHWC", "kernel_layout": "OHWI"}, 3: {"data_layout": "NDHWC", "kernel_layout": "ODHWI"}}[
         rank
     ]
@@ -282,6 +293,7 @@ def _layouts(rank: int) -> dict[str, str]:
 
 @semantics(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
 def conv_last(importer: Importer, node: fx.Node) -> Any:
+    """Compute a channels-last convolution by TVM's, on targets without a kernel of ours; half types are summed in float32."""
     x, weight, bias, stride, padding, dilation, groups = node.args
     rank = len(stride)
     w = importer.weight(np.ascontiguousarray(np.moveaxis(importer.array(weight), 1, -1)), (weight, "channels last"))
@@ -293,6 +305,7 @@ def conv_last(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 def convolution(importer: Importer, node: fx.Node) -> Any:
+    """Compute a convolution with channels first by TVM's, with the dtype of torch's result; half types are summed in float32."""
     rank = len(shape_of(node)) - 2
     defaults = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     stride, padding, dilation = (

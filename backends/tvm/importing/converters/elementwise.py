@@ -16,7 +16,6 @@ from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.registry import (
     CPU_KERNELS,
     SEMANTICS,
-    Converter,
     R,
     aten,
     cast,
@@ -24,7 +23,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     result_dtype,
     semantics,
 )
-from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.importing.importer import Converter, Importer
 from thresher.backends.tvm.kernels.cpu import elementwise, generic
 from thresher.backends.tvm.kernels.cpu.generic import BIAS_MAP
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
@@ -54,8 +53,9 @@ for _name, _function in elementwise.VECTORISED.items():
 
 
 def _block(node: fx.Node) -> str:
-    """The name of a kernel's block. Of smooth functions that follow each other every second one is a kernel of its own: TVM puts their
-    expressions into each other wherever the value is read, and four of them take minutes to simplify."""
+    """Return the name of a kernel's block. Of smooth functions that follow each other every second one is a kernel of its own: TVM puts
+    their expressions into each other wherever the value is read, and four of them take minutes to simplify.
+    """
     length = 0
     while is_tensor(node.args[0]) and node.args[0].target in SMOOTH:
         node, length = node.args[0], length + 1
@@ -63,16 +63,18 @@ def _block(node: fx.Node) -> str:
 
 
 def gelu_of(node: fx.Node) -> Callable[[Any], Any]:
+    """Return the GELU of a node on expressions: exact, or its approximation by tanh."""
     return elementwise.gelu_tanh if argument(node, 1, "approximate", "none") == "tanh" else elementwise.gelu
 
 
 @cpu_kernel(aten.gelu.default)
 def gelu_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Compute GELU by polynomials."""
     return _elementary(gelu_of(node))(importer, node)
 
 
 def _arithmetic(operation: Callable) -> Converter:
-    """add and sub with their ``alpha``; mixed dtypes are promoted as torch promotes them."""
+    """Return the converter of a binary operation with an ``alpha``; mixed dtypes are promoted as torch promotes them."""
 
     def convert(importer: Importer, node: fx.Node) -> Any:
         dtype = result_dtype(node)
@@ -90,8 +92,11 @@ SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add)
 
 @cpu_kernel(aten.add.Tensor)
 def add_kernel(importer: Importer, node: fx.Node) -> Any:
-    """A constant image that says the same in its whole interior, or again and again (what folded channels leave behind a padded or a
-    transposed convolution), is stored once: the rest of it would be read from memory at every call."""
+    """Add; a constant image that repeats itself is stored once.
+
+    An image that is constant in its whole interior, or periodic, is what folded channels leave after a padded or a transposed
+    convolution; all of it would be read from memory at every call.
+    """
     image = node.args[1]
     if importer.is_constant(image) and shape_of(image) == shape_of(node) and not node.kwargs and len(node.args) == 2:
         table, places = compact(importer.array(image))
@@ -109,7 +114,7 @@ def add_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 def compact(array: np.ndarray) -> tuple[np.ndarray, list[Callable[[Any], Any]]]:
-    """A smaller table and, for every dimension, where in it an index is found; the last dimension stays as it is."""
+    """Return a smaller table and, for every dimension but the last, the function from an index to its index in the table."""
     places: list[Callable[[Any], Any]] = []
     for dim in range(array.ndim - 1):
         seen: dict[bytes, int] = {}
@@ -129,7 +134,7 @@ def compact(array: np.ndarray) -> tuple[np.ndarray, list[Callable[[Any], Any]]]:
 
 
 def _beside(first: int, last: int, index: Any) -> Any:
-    """Where an index is found when those from ``first`` to ``last`` are one."""
+    """Return the index in the table when those from ``first`` to ``last`` are one."""
     return te.min(index, first) + te.max(index - last, 0)
 
 
@@ -175,9 +180,11 @@ ARITHMETIC = frozenset(
 )
 
 
-def _alone(node: fx.Node) -> bool:
-    """Whether a clamp is a kernel of its own. Of the steps of a quantised model that follow each other with nothing but arithmetic between,
-    every second one is: TVM puts a value that is read twice into both readers, and may not do so with names within names."""
+def _is_opaque(node: fx.Node) -> bool:
+    """Return whether a clamp is a kernel of its own. Of the steps of a quantised model that follow each other with nothing but
+    arithmetic between, every second one is: TVM puts a value that is read twice into both readers, and may not do so with names within
+    names.
+    """
     rounded, others = 0, int(node.target is not aten.clamp.default)
     while is_tensor(node.args[0]) and node.args[0].target in (*ARITHMETIC, aten.clamp.default):
         node = node.args[0]
@@ -186,8 +193,8 @@ def _alone(node: fx.Node) -> bool:
     return rounded > 0 and (rounded + others) % 2 == 0
 
 
-def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, alone: bool = False) -> Any:
-    """By comparisons that a NaN passes through (max and min would swallow it)."""
+def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, opaque: bool = False) -> Any:
+    """Clamp by comparisons that a NaN passes through (max and min would swallow it)."""
     dtype = str(x.ty.dtype)
 
     def compute(t: te.Tensor) -> te.Tensor:
@@ -201,21 +208,24 @@ def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, 
 
         return te.compute(t.shape, lambda *i: elementwise.named(t(*i), element), name="T_clamp")
 
-    return importer.emit_te("clamp", compute, x, alone=alone)
+    return importer.emit_te("clamp", compute, x, opaque=opaque)
 
 
 @semantics(aten.relu.default)
 def relu(importer: Importer, node: fx.Node) -> Any:
-    return _clamped(importer, importer.value(node.args[0]), 0, None, _alone(node))
+    """Compute max(x, 0); a NaN stays."""
+    return _clamped(importer, importer.value(node.args[0]), 0, None, _is_opaque(node))
 
 
 @semantics(aten.relu6.default)
 def relu6(importer: Importer, node: fx.Node) -> Any:
+    """Compute min(max(x, 0), 6); a NaN stays."""
     return _clamped(importer, importer.value(node.args[0]), 0, 6)
 
 
 @semantics(aten.hardtanh.default)
 def hardtanh(importer: Importer, node: fx.Node) -> Any:
+    """Clamp to [min_val, max_val]; a NaN stays."""
     return _clamped(
         importer, importer.value(node.args[0]), argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
     )
@@ -223,14 +233,16 @@ def hardtanh(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 def clamp(importer: Importer, node: fx.Node) -> Any:
+    """Clamp to numbers, either of which may be missing; where they cross, the upper one wins, as in torch."""
     value = cast(importer, importer.value(node.args[0]), result_dtype(node))
     if node.target is aten.clamp_max.default:
         return _clamped(importer, value, None, node.args[1])
-    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"), _alone(node))
+    return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"), _is_opaque(node))
 
 
 @semantics(aten.elu.default)
 def elu(importer: Importer, node: fx.Node) -> Any:
+    """Compute scale x for x > 0, else scale alpha (exp(input_scale x) - 1)."""
     alpha, scale, input_scale = (
         float(argument(node, i, k, 1)) for i, k in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
     )
@@ -245,6 +257,7 @@ def elu(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.selu.default)
 def selu(importer: Importer, node: fx.Node) -> Any:
+    """Compute ELU with the constants of Klambauer et al. (2017)."""
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     return _smooth(
         importer,
@@ -255,6 +268,7 @@ def selu(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.celu.default)
 def celu(importer: Importer, node: fx.Node) -> Any:
+    """Compute x for x > 0, else alpha (exp(x / alpha) - 1)."""
     alpha = float(argument(node, 1, "alpha", 1.0))
     return _smooth(
         importer, node, lambda x, exp: tirx.Select(x > 0, x, _c(alpha, x) * (exp(x * _c(1 / alpha, x)) - _c(1.0, x)))
@@ -263,6 +277,7 @@ def celu(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.softplus.default)
 def softplus(importer: Importer, node: fx.Node) -> Any:
+    """Compute log(1 + exp(beta x)) / beta, and x where beta x exceeds the threshold."""
     beta, threshold = float(argument(node, 1, "beta", 1)), float(argument(node, 2, "threshold", 20))
     return _smooth(
         importer,
@@ -274,12 +289,14 @@ def softplus(importer: Importer, node: fx.Node) -> Any:
 
 
 def _log1p(e: Any) -> Any:
-    """log(1 + e) for e >= 0."""
+    """Return log(1 + e) for e >= 0."""
     return tirx.Select(e < _c(1e-4, e), e - e * e * _c(0.5, e), te.log(_c(1.0, e) + e))
 
 
 @semantics(aten.mish.default)
 def mish(importer: Importer, node: fx.Node) -> Any:
+    """Compute x tanh(log(1 + exp(x))) as x n / (n + 2) with n = e (e + 2), e = exp(x); above 20 it is x."""
+
     def element(x: Any, exp: Callable) -> Any:
         e = exp(tirx.Select(x > _c(20.0, x), _c(20.0, x), x))
         n = e * (e + _c(2.0, x))
@@ -290,22 +307,26 @@ def mish(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.hardswish.default)
 def hardswish(importer: Importer, node: fx.Node) -> Any:
+    """Compute x min(max(x + 3, 0), 6) / 6."""
     return _smooth(importer, node, lambda x, exp: elementwise.hardswish(x))
 
 
 @semantics(aten.hardsigmoid.default)
 def hardsigmoid(importer: Importer, node: fx.Node) -> Any:
+    """Compute min(max(x + 3, 0), 6) / 6."""
     return _smooth(importer, node, lambda x, exp: te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x))
 
 
 @semantics(aten.leaky_relu.default)
 def leaky_relu(importer: Importer, node: fx.Node) -> Any:
+    """Compute x for x > 0, else negative_slope x."""
     slope = float(argument(node, 1, "negative_slope", 0.01))
     return _smooth(importer, node, lambda x, exp: tirx.Select(x > 0, x, x * _c(slope, x)))
 
 
 @semantics(aten.threshold.default)
 def threshold(importer: Importer, node: fx.Node) -> Any:
+    """Compute x above the threshold, the value elsewhere; a NaN stays."""
     limit, value = (float(v) for v in node.args[1:3])
     return _smooth(importer, node, lambda x, exp: tirx.Select(x <= _c(limit, x), _c(value, x), x))
 
@@ -315,7 +336,7 @@ def _c(value: float, like: Any) -> Any:
 
 
 def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable], Any]) -> Any:
-    """An elementwise function; ``exp`` is the vectorised one for float32 on the CPU."""
+    """Emit an elementwise function; ``exp`` is the vectorised one for float32 on the CPU."""
     value = importer.value(node.args[0])
     fast = importer.machine is not None and str(value.ty.dtype) == "float32"
     exp = elementwise.exp if fast else te.exp

@@ -24,7 +24,7 @@ from thresher.ir.nodes import dtype_of, shape_of
 
 @semantics(aten.select.int)
 def select(importer: Importer, node: fx.Node) -> Any:
-    """One index of a dimension; negative ones count from the end."""
+    """Return one index of a dimension; negative ones count from the end."""
     x, dim, index = node.args
     dim = dim % len(shape_of(x))
     size = shape_of(x)[dim]
@@ -38,7 +38,7 @@ def select(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.squeeze.dim, aten.squeeze.dims)
 def squeeze(importer: Importer, node: fx.Node) -> Any:
-    """Dimensions of size 1 go; a free one is taken for larger, as torch.export does."""
+    """Remove dimensions of size 1; a free one counts as larger, as in torch.export."""
     x, dims = node.args
     shape = shape_of(x)
     single = [d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if len(shape)]
@@ -48,7 +48,7 @@ def squeeze(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.index.Tensor)
 def index_tensor(importer: Importer, node: fx.Node) -> Any:
-    """Advanced indexing with integer tensors on leading or adjacent dimensions; negative indices count from the end."""
+    """Index with integer tensors on leading or adjacent dimensions; negative indices count from the end."""
     x, indices = node.args
     places = [d for d, i in enumerate(indices) if i is not None]
     if any(dtype_of(indices[d]) is torch.bool for d in places) or places != list(range(places[0], places[-1] + 1)):
@@ -61,11 +61,11 @@ def index_tensor(importer: Importer, node: fx.Node) -> Any:
             common = i[first : first + rank]
             picked = []
             for d, a in zip(places, index):
-                own = common[rank - len(a.shape) :]
+                position = common[rank - len(a.shape) :]
                 at = a[
                     tuple(
                         tirx.const(0, "int64") if isinstance(s, tirx.IntImm) and int(s) == 1 else c
-                        for s, c in zip(a.shape, own)
+                        for s, c in zip(a.shape, position)
                     )
                 ]
                 picked.append(tirx.Select(at < 0, at + t.shape[d], at).astype("int64"))
@@ -78,17 +78,19 @@ def index_tensor(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.embedding.default)
 def embedding(importer: Importer, node: fx.Node) -> Any:
-    """An index outside the table, where eager raises, reads its first or last row: never memory outside it."""
+    """Look up rows. An index outside the table, where eager raises, reads its first or last row: never memory outside it."""
     return importer.emit(R.take(importer.value(node.args[0]), importer.value(node.args[1]), axis=0, mode="clip"))
 
 
 @semantics(aten._to_copy.default, aten.to.dtype)
 def to_copy(importer: Importer, node: fx.Node) -> Any:
+    """Convert to the dtype of the result."""
     return cast(importer, importer.value(node.args[0]), result_dtype(node))
 
 
 @semantics(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
 def full_like(importer: Importer, node: fx.Node) -> Any:
+    """Return a tensor of the argument's shape that is filled with a number."""
     fill = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(
         node.target, node.args[1] if len(node.args) > 1 else 0
     )
@@ -101,7 +103,7 @@ def full_like(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.constant_pad_nd.default)
 def constant_pad(importer: Importer, node: fx.Node) -> Any:
-    """Negative amounts crop."""
+    """Pad with a number; negative amounts crop."""
     x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0
     if x in importer.widened or not any(amounts):
         return importer.value(x)
@@ -122,7 +124,7 @@ def constant_pad(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.pixel_shuffle.default)
 def pixel_shuffle(importer: Importer, node: fx.Node) -> Any:
-    """[.., C r r, H, W] -> [.., C, H r, W r]."""
+    """Rearrange [.., C r r, H, W] to [.., C, H r, W r]."""
     r, (*lead, channels, height, width) = int(node.args[1]), sizes(node.args[0])
     n = len(lead)
     value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels // (r * r), r, r, height, width)))
@@ -133,7 +135,7 @@ def pixel_shuffle(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.pixel_unshuffle.default)
 def pixel_unshuffle(importer: Importer, node: fx.Node) -> Any:
-    """[.., C, H r, W r] -> [.., C r r, H, W]."""
+    """Rearrange [.., C, H r, W r] to [.., C r r, H, W]."""
     r, (*lead, channels, height, width) = int(node.args[1]), sizes(node.args[0])
     n = len(lead)
     value = importer.emit(R.reshape(importer.value(node.args[0]), (*lead, channels, height // r, r, width // r, r)))

@@ -30,6 +30,7 @@ from thresher.runtime.tensor_spec import dtype_name
 
 @cpu_kernel(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
 def softmax_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Compute softmax or log_softmax over one dimension; where it is not the last one, between two transpositions."""
     x, dim = node.args[0], node.args[1] % len(shape_of(node))
     log, rank = "log" in str(node.target), len(shape_of(node))
     value = cast(importer, importer.value(x), "float32")
@@ -42,7 +43,7 @@ def softmax_kernel(importer: Importer, node: fx.Node) -> Any:
 
 @cpu_kernel(aten.layer_norm.default, aten.rms_norm.default)
 def norm_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Norms over the last dimensions, which are merged into one."""
+    """Compute layer_norm or rms_norm over the last dimensions, which are merged into one."""
     centred = node.target is aten.layer_norm.default
     x, shape, weight = node.args[0], list(node.args[1]), argument(node, 2, "weight")
     bias = argument(node, 3, "bias") if centred else None
@@ -58,6 +59,7 @@ def norm_kernel(importer: Importer, node: fx.Node) -> Any:
 
 @cpu_kernel(ops.layer_norm.default)
 def layer_norm_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Compute ``thresher::layer_norm``: channels that are constant were removed, and their sums are added to the statistics."""
     x, weight, bias, epsilon, *gone = node.args
     value, w, b = (None if n is None else importer.value(n) for n in (x, weight, bias))
     return importer.emit_te("norm", lambda x, w, b: rows.norm(x, w, b, epsilon, True, tuple(gone)), value, w, b)
@@ -65,6 +67,7 @@ def layer_norm_kernel(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.layer_norm.default)
 def layer_norm(importer: Importer, node: fx.Node) -> Any:
+    """Compute ``thresher::layer_norm`` from TVM's operators: the statistics of all ``count`` channels, of which some are not in x."""
     x, weight, bias, epsilon, count, total, square = node.args
     value, missing = importer.value(x), count - sizes(node, -1)[0]
     number = partial(_number, node)
@@ -79,7 +82,7 @@ def layer_norm(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.group_norm.default)
 def partial_group_norm(importer: Importer, node: fx.Node) -> Any:
-    """The statistics of a group are those of its channels added up: a product with the matrix that says who belongs together."""
+    """Compute ``thresher::group_norm``: the statistics of a group are those of its channels, added up by a product with a 0/1 matrix."""
     x, widths, weight, bias, epsilon, count, totals, squares = node.args
     value, number, rank = importer.value(x), partial(_number, node), len(shape_of(node))
     group, dtype = np.repeat(np.arange(len(widths)), widths), np.dtype(result_dtype(node))
@@ -111,7 +114,7 @@ def _number(node: fx.Node, value: float) -> Any:
 
 
 def _affine(importer: Importer, value: Any, weight: Any, bias: Any, shape: list[int]) -> Any:
-    """``value * weight + bias``, the two in ``shape``."""
+    """Return ``value * weight + bias``, the two in ``shape``."""
     for operator, n in ((R.multiply, weight), (R.add, bias)):
         value = value if n is None else operator(value, R.reshape(importer.value(n), shape))
     return importer.emit(value)
@@ -119,6 +122,7 @@ def _affine(importer: Importer, value: Any, weight: Any, bias: Any, shape: list[
 
 @semantics(aten.group_norm.default)
 def group_norm(importer: Importer, node: fx.Node) -> Any:
+    """Compute group_norm by TVM's, with ones and zeros for a missing weight and bias."""
     x, groups, channels = node.args[0], node.args[1], sizes(node, 1)[0]
     weight, bias, epsilon = argument(node, 2, "weight"), argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
     dtype = np.dtype(result_dtype(node))
@@ -135,7 +139,7 @@ def group_norm(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.layer_norm.default)
 def whole_layer_norm(importer: Importer, node: fx.Node) -> Any:
-    """Half types are normalised in float32."""
+    """Compute layer_norm by TVM's; half types are normalised in float32."""
     x, shape, weight, bias = node.args[0], list(node.args[1]), argument(node, 2, "weight"), argument(node, 3, "bias")
     wide = accumulator(node)
 
@@ -152,6 +156,7 @@ def whole_layer_norm(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.rms_norm.default)
 def rms_norm(importer: Importer, node: fx.Node) -> Any:
+    """Compute rms_norm by TVM's, with ones for a missing weight."""
     x, axes, weight, epsilon = node.args[0], len(node.args[1]), argument(node, 2, "weight"), argument(node, 3, "eps")
     dtype = dtype_of(node)
     w = (

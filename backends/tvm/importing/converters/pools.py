@@ -25,6 +25,7 @@ from thresher.backends.tvm.importing.importer import Importer
 
 @semantics(ops.max_pool2d_nhwc.default, ops.max_pool3d_ndhwc.default)
 def max_pool(importer: Importer, node: fx.Node) -> Any:
+    """Compute a channels-last maximum over windows; pixels outside the image do not count."""
     x, kernel, stride, padding, dilation, _ = node.args
 
     def compute(t: te.Tensor) -> te.Tensor:
@@ -37,7 +38,7 @@ def max_pool(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.avg_pool2d_nhwc.default, ops.avg_pool3d_ndhwc.default)
 def avg_pool(importer: Importer, node: fx.Node) -> Any:
-    """With the divisors as torch counts them: of windows that leave the image, also of those that ceil_mode lets leave the padding."""
+    """Compute means over windows with torch's divisors, also of windows that leave the image or, with ceil_mode, the padding."""
     x, kernel, stride, padding, _, include, divisor = node.args
 
     def compute(t: te.Tensor) -> te.Tensor:
@@ -54,8 +55,8 @@ def avg_pool(importer: Importer, node: fx.Node) -> Any:
             if inside:
                 return total[p] * tirx.const(1.0 / math.prod(kernel), t.dtype)
             count: Any = 1
-            for place, s, k, size, pad in zip(p[1:-1], stride, kernel, spatial, padding):
-                start, margin = place * s - pad, pad if include else 0
+            for position, s, k, size, pad in zip(p[1:-1], stride, kernel, spatial, padding):
+                start, margin = position * s - pad, pad if include else 0
                 count = count * (te.min(start + k, size + margin) - te.max(start, -margin))
             return total[p] / count.astype(t.dtype)
 
@@ -67,13 +68,13 @@ def avg_pool(importer: Importer, node: fx.Node) -> Any:
 def _window(
     x: te.Tensor, out: list[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, empty: Any
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """What a pool reads of x [B, *spatial, C]: the element at (batch, *place, channel) and a tap, ``empty`` outside; and the taps."""
+    """Return how a pool reads x [B, *spatial, C] at (batch, *pixel, channel), ``empty`` outside, and the axes of its taps."""
     taps = [te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(kernel)]
     spatial = [int(d) for d in x.shape[1:-1]]
 
     def at(b: Any, *rest: Any) -> Any:
-        *place, c = rest
-        read = [p * s - pad + t * d for p, s, pad, t, d in zip(place, stride, padding, taps, dilation)]
+        *position, c = rest
+        read = [p * s - pad + t * d for p, s, pad, t, d in zip(position, stride, padding, taps, dilation)]
         inside = []
         for r, o, s, pad, k, d, size in zip(read, out[1:-1], stride, padding, kernel, dilation, spatial):
             inside += _border(r, pad, _overhangs(o, s, pad, k, d, size), size)
@@ -85,9 +86,9 @@ def _window(
     return at, taps
 
 
-def _border(place: Any, before: int, after: bool, size: int) -> list[Any]:
-    """The conditions that keep ``place`` inside, where it can leave at all."""
-    return [place >= 0] * (before > 0) + [place < size] * after
+def _border(position: Any, before: int, after: bool, size: int) -> list[Any]:
+    """Return the conditions that keep an index inside, where it can leave at all."""
+    return [position >= 0] * (before > 0) + [position < size] * after
 
 
 def _overhangs(out: int, stride: int, padding: int, kernel: int, dilation: int, size: int) -> bool:
@@ -96,7 +97,7 @@ def _overhangs(out: int, stride: int, padding: int, kernel: int, dilation: int, 
 
 @semantics(aten.upsample_nearest2d.vec, ops.upsample_nearest2d_nhwc.default)
 def resize_nearest(importer: Importer, node: fx.Node) -> Any:
-    """Pixel floor(place * in / out), in float32 as torch computes it."""
+    """Read the pixel floor(index * in / out), in float32 as torch computes it."""
     first = _first_spatial(node)
     ratios = _ratios(node, argument(node, 2, "scale_factors"))
     picks = [
@@ -109,17 +110,17 @@ def resize_nearest(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.upsample_bilinear2d.vec, ops.upsample_bilinear2d_nhwc.default)
 def resize_bilinear(importer: Importer, node: fx.Node) -> Any:
-    """Two neighbours per axis, weighted by distance; the tables are made here, in float32 as torch computes them."""
+    """Weight two neighbours per axis by distance; the tables are made here, in float32 as torch computes them."""
     corners, first = bool(node.args[2]), _first_spatial(node)
     value, dtype = importer.value(node.args[0]), result_dtype(node)
     for axis, (out, size, ratio) in enumerate(_ratios(node, argument(node, 3, "scale_factors"))):
-        place = np.arange(out, dtype=np.float32)
+        position = np.arange(out, dtype=np.float32)
         if corners:
-            place = place * np.float32((size - 1) / (out - 1) if out > 1 else 0)
+            position = position * np.float32((size - 1) / (out - 1) if out > 1 else 0)
         else:
-            place = np.maximum((place + np.float32(0.5)) * ratio - np.float32(0.5), 0)
-        low = np.minimum(place.astype(np.int64), size - 1)
-        part = (place - low).astype(np.float32).reshape([-1 if d == axis + first else 1 for d in range(4)])
+            position = np.maximum((position + np.float32(0.5)) * ratio - np.float32(0.5), 0)
+        low = np.minimum(position.astype(np.int64), size - 1)
+        part = (position - low).astype(np.float32).reshape([-1 if d == axis + first else 1 for d in range(4)])
         low_index = importer.weight(low, ("low", node, axis))
         high_index = importer.weight(np.minimum(low + 1, size - 1), ("high", node, axis))
         weight = cast(importer, importer.weight(part, ("part", node, axis)), dtype)
@@ -129,15 +130,15 @@ def resize_bilinear(importer: Importer, node: fx.Node) -> Any:
 
 
 def _first_spatial(node: fx.Node) -> int:
-    """The axis of the image's height."""
+    """Return the axis of the image's height."""
     return 1 if node.target in (ops.upsample_nearest2d_nhwc.default, ops.upsample_bilinear2d_nhwc.default) else 2
 
 
 def _ratios(node: fx.Node, factors: Any) -> list[tuple[int, int, np.float32]]:
-    """Per spatial axis: result size, argument size, argument pixels per result pixel."""
+    """Return per spatial axis: result size, argument size, argument pixels per result pixel."""
     first = _first_spatial(node)
     before, after = (sizes(n, first)[:2] for n in (node.args[0], node))
-    given = factors or (None, None)
+    scales = factors or (None, None)
     return [
-        (o, s, np.float32(1.0 / f) if f else np.float32(s) / np.float32(o)) for o, s, f in zip(after, before, given)
+        (o, s, np.float32(1.0 / f) if f else np.float32(s) / np.float32(o)) for o, s, f in zip(after, before, scales)
     ]

@@ -29,7 +29,7 @@ from thresher.ir.nodes import shape_of
 
 @cpu_kernel(aten.linear.default)
 def linear_kernel(importer: Importer, node: fx.Node) -> Any:
-    """x [..., I], weight [O, I] -> [..., O], by the packed product."""
+    """Compute x [..., I] times weight [O, I] -> [..., O] by the packed product."""
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     if not importer.is_constant(weight) or len(shape_of(x)) < 2:
         return linear(importer, node)
@@ -49,36 +49,38 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 def _plan_of_shared_weights(importer: Importer, plan: gemm.Plan, rows: int, weight: np.ndarray) -> gemm.Plan:
-    """The plan, or one for tiles of another width whose packed weight another model holds already."""
+    """Return the plan, or one for tiles of another width whose packed weight another model has already."""
     outputs, inputs = weight.shape
     assert importer.shared_weights is not None
     for vectors in (plan.vectors, 1, 2, 3, 4):
-        found = gemm.plans(rows, outputs, (inputs,), importer.cpu, vectors=vectors)
-        if found and importer.shared_weights.has(gemm.pack(weight, found[0].tile(importer.cpu))):
-            return plan if vectors == plan.vectors else found[0]
+        candidates = gemm.plans(rows, outputs, (inputs,), importer.cpu, vectors=vectors)
+        if candidates and importer.shared_weights.has(gemm.pack(weight, candidates[0].tile(importer.cpu))):
+            return plan if vectors == plan.vectors else candidates[0]
     return plan
 
 
 def widen(importer: Importer, node: fx.Node, plan: gemm.Plan) -> tuple[gemm.Plan, int]:
-    """The plan of a product and its width (0: its own) with the zeros behind its columns that a padding adds, the only use of ``node``.
+    """Return the plan of a product and its width (0: its own) with the zeros that a padding, the only user of ``node``, adds after its
+    columns.
 
     So a narrow result and the wide one that it is added to (a residual) meet in the product's epilogue.
     """
     users, n = list(node.users), int(shape_of(node)[-1])
     if len(users) != 1 or users[0].target is not aten.constant_pad_nd.default:
         return plan, 0
-    (before, behind, *others), fill = users[0].args[1], argument(users[0], 2, "value", 0)
-    if fill or before or behind <= 0 or any(others):
+    (before, after, *others), fill = users[0].args[1], argument(users[0], 2, "value", 0)
+    if fill or before or after <= 0 or any(others):
         return plan, 0
-    wider = gemm.widened(plan, n, n + behind, importer.cpu)
+    wider = gemm.widened(plan, n, n + after, importer.cpu)
     if wider is None:
         return plan, 0
     importer.widened.add(node)
-    return wider, n + behind
+    return wider, n + after
 
 
 @semantics(aten.linear.default)
 def linear(importer: Importer, node: fx.Node) -> Any:
+    """Compute x [..., I] times weight [O, I] -> [..., O] by TVM's product; half types are summed in float32."""
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     if importer.is_constant(weight):
         w = importer.weight(np.ascontiguousarray(importer.array(weight).T), (weight, "transposed"))
@@ -92,10 +94,10 @@ def linear(importer: Importer, node: fx.Node) -> Any:
 
 @cpu_kernel(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
-    """a [.., M, K] @ b [.., K, N], batch dimensions broadcast; a right side that is a transposition is packed from before it."""
+    """Compute a [.., M, K] @ b [.., K, N], batch dimensions broadcast; a transposed right side is packed from its source."""
     a, b = node.args[:2]
     shapes = [sizes(n) for n in (a, b)]
-    if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.LEAST or shapes[1][-1] < batched.LEAST:
+    if min(len(s) for s in shapes) < 2 or shapes[0][-2] < batched.MIN_ROWS or shapes[1][-1] < batched.MIN_ROWS:
         return matmul(importer, node)
     *lead, m, n = sizes(node)
     source = before_swap(b, -2, -1)
@@ -117,19 +119,24 @@ def matmul_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 def _broadcast(batch: Any, shape: list[int]) -> list[Any]:
-    """The batch index of an operand of ``shape``, which may have fewer or single ones."""
-    own = shape[:-2]
-    return [tirx.const(0, "int64") if size == 1 else i for size, i in zip(own, batch[len(batch) - len(own) :])]
+    """Return the batch index of an operand of ``shape``, which may have fewer dimensions or single ones."""
+    batch_shape = shape[:-2]
+    return [
+        tirx.const(0, "int64") if size == 1 else i
+        for size, i in zip(batch_shape, batch[len(batch) - len(batch_shape) :])
+    ]
 
 
 @semantics(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(importer: Importer, node: fx.Node) -> Any:
+    """Compute a product by TVM's, with the dtype of torch's result; half types are summed in float32."""
     a, b = (importer.value(n) for n in node.args[:2])
     return cast(importer, importer.emit(R.matmul(a, b, out_dtype=accumulator(node))), result_dtype(node))
 
 
 @semantics(aten.addmm.default, aten.baddbmm.default)
 def addmm(importer: Importer, node: fx.Node) -> Any:
+    """Compute beta bias + alpha a @ b; a bias with beta 0 is not read."""
     bias, a, b = (importer.value(n) for n in node.args[:3])
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     dtype = result_dtype(node)

@@ -1,12 +1,12 @@
-"""Writes at places that are known only when the model runs: ``index_put``, ``masked_scatter``, ``scatter_add``, ``scatter_reduce``; and so
+"""Writes at indices that are known only when the model runs: ``index_put``, ``masked_scatter``, ``scatter_add``, ``scatter_reduce``; and so
 ``x[i] = v``, ``index_copy``, ``index_add``: a cache of keys and values.
 
-Nothing is written twice: every element of the result looks for who writes it.
+No element is written twice: every element of the result looks for the value that is written to it.
 
-place[p] = max { j : index[j] = p },  out[p] = place[p] < 0 ? x[p] : values[place[p]]        the last one that writes p
-out[p]   = x[p] + sum over j of (index[j] = p ? values[j] : 0)                              where writes add up
+writer[p] = max { j : index[j] = p },  out[p] = writer[p] < 0 ? x[p] : values[writer[p]]      the last one that writes p
+out[p]    = x[p] + sum over j of (index[j] = p ? values[j] : 0)                               where writes add up
 
-so that threads need not wait for each other, on any target; places outside of ``x`` are written by nobody.
+so that threads need not wait for each other, on any target; an index outside of ``x`` writes nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from thresher.ir.nodes import dtype_of, shape_of
 
 @semantics(aten.index_put.default)
 def index_put(importer: Importer, node: fx.Node) -> Any:
-    x, given, values, *rest = node.args
+    """Write values at indices or where a mask is set; refuses masks beside other indices, and masked writes that add up."""
+    x, indexed, values, *rest = node.args
     accumulate = bool(rest and rest[0])
-    dims = [d for d, i in enumerate(given) if i is not None]
-    indices = [given[d] for d in dims]
+    dims = [d for d, i in enumerate(indexed) if i is not None]
+    indices = [indexed[d] for d in dims]
     if any(dtype_of(i) is torch.bool for i in indices):
         if len(indices) != 1 or dims != [0] or accumulate:
             raise NotImplementedError("a mask beside other indices, or masked writes that add up")
@@ -39,6 +40,7 @@ def index_put(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.masked_scatter.default)
 def masked_scatter(importer: Importer, node: fx.Node) -> Any:
+    """Write the elements of a source, in their order, where a mask is set."""
     x, mask, source = node.args
     flat = importer.emit(R.reshape(importer.value(source), [-1]))
     wide = importer.emit(R.broadcast_to(importer.value(mask), importer.value(x).ty.shape))
@@ -47,11 +49,13 @@ def masked_scatter(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.scatter_add.default)
 def scatter_add(importer: Importer, node: fx.Node) -> Any:
+    """Add the elements of a source to those that an index names along one dimension."""
     return _reduced(importer, node, "sum", True)
 
 
 @semantics(aten.scatter_reduce.two)
 def scatter_reduce(importer: Importer, node: fx.Node) -> Any:
+    """Combine the elements of a source (sum, mean, prod, amax, amin) with those that an index names along one dimension."""
     return _reduced(importer, node, node.args[4], bool(node.kwargs.get("include_self", True)))
 
 
@@ -75,17 +79,17 @@ def _at_indices(importer: Importer, node: fx.Node, dims: list[int], indices: lis
     def value_at(tensor: te.Tensor, j: Any, p: Sequence[Any]) -> Any:
         """The value that write ``j`` has for the element ``p``; dimensions of size 1 stand for all."""
         inside = [(j // math.prod(shape[k + 1 :])) % shape[k] for k in range(len(shape))]
-        place = [p[d] for d in others]
-        place[front:front] = inside
-        place = place[len(place) - len(tensor.shape) :]
-        return tensor[tuple(tirx.const(0, "int64") if _is_one(s) else i for i, s in zip(place, tensor.shape))]
+        position = [p[d] for d in others]
+        position[front:front] = inside
+        position = position[len(position) - len(tensor.shape) :]
+        return tensor[tuple(tirx.const(0, "int64") if _is_one(s) else i for i, s in zip(position, tensor.shape))]
 
     def hits(tensors: Sequence[te.Tensor], j: Any, p: Sequence[Any], sizes: Sequence[Any]) -> Any:
-        found = []
+        conditions = []
         for tensor, at, size in zip(tensors, p, sizes):
             index = tirx.Cast("int64", tensor[j])
-            found.append(tirx.Select(index < 0, index + size, index) == at)
-        return tirx.all(*found)
+            conditions.append(tirx.Select(index < 0, index + size, index) == at)
+        return tirx.all(*conditions)
 
     if accumulate:
 
@@ -111,15 +115,15 @@ def _at_indices(importer: Importer, node: fx.Node, dims: list[int], indices: lis
 
         return te.compute(sizes, one, name="place")
 
-    def put(x: te.Tensor, values: te.Tensor, place: te.Tensor) -> te.Tensor:
+    def put(x: te.Tensor, values: te.Tensor, last_writers: te.Tensor) -> te.Tensor:
         def one(*p: Any) -> Any:
-            writer = place[tuple(p[d] for d in dims)]
+            writer = last_writers[tuple(p[d] for d in dims)]
             return tirx.Select(writer < 0, x[p], value_at(values, te.max(writer, tirx.const(0, "int64")), p))
 
         return te.compute(x.shape, one, name="put")
 
-    place = importer.emit_te("last_writer", last, importer.value(x), *flat)
-    return importer.emit_te("index_put", put, importer.value(x), importer.value(values), place)
+    last_writers = importer.emit_te("last_writer", last, importer.value(x), *flat)
+    return importer.emit_te("index_put", put, importer.value(x), importer.value(values), last_writers)
 
 
 def _is_one(size: Any) -> bool:
@@ -130,7 +134,7 @@ def _is_one(size: Any) -> bool:
 
 
 def _masked(importer: Importer, x: fx.Node, mask: fx.Node, values: fx.Node) -> Any:
-    """``x[mask] = values``; the mask covers the first dimensions."""
+    """Compute ``x[mask] = values``; the mask covers the first dimensions."""
     whole, rank = importer.value(x), len(shape_of(x))
     missing = rank - len(shape_of(mask))
     wide = importer.emit(R.reshape(importer.value(mask), [*map(int, shape_of(mask)), *[1] * missing]))
@@ -152,8 +156,8 @@ def _take_in_order(importer: Importer, x: Any, mask: Any, values: Any) -> Any:
             at: Any = tirx.const(0, "int64")
             for i, size in zip(p, x.shape):
                 at = at * size + i
-            own = te.min(te.max(number[at] - 1, tirx.const(0, "int64")), values.shape[0] - 1)
-            return tirx.Select(mask[p], values[own], x[p])
+            index = te.min(te.max(number[at] - 1, tirx.const(0, "int64")), values.shape[0] - 1)
+            return tirx.Select(mask[p], values[index], x[p])
 
         return te.compute(x.shape, one, name="taken")
 
@@ -164,7 +168,7 @@ def _take_in_order(importer: Importer, x: Any, mask: Any, values: Any) -> Any:
 
 
 def _larger(a: Any, b: Any) -> Any:
-    """A NaN wins, as in torch."""
+    """Return the larger value; a NaN wins, as in torch."""
     return tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)
 
 
@@ -191,7 +195,7 @@ JOINED: dict[str, tuple[Callable[[Any, Any], Any], Callable[[str], Any]]] = {
 
 
 def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) -> Any:
-    """out[p] = x[p] with all src[q] for which p is q but for the dimension, and index[q] is p there."""
+    """Combine x[p] with all src[q] for which p is q but for the dimension, and index[q] is p there."""
     x, dim, index, source = node.args[:4]
     rank = len(shape_of(x))
     if not rank:
@@ -225,19 +229,19 @@ def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) ->
         return te.compute(shape, one, name="writers")
 
     def combine(x: te.Tensor, index: te.Tensor, source: te.Tensor) -> te.Tensor:
-        found = folded(index, source, x.shape)
+        joined = folded(index, source, x.shape)
         count = None if include_self and how != "mean" else writers(index, x.shape)
 
         def one(*p: Any) -> Any:
-            own, others = x(*p), found(*p)
-            total = join(own, others) if include_self else others
+            value, others = x(*p), joined(*p)
+            total = join(value, others) if include_self else others
             if count is None:
                 return total
             if how == "mean":
                 members = count[p] + tirx.const(1 if include_self else 0, dtype)
                 divide = te.div if dtype.startswith(("float", "bfloat")) else te.floordiv  # torch rounds down
                 total = divide(total, te.max(members, tirx.const(1, dtype)))
-            return total if include_self else tirx.Select(count[p] > tirx.const(0, dtype), total, own)
+            return total if include_self else tirx.Select(count[p] > tirx.const(0, dtype), total, value)
 
         return te.compute(x.shape, one, name="combined")
 

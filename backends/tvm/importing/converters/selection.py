@@ -1,6 +1,6 @@
-"""The selection of blocks of keys: one loop over heads on the CPU in float32; elsewhere means, products and counted places.
+"""The selection of blocks of keys: one loop over heads on the CPU in float32; elsewhere means, products and counted ranks.
 
-Elsewhere there is one sum per kernel, and what is read at two places goes in twice: that is what schedules for GPUs expect.
+Elsewhere there is one sum per kernel, and a value that is read at two indices goes in twice, as schedules for GPUs expect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tvm import relax, te, tirx
 from thresher.backends.tvm.importing.converters.attention import as_stored
 from thresher.backends.tvm.importing.converters.registry import R, axis, ops, result_dtype, semantics, sizes
 from thresher.backends.tvm.importing.importer import Importer
-from thresher.backends.tvm.kernels.building import LOW
+from thresher.backends.tvm.kernels.building import MASKED_SCORE
 from thresher.backends.tvm.kernels.cpu import select_blocks
 from thresher.ops.pyramid_lists import length
 from thresher.ops.sparse_attention import arguments
@@ -22,7 +22,7 @@ from thresher.ops.sparse_attention import arguments
 
 @semantics(ops.select_blocks.default)
 def select(importer: Importer, node: fx.Node) -> Any:
-    """Two values, which ``getitem`` takes apart."""
+    """Return the lists and their lengths as two values, which ``getitem`` separates."""
     q, k, keys, forced, keep, mass, block_q, block_k, scale, most, causal, groups, group = arguments(node)
     if importer.machine is None or any(result_dtype(n) != "float32" for n in (q, k)):
         return _Composed(importer, node).lists()
@@ -32,14 +32,14 @@ def select(importer: Importer, node: fx.Node) -> Any:
     group = 1 if groups is None else group
     problem = select_blocks.Problem(at_q, at_k, there, block_q, block_k, scale, most, causal, group)
     function = importer.builder.add_func(select_blocks.kernel(problem, importer.cpu.lanes), "select_blocks")
-    given = [n for n in (keys, forced, keep, mass, groups if group > 1 else None) if n is not None]
+    args = [n for n in (keys, forced, keep, mass, groups if group > 1 else None) if n is not None]
     kinds = [relax.TensorType(shape, dtype) for shape, dtype in select_blocks.outputs(problem)]
-    return importer.emit(relax.call_tir(function, [*values, *map(importer.value, given)], kinds))
+    return importer.emit(relax.call_tir(function, [*values, *map(importer.value, args)], kinds))
 
 
 @semantics(ops.pyramid_lists.default)
 def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
-    """Two values; an entry is found from the list by counting, not by going through it."""
+    """Return the lists and their lengths as two values; an entry is computed by counting, without a loop over the list."""
     factor, columns = node.args[3:]
     groups = columns // factor
     *lead, most = sizes(node.args[0])
@@ -49,7 +49,7 @@ def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
         at = axis(most, "at")
 
         def one(*i: Any) -> Any:
-            """blocks [..][c // factor] factor + c % factor, and behind those the means of groups that are not listed."""
+            """Return blocks [..][c // factor] factor + c % factor, and after those the means of groups that are not listed."""
             row, c = i[:-1], i[-1]
             fine = counts[row] * factor
             own = te.all(c < fine, at == c // factor)
@@ -59,12 +59,12 @@ def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
 
         return te.compute((*lead, longest), one, name="entries")
 
-    def placed(found: te.Tensor, counts: te.Tensor) -> te.Tensor:
+    def placed(listing: te.Tensor, counts: te.Tensor) -> te.Tensor:
         def one(*i: Any) -> Any:
             fine, c = counts[i[:-1]] * factor, tirx.Cast("int32", i[-1])
-            mean = tirx.const(columns, "int32") + c - fine + found[i]
+            mean = tirx.const(columns, "int32") + c - fine + listing[i]
             last = tirx.const(columns + groups - 1, "int32")
-            return tirx.Select(c < fine, found[i], te.min(mean, last))
+            return tirx.Select(c < fine, listing[i], te.min(mean, last))
 
         return te.compute((*lead, longest), one, name="placed")
 
@@ -76,11 +76,11 @@ def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
         return te.compute(lead, one, name="lengths")
 
     blocks, counts, means = (importer.value(n) for n in node.args[:3])
-    found = importer.emit_te("pyramid_entries", entries, blocks, blocks, counts)
+    listing = importer.emit_te("pyramid_entries", entries, blocks, blocks, counts)
     return importer.emit(
         relax.Tuple(
             [
-                importer.emit_te("pyramid_blocks", placed, found, counts),
+                importer.emit_te("pyramid_blocks", placed, listing, counts),
                 importer.emit_te("pyramid_counts", lengths, counts, means),
             ]
         )
@@ -88,7 +88,7 @@ def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
 
 
 class _Composed:
-    """``thresher::select_blocks`` from sums over blocks, products, and places that are counted."""
+    """``thresher::select_blocks`` from sums over blocks, products, and counted ranks."""
 
     def __init__(self, importer: Importer, node: fx.Node):
         self.importer = importer
@@ -108,7 +108,7 @@ class _Composed:
             coarse = self.scores(self.block_k * self.group)
             scores = self.emit("in_groups", self.within, scores, self.rank(coarse), self.forced, self.groups)
         weights = self.importer.emit(R.nn.softmax(scores, -1))
-        order = self.emit("order", self.forced_first, scores, self.forced, alone=True)
+        order = self.emit("order", self.forced_first, scores, self.forced, opaque=True)
         before = self.emit("before", self.weight_ahead, order, order, weights)
         taken = self.emit("taken", self.chosen, scores, self.rank(order), before, self.forced, self.keep, self.mass)
         slot = self.emit("slot", self.places, taken)
@@ -116,14 +116,14 @@ class _Composed:
         counts = self.emit("counts", self.lengths, taken)
         return self.importer.emit(relax.Tuple([blocks, counts]))
 
-    def emit(self, name: str, compute: Any, *given: Any, alone: bool = False) -> Any:
-        values = [self.importer.value(v) if isinstance(v, fx.Node) else v for v in given]
-        return self.importer.emit_te(name, compute, *values, alone=alone)
+    def emit(self, name: str, compute: Any, *args: Any, opaque: bool = False) -> Any:
+        values = [self.importer.value(v) if isinstance(v, fx.Node) else v for v in args]
+        return self.importer.emit_te(name, compute, *values, opaque=opaque)
 
     # ------------------------------------------------------------------ scores of blocks
 
     def scores(self, block_k: int) -> Any:
-        """[B, H, lists, blocks], LOW where a block may not be listed."""
+        """Return [B, H, lists, blocks], MASKED_SCORE where a block may not be listed."""
         of_q = self.emit("total_q", partial(self.total, self.block_q, self.rows), self.q, None)
         of_k = self.emit("total_k", partial(self.total, block_k, self.length), self.k, self.keys)
         if self.heads != self.kv_heads:
@@ -153,7 +153,7 @@ class _Composed:
         return te.compute((batch, heads, -(-length // block), width), one, name="total")
 
     def members(self, block: int, keys: te.Tensor | None) -> te.Tensor:
-        """How many keys there are in each block."""
+        """Return the number of keys in each block."""
         s, blocks = axis(block, "s"), -(-self.length // block)
         return te.compute(
             (self.batch, blocks),
@@ -168,7 +168,7 @@ class _Composed:
                 possible = tirx.all(possible, j * block_k <= i * self.block_q + self.block_q - 1)
             own = tirx.Cast(self.wide, te.min((i + 1) * self.block_q, self.rows) - i * self.block_q)
             value = product[b, h, i, j] * self.number(self.scale) / own / te.max(count[b, j], self.number(1))
-            return tirx.Select(possible, value, self.number(LOW))
+            return tirx.Select(possible, value, self.number(MASKED_SCORE))
 
         return te.compute(product.shape, one, name="score")
 
@@ -176,7 +176,7 @@ class _Composed:
 
     @staticmethod
     def ahead(mine: te.Tensor, its: te.Tensor, row: Any, j: Any, other: Any) -> Any:
-        """Whether ``other`` comes before ``j``: a higher score, or the same and an earlier place."""
+        """Return whether ``other`` comes before ``j``: a higher score, or the same and an earlier index."""
         one, two = mine[(*row, j)], its[(*row, other)]
         return tirx.any(two > one, tirx.all(two == one, other < j))
 
@@ -194,14 +194,14 @@ class _Composed:
     def within(self, scores: te.Tensor, rank: te.Tensor, forced: te.Tensor, groups: te.Tensor) -> te.Tensor:
         def one(b: Any, h: Any, i: Any, j: Any) -> Any:
             good = tirx.any(forced[0, h, i, j], rank[b, h, i, j // self.group] < groups[h])
-            return tirx.Select(good, scores[b, h, i, j], self.number(LOW))
+            return tirx.Select(good, scores[b, h, i, j], self.number(MASKED_SCORE))
 
         return te.compute(scores.shape, one, name="within")
 
     def forced_first(self, scores: te.Tensor, forced: te.Tensor) -> te.Tensor:
         def one(b: Any, h: Any, i: Any, j: Any) -> Any:
-            first = tirx.all(scores[b, h, i, j] > self.number(LOW), forced[0, h, i, j])
-            return tirx.Select(first, self.number(-LOW), scores[b, h, i, j])
+            first = tirx.all(scores[b, h, i, j] > self.number(MASKED_SCORE), forced[0, h, i, j])
+            return tirx.Select(first, self.number(-MASKED_SCORE), scores[b, h, i, j])
 
         return te.compute(scores.shape, one, name="order")
 
@@ -226,7 +226,7 @@ class _Composed:
         def one(b: Any, h: Any, i: Any, j: Any) -> Any:
             enough = before[b, h, i, j] < tirx.Cast(self.wide, mass[h])
             good = tirx.any(forced[0, h, i, j], tirx.all(rank[b, h, i, j] < keep[h], enough))
-            return tirx.Cast("int32", tirx.all(scores[b, h, i, j] > self.number(LOW), good))
+            return tirx.Cast("int32", tirx.all(scores[b, h, i, j] > self.number(MASKED_SCORE), good))
 
         return te.compute(scores.shape, one, name="taken")
 

@@ -1,4 +1,4 @@
-"""Blocks of keys that are left out for their small weights, where no kernel does it on its way: found from the scores."""
+"""Blocks of keys that are left out because of their small weights, for targets without a kernel that skips them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thresher.backends.tvm.importing.importer import Importer
 
 
 def large_blocks(importer: Importer, skip: float, block_q: int, block_k: int, scores: Any) -> Any:
-    """bool, of the shape of the masked scores [B, H, L, S]: those in blocks that are not ``negligible`` (thresher.ops.sparse_attention)."""
+    """Return a mask of the masked scores [B, H, L, S]: the blocks that are not ``negligible`` (thresher.ops.sparse_attention)."""
     batch, heads, rows, keys = (int(d) for d in scores.ty.shape)
     lists, columns = -(-rows // block_q), -(-keys // block_k)
 
@@ -47,7 +47,7 @@ def large_blocks(importer: Importer, skip: float, block_q: int, block_k: int, sc
             scores.ty.shape, lambda b, h, i, j: x[b, h, i // block_q, j // block_k] >= limit, name="large"
         )
 
-    found = importer.emit_te("tops", tops, scores)
+    maxima = importer.emit_te("tops", tops, scores)
     return importer.emit_te(
-        "large", large, importer.emit_te("under", under, found, importer.emit_te("so_far", so_far, found))
+        "large", large, importer.emit_te("under", under, maxima, importer.emit_te("so_far", so_far, maxima))
     )

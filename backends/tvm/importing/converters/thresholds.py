@@ -29,7 +29,7 @@ KEPT: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
 
 
 def element(kind: str, keep: str, dtype: str, x: Any, t: Any, t2: Any) -> Any:
-    """The threshold of one element; NaN passes where torch lets it pass."""
+    """Return the threshold of one element; NaN passes where torch lets it pass."""
     zero, one = (tirx.const(v, dtype) for v in (0.0, 1.0))
     if kind == "soft":
         return x - tirx.Select(x > t, t, tirx.Select(x < -t, -t, x))
@@ -48,6 +48,7 @@ def element(kind: str, keep: str, dtype: str, x: Any, t: Any, t2: Any) -> Any:
 
 @semantics(ops.shrink.default)
 def shrink(importer: Importer, node: fx.Node) -> Any:
+    """Apply ``thresher::shrink``; a threshold that is one constant number is part of the code."""
     x, t, kind = node.args[:3]
     keep, t2 = argument(node, 3, "keep", "nle"), argument(node, 4, "t2")
     dtype = result_dtype(node)
@@ -62,39 +63,39 @@ def shrink(importer: Importer, node: fx.Node) -> Any:
         if value is not None and number is None:
             operands.append(cast(importer, importer.value(value), dtype))
 
-    def compute(*given: te.Tensor) -> te.Tensor:
+    def compute(*tensors: te.Tensor) -> te.Tensor:
         def one(*i: Any) -> Any:
-            others = iter(given[1:])
+            others = iter(tensors[1:])
             limits = [
                 tirx.const(c, dtype) if c is not None else _at(next(others), i) if v is not None else None
                 for v, c in zip((t, t2), constants)
             ]
-            value = _at(given[0], i)
+            value = _at(tensors[0], i)
             return elementwise.named(value, lambda y: element(kind, keep, dtype, y, *limits))
 
-        return te.compute(given[0].shape, one, name="T_shrink")
+        return te.compute(tensors[0].shape, one, name="T_shrink")
 
     return importer.emit_te("shrink", compute, *operands)
 
 
 def _number(importer: Importer, node: fx.Node) -> float | None:
-    """A threshold that is one number."""
+    """Return the value of a threshold that is one constant number, else None."""
     if not importer.is_constant(node) or node.meta["val"].numel() != 1:
         return None
     return float(importer.array(node).reshape(()))
 
 
 def _at(x: te.Tensor, index: Any) -> Any:
-    """An element of what is broadcast to the result."""
-    own = index[len(index) - len(x.shape) :]
+    """Return the element at an index of a value that is broadcast to the result."""
+    indices = index[len(index) - len(x.shape) :]
     return x(
-        *(tirx.const(0, "int64") if isinstance(d, tirx.IntImm) and int(d) == 1 else i for i, d in zip(own, x.shape))
+        *(tirx.const(0, "int64") if isinstance(d, tirx.IntImm) and int(d) == 1 else i for i, d in zip(indices, x.shape))
     )
 
 
 @semantics(ops.group_shrink.default)
 def group_shrink(importer: Importer, node: fx.Node) -> Any:
-    """By the norms along the last dimension, which are a kernel of their own."""
+    """Shrink groups by their norms along the last dimension, which are a kernel of their own."""
     x, t, dtype = importer.value(node.args[0]), importer.value(node.args[1]), result_dtype(node)
     emit = importer.emit
     size = emit(R.sqrt(emit(R.sum(emit(R.multiply(x, x)), -1, keepdims=True))))
@@ -115,15 +116,15 @@ def group_shrink(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.kth_largest.default)
 def kth_largest(importer: Importer, node: fx.Node) -> Any:
-    """The last of the k largest."""
+    """Return the last of the k largest, by TVM's top-k."""
     x, k = importer.value(node.args[0]), node.args[1]
-    found = importer.emit(R.topk(x, k, -1, "values", True))
-    return importer.emit(R.strided_slice(found, [-1], [k - 1], [k]))
+    largest = importer.emit(R.topk(x, k, -1, "values", True))
+    return importer.emit(R.strided_slice(largest, [-1], [k - 1], [k]))
 
 
 @cpu_kernel(ops.kth_largest.default)
 def kth_largest_kernel(importer: Importer, node: fx.Node) -> Any:
-    """By bits, row by row."""
+    """Return the k-th largest of every row by a radix selection on the bits."""
     *lead, size = sizes(node.args[0])
     rows = math.prod(lead)
     function = kth.kernel(rows, size, importer.cpu.lanes)

@@ -1,6 +1,6 @@
 """Token reduction: loops of ours on the CPU in float32; elsewhere sums over comparisons, which any target can do.
 
-A place among equals is counted, not sorted: the place of i is the number of j that go before it.
+The rank of i is counted instead of sorted: the number of j that come before it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _call(importer: Importer, name: str, function: tirx.PrimFunc, node: fx.Node,
 
 @semantics(ops.match_tokens.default)
 def match_tokens(importer: Importer, node: fx.Node) -> Any:
-    """Three values, which ``getitem`` takes apart."""
+    """Return the assignment, the sizes and the own tokens as three values, which ``getitem`` separates."""
     *_, count, drop = node.args
     batch, n = sizes(node.args[1])
     if importer.machine is None or result_dtype(node.args[0]) != "float32" or result_dtype(node.args[1]) != "float32":
@@ -50,6 +50,7 @@ def match_tokens(importer: Importer, node: fx.Node) -> Any:
 
 @cpu_kernel(ops.reduce_tokens.default)
 def reduce_tokens_kernel(importer: Importer, node: fx.Node) -> Any:
+    """Compute the weighted means of tokens by slot, channels in registers."""
     batch, count, channels = sizes(node)
     function = tokens.reduce(batch, sizes(node.args[0])[1], channels, count, importer.cpu.lanes)
     return _call(importer, "reduce_tokens", function, node, 3, relax.TensorType((batch, count, channels), "float32"))
@@ -59,14 +60,15 @@ def reduce_tokens_kernel(importer: Importer, node: fx.Node) -> Any:
 
 
 def counted(batch: int, n: int, condition: Callable[[Any, Any, Any], Any]) -> te.Tensor:
-    """For every [b, i] the number of j for which ``condition(b, i, j)``."""
+    """Return for every [b, i] the number of j for which ``condition(b, i, j)`` holds."""
     j = axis(n)
     return te.compute((batch, n), lambda b, i: te.sum(tirx.Cast("int64", condition(b, i, j)), axis=j), name="counted")
 
 
 def rank(importer: Importer, values: Any) -> Any:
-    """The place of each element of a row [B, N] in falling order. The values go in twice, and stay a kernel of their own: schedules for
-    GPUs want one read of each."""
+    """Return the index of each element of a row [B, N] in falling order. The values go in twice, and stay a kernel of their own:
+    schedules for GPUs want one read of each.
+    """
 
     def places(mine: te.Tensor, its: te.Tensor) -> te.Tensor:
         def before(b: Any, i: Any, j: Any) -> Any:
@@ -79,7 +81,7 @@ def rank(importer: Importer, values: Any) -> Any:
 
 
 def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
-    """One sum per kernel: what schedules for GPUs expect."""
+    """Compute with one sum per kernel, as schedules for GPUs expect."""
     *_, count, drop = node.args
     batch, n = sizes(node.args[1])
     similar, size, side = map(importer.value, node.args[:3])
@@ -117,11 +119,11 @@ def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
 
         return te.compute((batch, n), element, name="assign")
 
-    def summed(own: te.Tensor, found: te.Tensor) -> te.Tensor:
+    def summed(own: te.Tensor, result: te.Tensor) -> te.Tensor:
         i, zero = axis(n, "i"), tirx.const(0, own.dtype)
         return te.compute(
             (batch, n - count),
-            lambda b, j: te.sum(tirx.Select(found[b, i] == j, own[b, i], zero), axis=i),
+            lambda b, j: te.sum(tirx.Select(result[b, i] == j, own[b, i], zero), axis=i),
             name="sizes",
         )
 
@@ -132,13 +134,14 @@ def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
     emit = importer.emit_te
     top = emit("best", best, similar, side)
     partners = emit("partner", partner, similar, side, top)
-    places = rank(importer, emit("worth", worth, size, side, top, alone=True))
-    found = emit("assign", assign, places, emit("slot", slot, places), partners)
-    return importer.emit(relax.Tuple([found, emit("token_sizes", summed, size, found), emit("own", keeps, places)]))
+    places = rank(importer, emit("worth", worth, size, side, top, opaque=True))
+    result = emit("assign", assign, places, emit("slot", slot, places), partners)
+    return importer.emit(relax.Tuple([result, emit("token_sizes", summed, size, result), emit("own", keeps, places)]))
 
 
 @semantics(ops.token_sides.default)
 def token_sides(importer: Importer, node: fx.Node) -> Any:
+    """Return for every token whether it goes, takes or stays (``thresher.ops.tokens``)."""
     kind, count, protected, every = node.args[2:]
     batch, n = sizes(node)
 
@@ -160,12 +163,12 @@ def token_sides(importer: Importer, node: fx.Node) -> Any:
 
         def element(b: Any, i: Any) -> Any:
             if places is None:
-                found = tirx.Cast("int64", tirx.floormod(i - protected, 2))
+                result = tirx.Cast("int64", tirx.floormod(i - protected, 2))
             elif kind == "lowest":
-                found = tirx.Select(places[b, i] < count, goes, takes)
+                result = tirx.Select(places[b, i] < count, goes, takes)
             else:
-                found = tirx.Select(places[b, i] < 2 * count, tirx.floormod(places[b, i], 2), stays)
-            return tirx.Select(i < protected, stays, tirx.Select(fixed(i), takes, found))
+                result = tirx.Select(places[b, i] < 2 * count, tirx.floormod(places[b, i], 2), stays)
+            return tirx.Select(i < protected, stays, tirx.Select(fixed(i), takes, result))
 
         return te.compute((batch, n), element, name="side")
 
@@ -173,13 +176,13 @@ def token_sides(importer: Importer, node: fx.Node) -> Any:
         return importer.emit_te("token_sides", side, None)
     scores, size = map(importer.value, node.args[:2])
     return importer.emit_te(
-        "token_sides", side, rank(importer, importer.emit_te("order", order, scores, size, alone=True))
+        "token_sides", side, rank(importer, importer.emit_te("order", order, scores, size, opaque=True))
     )
 
 
 @semantics(ops.reduce_tokens.default)
 def reduce_tokens(importer: Importer, node: fx.Node) -> Any:
-    """One sum over all tokens for every slot: a product with the matrix of the assignment."""
+    """Compute the weighted means as a product with the matrix of the assignment."""
     batch, count, _ = sizes(node)
     n = sizes(node.args[0])[1]
 
@@ -208,14 +211,14 @@ def reduce_tokens(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(ops.restore_tokens.default)
 def restore_tokens(importer: Importer, node: fx.Node) -> Any:
-    """A gather along one dimension."""
+    """Gather along one dimension; tokens without a slot become 0."""
     dim, shape = node.args[2], sizes(node)
 
     def restored(x: te.Tensor, assign: te.Tensor) -> te.Tensor:
         def element(*i: Any) -> Any:
             slot = assign[i[0], i[dim]]
-            place = (*i[:dim], te.max(slot, tirx.const(0, "int64")), *i[dim + 1 :])
-            return tirx.Select(slot >= 0, x[place], tirx.const(0, x.dtype))
+            index = (*i[:dim], te.max(slot, tirx.const(0, "int64")), *i[dim + 1 :])
+            return tirx.Select(slot >= 0, x[index], tirx.const(0, x.dtype))
 
         return te.compute(shape, element, name="restored")
 

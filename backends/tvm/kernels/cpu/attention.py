@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.cpu import STACK, CpuInfo
+from thresher.backends.tvm.cpu import STACK_BYTES, CpuInfo
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.backends.tvm.kernels.cpu.gemm import register_product, whole
 
@@ -21,20 +21,20 @@ ROWS = (8, 7, 6)  # that are computed together
 
 
 def columns_of(machine: CpuInfo, size: int) -> int:
-    """Columns of a product tile: two registers, or one where the row is short."""
+    """Return the columns of a product tile: two registers, or one where the row is short."""
     return machine.lanes * (2 if size > machine.lanes else 1)
 
 
 def rows_of(machine: CpuInfo, rows: int) -> int:
-    """Rows of a tile: many, but their sums fit the stack, and few are computed beyond the last."""
-    fit = [r for r in ROWS if r * 2 * machine.lanes * 4 < STACK]
+    """Return the rows of a tile: many, but their sums fit the stack, and few are computed beyond the last."""
+    fit = [r for r in ROWS if r * 2 * machine.lanes * 4 < STACK_BYTES]
     return min(fit, key=lambda r: whole(rows, r) * (1 + 0.02 * (ROWS[0] - r)))
 
 
 def attention(
     q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None, scale: float, causal: bool, machine: CpuInfo
 ) -> te.Tensor:
-    """q [B, H, L, E], k [B, H', S, E], v [B, H', S, F] -> [B, H, L, F]; H a multiple of H'; mask broadcasts to [B, H, L, S]."""
+    """Compute q [B, H, L, E], k [B, H', S, E], v [B, H', S, F] -> [B, H, L, F]; H a multiple of H'; mask broadcasts to [B, H, L, S]."""
     batch, heads, rows, width = (int(d) for d in q.shape)
     length, out = int(k.shape[2]), int(v.shape[3])
     group = heads // int(k.shape[1])
@@ -65,11 +65,11 @@ def attention(
     def score(b: Any, h: Any, i: Any, s: Any) -> Any:
         value = products[b, h, i, s] * tirx.const(scale, "float32")
         if mask is not None:
-            place = [
+            index = [
                 tirx.const(0, "int64") if int(d) == 1 else x
                 for d, x in zip(mask.shape, (b, h, te.min(i, rows - 1), te.min(s, length - 1)))
             ]
-            at = mask[tuple(place)]
+            at = mask[tuple(index)]
             value = tirx.Select(at, value, low) if mask.dtype == "bool" else te.max(value + at, low)
         if causal:
             value = tirx.Select(s <= i, value, low)
@@ -119,43 +119,43 @@ def attention(
 
 
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """Row tiles of all heads over the threads; within one, both products keep their sums in registers."""
+    """Spread row tiles of all heads over the threads; within one, both products keep their sums in registers."""
     names = {sch.get(b).name_hint: b for b in sch.get_child_blocks(sch.get_sblock("root"))}
-    own = {name.removeprefix(PREFIX): b for name, b in names.items() if name.startswith(PREFIX)}
+    stages = {name.removeprefix(PREFIX): b for name, b in names.items() if name.startswith(PREFIX)}
     last = list(names.values())[-1]
     for name, block in names.items():
         if not name.startswith(PREFIX) and block is not last:
             sch.compute_inline(block)
-    if own["out"] is not last:
-        sch.compute_inline(own["out"])
+    if stages["out"] is not last:
+        sch.compute_inline(stages["out"])
     for packed in ("keys", "values"):
-        if packed in own:
-            loops = sch.get_loops(own[packed])
+        if packed in stages:
+            loops = sch.get_loops(stages[packed])
             sch.parallel(sch.fuse(*loops[:3]))
     b, h, i, f = sch.get_loops(last)
     i, row = sch.split(i, [None, rows_of(machine, int(sch.get(i).extent))])
-    width = int(sch.get(own["mixed"]).writes[0].source.shape[-1])
+    width = int(sch.get(stages["mixed"]).writes[0].source.shape[-1])
     columns = columns_of(machine, width)
     fo, fi = sch.split(f, [None, columns])
     sch.reorder(b, h, i, fo, row, fi)
     tile = sch.fuse(b, h, i)
     sch.parallel(tile)
-    sch.compute_at(own["mixed"], fo, preserve_unit_loops=True)
-    register_product(sch, own["mixed"], machine.lanes)
+    sch.compute_at(stages["mixed"], fo, preserve_unit_loops=True)
+    register_product(sch, stages["mixed"], machine.lanes)
     for name in ("inverse", "sum", "sum_parts", "weights", "top", "top_parts", "scores"):
-        sch.compute_at(own[name], tile, preserve_unit_loops=True)
+        sch.compute_at(stages[name], tile, preserve_unit_loops=True)
     for name in ("sum_parts", "top_parts"):
-        *_, lane, part = sch.get_loops(own[name])
+        *_, lane, part = sch.get_loops(stages[name])
         sch.reorder(part, lane)
         sch.vectorize(lane)
-        sch.vectorize(sch.get_loops(sch.decompose_reduction(own[name], part))[-1])
-    _, lane = sch.split(sch.get_loops(own["weights"])[-1], [None, machine.lanes])
+        sch.vectorize(sch.get_loops(sch.decompose_reduction(stages[name], part))[-1])
+    _, lane = sch.split(sch.get_loops(stages["weights"])[-1], [None, machine.lanes])
     sch.vectorize(lane)
-    *_, row, s = sch.get_loops(own["scores"])
-    so, si = sch.split(s, [None, int(sch.get(own["keys"]).writes[0].source.shape[-1])])
+    *_, row, s = sch.get_loops(stages["scores"])
+    so, si = sch.split(s, [None, int(sch.get(stages["keys"]).writes[0].source.shape[-1])])
     sch.reorder(so, row, si)
-    sch.compute_at(own["products"], so, preserve_unit_loops=True)
-    register_product(sch, own["products"], machine.lanes)
+    sch.compute_at(stages["products"], so, preserve_unit_loops=True)
+    register_product(sch, stages["products"], machine.lanes)
     _, lane = sch.split(si, [None, machine.lanes])
     sch.vectorize(lane)
     _, lane = sch.split(fi, [None, machine.lanes])

@@ -13,19 +13,19 @@ from typing import Any
 from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
-from thresher.backends.tvm.codegen.tir_pipeline import cut
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.gemm import Tile, inline_epilogue, register_product, shares, tiles
 from thresher.backends.tvm.kernels.cpu.registers import register_part
+from thresher.backends.tvm.kernels.loop_marks import cut
 
 PREFIX = "batched_"
 PACKED, SUMS = f"{PREFIX}packed", f"{PREFIX}sums"
-LEAST = 4  # rows: with fewer, packing costs as much as the product
+MIN_ROWS = 4  # rows: with fewer, packing costs as much as the product
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``rows`` x ``vectors`` registers of sums; ``run``: row tiles that one task takes, for which it reads a panel of B once."""
+    """A tile of ``rows`` x ``vectors`` registers of sums; ``run``: row tiles that one task takes, for which it reads a panel of B once."""
 
     rows: int
     vectors: int
@@ -33,7 +33,7 @@ class Plan:
 
 
 def plans(m: int, n: int, k: int, batch: int, machine: CpuInfo, limit: int = 1) -> list[Plan]:
-    """The ``limit`` most promising plans for ``batch`` products ``[m, k] x [k, n]``; the first is the estimate's choice."""
+    """Return the ``limit`` most promising plans for ``batch`` products ``[m, k] x [k, n]``; the first is the estimate's choice."""
     found = []
     for t, tile in enumerate(tiles(m, n, k, machine)[: 1 if limit == 1 else 4]):
         rule = _run(-(-m // tile.rows), batch, tile, k, machine)
@@ -45,7 +45,7 @@ def plans(m: int, n: int, k: int, batch: int, machine: CpuInfo, limit: int = 1) 
 
 
 def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns: int) -> te.Tensor:
-    """``right(*batch, k, n)`` as [*lead, N/NR, K, NR], computed at run time."""
+    """Return ``right(*batch, k, n)`` as [*lead, N/NR, K, NR], computed at run time."""
     blocks = -(-n // columns)
 
     def element(*i: Any) -> Any:
@@ -56,7 +56,7 @@ def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns
 
 
 def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, plan: Plan) -> te.Tensor:
-    """``left(*batch, m, k)`` times ``packed`` [*batch, N/NR, K, NR] -> ``[*batch, m, n]``."""
+    """Return ``left(*batch, m, k)`` times ``packed`` [*batch, N/NR, K, NR] -> ``[*batch, m, n]``."""
     *lead, blocks, k, columns = (int(d) for d in packed.shape)
     full_m = -(-m // plan.rows) * plan.rows
     over = te.reduce_axis((0, k), name="k")
@@ -74,7 +74,7 @@ def product(left: Callable[..., Any], packed: te.Tensor, m: int, n: int, plan: P
 
 
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """Runs of row tiles of all products over the threads; a tile's sums stay in registers, what follows is computed on it."""
+    """Spread runs of row tiles of all products over the threads; a tile's sums stay in registers, and what follows is computed on it."""
     sums = sch.get_sblock(SUMS)
     names = {sch.get(b).name_hint for b in sch.get_child_blocks(sch.get_sblock("root"))}
     epilogue = inline_epilogue(sch, sums, keep=frozenset((PACKED,)))
@@ -103,7 +103,7 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 
 def _run(row_tiles: int, batch: int, tile: Tile, depth: int, machine: CpuInfo) -> int:
-    """As many row tiles as fit the cache and leave work for all threads."""
+    """Return as many row tiles as fit the cache and leave work for all threads."""
     fit = max(1, machine.cache // 2 // (tile.rows * depth * 4))
     wanted = -(-4 * machine.threads // batch)  # tasks per product
     return max(c for c in shares(row_tiles) if c == 1 or (c <= fit and -(-row_tiles // c) >= min(wanted, row_tiles)))

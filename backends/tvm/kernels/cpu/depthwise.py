@@ -17,33 +17,33 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.codegen.tir_pipeline import cut
-from thresher.backends.tvm.cpu import LINE, CpuInfo
+from thresher.backends.tvm.cpu import CACHE_LINE, CpuInfo
 from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, shares, whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
+from thresher.backends.tvm.kernels.loop_marks import cut
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
-UNROLLED = 49  # taps; of larger windows only a row is unrolled
-STAGE = 48 << 10  # bytes of a staged copy up to which it costs nothing more
-SEQUENCE = 256  # pixels of a task where images are long and one pixel high
+MAX_UNROLLED_TAPS = 49  # taps; of larger windows only a row is unrolled
+FREE_STAGE_BYTES = 48 << 10  # bytes of a staged copy up to which it costs nothing more
+SEQUENCE_PIXELS = 256  # pixels of a task where images are long and one pixel high
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which pixels an output reads: (y, x) of the stride, the dilation and the zeros before the image."""
+    """The pixels that an output reads, as (y, x) of the stride, the dilation and the zeros before the image."""
 
     stride: Sequence[int]
     dilation: Sequence[int]
     before: Sequence[int]
 
     def extent(self, outputs: int, taps: int, axis: int) -> int:
-        """Pixels that ``outputs`` neighbouring outputs read along ``axis``."""
+        """Return the number of pixels that ``outputs`` neighbouring outputs read along ``axis``."""
         return (outputs - 1) * self.stride[axis] + (taps - 1) * self.dilation[axis] + 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """Outputs that a thread computes from one staged copy: rows x pixels x channels, ``step`` pixels in registers at a time."""
+    """The outputs that a thread computes from one staged copy: rows x pixels x channels, ``step`` pixels in registers at a time."""
 
     rows: int
     pixels: int
@@ -52,7 +52,7 @@ class Task:
 
 
 def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
-    """[C, 1, KH, KW] -> [KH, KW, C], the channels padded with zeros to whole registers."""
+    """Return [C, 1, KH, KW] as [KH, KW, C], the channels padded with zeros to whole registers."""
     channels = weight.shape[0]
     padded = np.zeros((*weight.shape[2:], -(-channels // lanes) * lanes), weight.dtype)
     padded[..., :channels] = weight[:, 0].transpose(1, 2, 0)
@@ -60,7 +60,7 @@ def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
 
 
 def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Window, task: Task) -> te.Tensor:
-    """``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
+    """Compute ``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
     batch, height, width, channels = (int(d) for d in x.shape)
     *taps, full = (int(d) for d in weight.shape)
     across = whole(out[1], task.step)
@@ -87,34 +87,34 @@ def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Win
 def tasks(
     out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: CpuInfo, limit: int = 1
 ) -> list[Task]:
-    """The ``limit`` tasks with the least estimated time: little copied twice, little staged at a time, whole cache lines, work for all
-    threads. ``out``: [B, rows, pixels] of the result; ``taps``: of the filter, (y, x).
+    """Return the ``limit`` tasks with the least estimated time: little copied twice, little staged at a time, whole cache lines, work
+    for all threads. ``out``: [B, rows, pixels] of the result; ``taps``: of the filter, (y, x).
 
     Few pixels computed together load each row more often; those past the end are lost.
     """
     batch, height, width = out
     lanes, registers = machine.lanes, -(-channels // machine.lanes)
     even = bool(register_part(channels, lanes))  # else a task takes all channels, and knows where they end
-    found = []
+    estimates = []
     steps = sorted((7, 6, 5, 4, 3, 2, 1), key=lambda p: whole(width, p) * (1 + 0.5 / p))
-    for place, step in enumerate(steps[: 1 if limit == 1 else 3]):
-        across = whole(width if height > 1 or width <= SEQUENCE else SEQUENCE, step)
+    for order, step in enumerate(steps[: 1 if limit == 1 else 3]):
+        across = whole(width if height > 1 or width <= SEQUENCE_PIXELS else SEQUENCE_PIXELS, step)
         for part in (d for d in range(1, registers + 1) if registers % d == 0 and (even or d == registers)):
             for rows in shares(height):
                 read_rows = window.extent(rows, taps[0], 0)
                 read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
                 count = batch * -(-height // rows) * -(-width // across) * (registers // part)
                 cost = float(-(-count // machine.threads) * machine.threads * rows * across * part)
-                whole_lines = part == registers or part * lanes * 4 % LINE == 0
+                whole_lines = part == registers or part * lanes * 4 % CACHE_LINE == 0
                 cost *= (1 + 0.4 * read_rows / (rows * window.stride[0])) * (1.0 if whole_lines else 1.2)
-                cost *= 1 + 0.15 * max(0.0, math.log2(read / STAGE))
+                cost *= 1 + 0.15 * max(0.0, math.log2(read / FREE_STAGE_BYTES))
                 cost += 150 * count / machine.threads  # each starts with a buffer of its own
-                found.append((cost * (1 + 0.1 * place), Task(rows, across, part * lanes, step)))
-    return [task for _, task in sorted(found, key=lambda f: f[0])[:limit]]
+                estimates.append((cost * (1 + 0.1 * order), Task(rows, across, part * lanes, step)))
+    return [task for _, task in sorted(estimates, key=lambda f: f[0])[:limit]]
 
 
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """Tasks over the threads, pixels x channels in registers."""
+    """Spread tasks over the threads, pixels x channels in registers."""
     conv, staged = sch.get_sblock(BLOCK), sch.get_sblock(STAGED)
     taps = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-2:]]
     epilogue = inline_epilogue(sch, conv, keep=frozenset((STAGED,)))
@@ -133,7 +133,7 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     *spatial, i, j = sch.get_loops(conv)
     inner = spatial[-2:]
     sch.reorder(i, j, *inner)
-    for loop in (i, j, inner[0]) if math.prod(taps) <= UNROLLED else (j, inner[0]):
+    for loop in (i, j, inner[0]) if math.prod(taps) <= MAX_UNROLLED_TAPS else (j, inner[0]):
         sch.unroll(loop)
     sch.vectorize(inner[1])
     *_, row, lanes = sch.get_loops(sch.decompose_reduction(conv, i))
@@ -149,7 +149,7 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 
 def _copy(sch: s_tir.Schedule, staged: Any, channels: int, lanes: int) -> None:
-    """The columns of zeros get loops of their own, so that the pixels between them are copied without a condition."""
+    """Give the columns of zeros loops of their own, so that the pixels between them are copied without a condition."""
     *_, column, channel = sch.get_loops(staged)
     sch.annotate(column, "pragma_loop_partition_hint", 1)
     vectorise(sch, channel, lanes, channels)

@@ -30,8 +30,9 @@ TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89
 
 
 def named(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of a value that has a name. TVM makes branches of selects whose sides read memory; where a loop does not vectorise,
-    the processor then mispredicts one per element."""
+    """Return ``function`` of a value that has a name. TVM makes branches of selects whose sides read memory; where a loop does not
+    vectorise, the processor then mispredicts one per element.
+    """
     name = tirx.Var("x", value.ty)
     return tirx.Let(name, value, function(name))
 
@@ -48,12 +49,12 @@ def _horner(x: Any, coefficients: Sequence[float]) -> Any:
 
 
 def clamp(x: Any, low: float, high: float) -> Any:
-    """Selects, not min and max: a NaN must pass."""
+    """Clamp a float32 expression by selects, not min and max: a NaN must pass."""
     return tirx.Select(x < _f(low), _f(low), tirx.Select(x > _f(high), _f(high), x))
 
 
 def _exp(x: Any, low: float, high: float) -> tuple[Any, Any]:
-    """(p, n) with e^x = p 2^n for x clamped to [low, high]; n is an int32."""
+    """Return (p, n) with e^x = p 2^n for x clamped to [low, high]; n is an int32."""
     y = clamp(x, low, high)
     bits = tirx.reinterpret(
         "int32", y * _f(LOG2E) + _f(ROUNDER)
@@ -66,24 +67,25 @@ def _exp(x: Any, low: float, high: float) -> tuple[Any, Any]:
 
 
 def _power(n: Any) -> Any:
-    """2^n for -127 <= n <= 128, where the ends are 0 and infinity."""
+    """Return 2^n for -127 <= n <= 128, where the ends are 0 and infinity."""
     return tirx.reinterpret("float32", (n + 127) << 23)
 
 
 def exp(x: Any) -> Any:
-    """e^x for a float32 expression."""
+    """Return e^x for a float32 expression, with an error of about one unit in the last place."""
     p, n = _exp(x, -104.0, 89.0)
     half = n >> 1
     return p * _power(half) * _power(n - half)  # 2^n itself may be no float32 where e^x is one
 
 
 def short_exp(x: Any) -> Any:
-    """e^x where nobody can tell: below 1.2e-38 it is 0, from 2.4e38 on it is infinite."""
+    """Return e^x without subnormals: 0 below 1.2e-38, infinite from 2.4e38 on."""
     p, n = _exp(x, -88.0, 89.0)
     return p * _power(n)
 
 
 def erf(x: Any) -> Any:
+    """Return the error function of a float32 expression, with an error of about 3e-7."""
     y = clamp(x, -4.0, 4.0)
     s = y * y
     inner = y * _horner(s, ERF_P) / _horner(s, ERF_Q)
@@ -91,29 +93,34 @@ def erf(x: Any) -> Any:
 
 
 def tanh(x: Any) -> Any:
+    """Return tanh of a float32 expression, with an error of about 3e-7."""
     y = clamp(x, -7.90531110763549805, 7.90531110763549805)
     s = y * y
     return tirx.Select(te.abs(x) < _f(0.0004), x, y * _horner(s, TANH_P) / _horner(s, TANH_Q))
 
 
 def sigmoid(x: Any) -> Any:
+    """Return 1 / (1 + e^-x) of a float32 expression."""
     return _f(1.0) / (_f(1.0) + short_exp(-x))
 
 
 def gelu(x: Any) -> Any:
+    """Return x (1 + erf(x / sqrt 2)) / 2 of a float32 expression (Hendrycks & Gimpel, 2016)."""
     return (_f(0.5) * x) * (_f(1.0) + erf(x * _f(0.7071067811865476)))  # halved first: 3e38 stays finite
 
 
 def gelu_tanh(x: Any) -> Any:
+    """Return the approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 of GELU."""
     return _f(0.5) * x * (_f(1.0) + tanh(_f(0.7978845608028654) * (x + _f(0.044715) * x * x * x)))
 
 
 def silu(x: Any) -> Any:
+    """Return x / (1 + e^-x) of a float32 expression."""
     return x / (_f(1.0) + short_exp(-x))
 
 
 def hardswish(x: Any) -> Any:
-    """Of any floating type."""
+    """Return x min(max(x + 3, 0), 6) / 6 of an expression of any floating type."""
     three, six, zero, sixth = (tirx.const(v, x.ty.dtype) for v in (3.0, 6.0, 0.0, 1 / 6))
     return x * te.max(te.min(x + three, six), zero) * sixth
 

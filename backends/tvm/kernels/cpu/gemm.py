@@ -18,18 +18,18 @@ import numpy as np
 from tvm import s_tir, te
 from tvm.tirx import IndexMap
 
-from thresher.backends.tvm.codegen.tir_pipeline import cut, idle
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.registers import register_part
+from thresher.backends.tvm.kernels.loop_marks import cut, idle
 
 BLOCK, ADDED = "packed_gemm", "packed_gemm_sum"  # the names by which the scheduler finds these kernels after fusion
 SLICE = 512  # depth of a slice of a long sum
-SMALL = 1 << 16  # multiply-adds that are done before another thread has woken up
+MAX_SERIAL_PRODUCTS = 1 << 16  # multiply-adds that are done before another thread has woken up
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``rows`` x ``vectors * lanes`` sums in registers."""
+    """A tile of ``rows`` x ``vectors * lanes`` sums in registers."""
 
     rows: int
     vectors: int
@@ -37,12 +37,13 @@ class Tile:
 
     @property
     def columns(self) -> int:
+        """The columns of the tile."""
         return self.vectors * self.lanes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is computed: the tile, the row and column tiles of a task, and whether a deep sum is cut into slices."""
+    """A way to compute a product: the tile, the row and column tiles of a task, and whether a deep sum is cut into slices."""
 
     rows: int
     vectors: int
@@ -51,12 +52,13 @@ class Plan:
     sliced: bool
 
     def tile(self, machine: CpuInfo) -> Tile:
+        """Return the tile for the registers of a CPU."""
         return Tile(self.rows, self.vectors, machine.lanes)
 
 
 def tiles(m: int, n: int, k: int, machine: CpuInfo, line: int = 0) -> list[Tile]:
-    """All tiles that fit the registers, by estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide; AVX-512: 14
-    to 20 sums, two vectors wide).
+    """Return all tiles that fit the registers, by estimated time, from what was measured (AVX2: 12 sums, two or three vectors wide;
+    AVX-512: 14 to 20 sums, two vectors wide).
 
     Padding rows and columns is paid for; few sums leave the multiply-add unit waiting; sums, a row of the weight and an element of A
     that do not fit the registers together spill; four vectors pay only while the panel of packed weights that a task streams
@@ -84,24 +86,25 @@ def tiles(m: int, n: int, k: int, machine: CpuInfo, line: int = 0) -> list[Tile]
 def plans(
     m: int, n: int, taps: Sequence[int], machine: CpuInfo, limit: int = 1, line: int = 0, vectors: int = 0
 ) -> list[Plan]:
-    """The ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's choice.
-    ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide."""
+    """Return the ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's
+    choice. ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide.
+    """
     depth = math.prod(taps)
     sliced = m > 1 and bool(slices_of(taps)[0])  # a single row reads the weight once anyway
     ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
-    found: list[tuple[int, int, int, Plan]] = []
+    estimates: list[tuple[int, int, int, Plan]] = []
     fit = [t for t in tiles(m, n, depth, machine, line) if vectors in (0, t.vectors)]
     for t, tile in enumerate(fit[: 1 if limit == 1 else 6]):
         for w, slices in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
             tasks = _slice_tasks(*grid, tile, SLICE, machine) if slices else _whole_tasks(*grid, tile, depth, machine)
             for i, task in enumerate(tasks[: 1 if limit == 1 else 4]):
-                found.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, slices)))
-    return [plan for *_, plan in sorted(found, key=lambda f: f[:3])[:limit]]
+                estimates.append((t + i + w, t, i, Plan(tile.rows, tile.vectors, *task, slices)))
+    return [plan for *_, plan in sorted(estimates, key=lambda f: f[:3])[:limit]]
 
 
 def pack(weight: np.ndarray, tile: Tile) -> np.ndarray:
-    """[N, *taps] -> [N/NR, *taps, NR], padded with zeros."""
+    """Return [N, *taps] as [N/NR, *taps, NR], padded with zeros."""
     n = weight.shape[0]
     blocks = -(-n // tile.columns)
     padded = np.zeros((blocks * tile.columns, *weight.shape[1:]), weight.dtype)
@@ -110,7 +113,7 @@ def pack(weight: np.ndarray, tile: Tile) -> np.ndarray:
 
 
 def unravel(row: Any, shape: Sequence[int]) -> list[Any]:
-    """The index in ``shape`` of the row-major number ``row``."""
+    """Return the index in ``shape`` of the row-major number ``row``."""
     index: list[Any] = []
     for size in reversed(shape[1:]):
         index.insert(0, row % size)
@@ -127,8 +130,8 @@ def product(
     plan: Plan,
     wide: int = 0,
 ) -> te.Tensor:
-    """The computation. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``, or
-    ``[*rows, wide]`` with zeros behind the n columns (:func:`widened`).
+    """Compute the product. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``, or
+    ``[*rows, wide]`` with zeros after the n columns (:func:`widened`).
 
     A deep sum may be computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of
     a task pass over it; the slices' results add up in a second block.
@@ -172,8 +175,9 @@ def product(
 
 
 def widened(plan: Plan, n: int, wide: int, machine: CpuInfo) -> Plan | None:
-    """The plan of a product with ``n`` columns whose result is to have zeros behind them, up to ``wide``; None: this one can't, because a
-    task does not take whole rows."""
+    """Return the plan of a product with ``n`` columns whose result is to have zeros after them, up to ``wide``; None where ``plan``
+    cannot be widened, because a task does not take whole rows.
+    """
     columns = plan.tile(machine).columns
     if plan.sliced or plan.column_tiles * columns < n:
         return None
@@ -181,8 +185,9 @@ def widened(plan: Plan, n: int, wide: int, machine: CpuInfo) -> Plan | None:
 
 
 def slices_of(taps: Sequence[int], least: int = 2 * SLICE) -> tuple[list[int], int]:
-    """The outer loops that cut a sum over ``taps`` into slices, and, for a single loop, into how many it is split; ([], 1): not cut,
-    because no deeper than ``least`` or not divisible."""
+    """Return the outer loops that cut a sum over ``taps`` into slices, and, for a single loop, into how many it is split; ([], 1): it is
+    not cut, because it is no deeper than ``least`` or not divisible.
+    """
     if math.prod(taps) <= least:
         return [], 1
     if len(taps) == 1:
@@ -212,7 +217,7 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 
 def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, plan: Plan) -> None:
-    """The sum of a tile is complete in one go, and the epilogue takes it from the registers."""
+    """Complete the sum of a tile in one go; the epilogue takes it from the registers."""
     n = _extent(sch, sch.get_loops(epilogue)[-1])
     i, j, *k = sch.get_loops(gemm)
     outer, middle, rows = sch.split(i, [None, plan.row_tiles, tile.rows])
@@ -242,7 +247,7 @@ def _schedule_whole(sch: s_tir.Schedule, gemm: Any, epilogue: Any, tile: Tile, p
 
 
 def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, tile: Tile, plan: Plan) -> Any:
-    """Slice by slice over all tiles of a task, whose sums stay in the cache; returns the epilogue's column loop."""
+    """Go slice by slice over all tiles of a task, whose sums stay in the cache; return the epilogue's column loop."""
     i, j, *slices = sch.get_loops(added)
     outer, middle, rows = sch.split(i, [None, plan.row_tiles, tile.rows])
     blocks, column, vectors, lanes = sch.split(j, [None, plan.column_tiles, tile.vectors, tile.lanes])
@@ -266,7 +271,7 @@ def _schedule_slices(sch: s_tir.Schedule, gemm: Any, added: Any, epilogue: Any, 
 
 
 def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, Any]) -> Any:
-    """Unroll the tile and a few steps of the innermost sum; start the sums from zero in registers. Returns the outermost loop that sums."""
+    """Unroll the tile and a few steps of the innermost sum; start the sums from zero in registers. Return the outermost loop that sums."""
     rows, vectors, lanes = tile
     depth = _extent(sch, k[-1])
     unroll = next(u for u in (4, 3, 2, 1) if depth % u == 0) if depth > 4 else depth
@@ -284,8 +289,9 @@ def _registers(sch: s_tir.Schedule, gemm: Any, k: list, tile: tuple[Any, Any, An
 
 
 def register_product(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
-    """The innermost loops (row, column, k) of a product as a tile of sums in registers, a few steps of k unrolled; for products that are
-    computed at the place where their tile is used."""
+    """Compute the innermost loops (row, column, k) of a product as a tile of sums in registers, a few steps of k unrolled; for products
+    that are computed where their tile is used.
+    """
     *_, row, column, k = sch.get_loops(block)
     vector, lane = sch.split(column, [None, lanes])
     size = _extent(sch, k)
@@ -305,7 +311,8 @@ def _extent(sch: s_tir.Schedule, loop: Any) -> int:
 
 
 def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: CpuInfo) -> list[tuple[int, int]]:
-    """(row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the threads.
+    """Return (row, column) tiles of a task, by estimated time: its part of A fits half the cache, and the tasks divide evenly over the
+    threads.
 
     First tasks that go over all column tiles for every row tile, where the weight fits the cache: they write whole rows, read A once, and
     know where a row ends. Then tasks of one column tile.
@@ -325,24 +332,29 @@ def _whole_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, mach
         for size in (32, 8)
         if column_tiles > 1 and depth * column_tiles * tile.columns * 4 <= machine.cache // 4
     ]
-    alone = [(row_tiles, column_tiles)] if row_tiles * column_tiles * tile.rows * tile.columns * depth <= SMALL else []
+    alone = (
+        [(row_tiles, column_tiles)]
+        if row_tiles * column_tiles * tile.rows * tile.columns * depth <= MAX_SERIAL_PRODUCTS
+        else []
+    )
     return list(dict.fromkeys([*alone, *wide, *one]))
 
 
 def whole(size: int, part: int) -> int:
-    """``size`` rounded up to a multiple of ``part``."""
+    """Return ``size`` rounded up to a multiple of ``part``."""
     return -(-size // part) * part
 
 
 def shares(count: int) -> list[int]:
-    """The sizes of a part when ``count`` things are cut into 1, 2, 3, ... parts; few of the small ones."""
+    """Return the sizes of a part when ``count`` things are cut into 1, 2, 3, ... parts; few of the small ones."""
     parts = [*range(1, 33), *(1 << p for p in range(6, 16))]
     return sorted({-(-count // p) for p in parts if p <= count})
 
 
 def _slice_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, machine: CpuInfo) -> list[tuple[int, int]]:
-    """(row, column) tiles of a task, by estimated time: its slice of A and its sums share the cache, and the tasks divide evenly over the
-    threads."""
+    """Return (row, column) tiles of a task, by estimated time: its slice of A and its sums share the cache, and the tasks divide evenly
+    over the threads.
+    """
 
     def cost(task: tuple[int, int]) -> float:
         rows, columns = task

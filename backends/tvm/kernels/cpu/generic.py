@@ -16,13 +16,13 @@ from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 
 APART = "apart"  # the block of an elementwise function that is fused with nothing
 BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
-TRANSPOSED = 32  # neighbouring results that are computed together where what they need lies in lines across
-MOST = 8  # registers of sums
-SMALL = 4096  # fewer elements than this are not worth waking the other threads
+TRANSPOSED_ELEMENTS = 32  # neighbouring results that are computed together where what they need lies in lines across
+MAX_REGISTERS = 8  # registers of sums
+MIN_PARALLEL_ELEMENTS = 4096  # fewer elements than this are not worth waking the other threads
 
 
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """Inline, then spread over the threads."""
+    """Inline elementwise chains, then spread the outer loops over the threads."""
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         if _is_spatial(sch, block) and sch.get_consumers(block):
             try:
@@ -47,22 +47,22 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, machine: CpuInfo) -> None:
     total = 1
     for loop in loops:
         extent = sch.get(loop).extent
-        total *= int(extent) if hasattr(extent, "value") else SMALL
+        total *= int(extent) if hasattr(extent, "value") else MIN_PARALLEL_ELEMENTS
     if reduction:
         _schedule_reduction(sch, block, spatial, reduction, total, machine)
-    elif total >= SMALL and len(spatial) > 1:
+    elif total >= MIN_PARALLEL_ELEMENTS and len(spatial) > 1:
         _schedule_elements(sch, block, spatial, machine)
-    elif total >= SMALL:
+    elif total >= MIN_PARALLEL_ELEMENTS:
         _parallel_flat(sch, spatial[0], machine)
 
 
 def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: CpuInfo) -> None:
-    """The outer loops over the threads, the innermost in registers. What is read across it is read a cache line at a time."""
+    """Spread the outer loops over the threads, the innermost in registers. What is read across it is read a cache line at a time."""
     size = sch.get(loops[-1]).extent
     known = hasattr(size, "value")
     across = _read_across(sch, block)
     if across is not None and known:
-        step, inner = sch.split(loops[-1], [None, min(int(size), TRANSPOSED)])
+        step, inner = sch.split(loops[-1], [None, min(int(size), TRANSPOSED_ELEMENTS)])
         outer = [loop for i, loop in enumerate(loops[:-1]) if i != across]
         sch.reorder(*outer, step, loops[across], inner)
         sch.parallel(sch.fuse(*outer, step))
@@ -75,7 +75,7 @@ def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: Cp
 
 
 def _reads_along(sch: s_tir.Schedule, block: Any) -> bool:
-    """Whether everything that is read either lies along the last spatial loop, in its order, or is the same for all of it."""
+    """Return whether everything that is read either lies along the last spatial loop, in its order, or is the same for all of it."""
     *_, last = [v.var for v in sch.get(block).iter_vars if int(v.iter_type) == 0]
     analyzer = sym.Analyzer()
 
@@ -88,18 +88,18 @@ def _reads_along(sch: s_tir.Schedule, block: Any) -> bool:
 
 
 def _read_across(sch: s_tir.Schedule, block: Any) -> int | None:
-    """The number of the loop along which lies what is read, where that is not the last one; None: nothing is, or in parts."""
+    """Return the number of the loop along which lies what is read, where that is not the last one; None: nothing is, or in parts."""
     *others, last = [v.var for v in sch.get(block).iter_vars]
     for read in sch.get(block).reads:
         if read.region and not _without(read.region[-1].min, *others) and _without(read.region[-1].min, last):
-            found = [i for i, var in enumerate(others) if read.region[-1].min.same_as(var)]
-            if found and not all(_without(r.min, last) for r in read.region):
-                return found[0]
+            loops = [i for i, var in enumerate(others) if read.region[-1].min.same_as(var)]
+            if loops and not all(_without(r.min, last) for r in read.region):
+                return loops[0]
     return None
 
 
 def _without(expression: Any, *variables: tirx.Var) -> bool:
-    """Whether none of the variables is in the expression."""
+    """Return whether none of the variables is in the expression."""
     return not set(variables) & set(tirx.analysis.undefined_vars(tirx.Evaluate(expression), []))
 
 
@@ -125,23 +125,23 @@ def _schedule_reduction(
             return
         *outer, inner = spatial
         sch.reorder(*outer, *reduction, inner)
-        if total >= SMALL:
+        if total >= MIN_PARALLEL_ELEMENTS:
             sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
         sch.decompose_reduction(block, reduction[0])
         return
     outer = sch.fuse(*spatial) if len(spatial) > 1 else spatial[0]
-    if total >= SMALL:
+    if total >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(outer)
     sch.decompose_reduction(block, reduction[0])
 
 
 def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: CpuInfo) -> None:
-    """``width`` neighbouring results are summed in registers, over the ``reduced`` innermost loops of the block."""
+    """Sum ``width`` neighbouring results in registers, over the ``reduced`` innermost loops of the block."""
     result = sch.cache_write(block, 0, "global")
     *outer, column = sch.get_loops(result)
     part, row = sch.split(column, [None, width])
     task = sch.fuse(*outer, part)
-    if total >= SMALL:
+    if total >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(task)
     sch.compute_at(block, task, preserve_unit_loops=True)
     *_, column = sch.get_loops(block)[:-reduced]
@@ -154,18 +154,19 @@ def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, tot
 
 
 def _row_in_registers(sch: s_tir.Schedule, loop: Any, machine: CpuInfo) -> int:
-    """How many neighbouring results keep their sums in registers: a whole number of registers, or parts of them, that divides the row, or
-    a row that is short; 0: the row has no such part."""
+    """Return how many neighbouring results keep their sums in registers: a whole number of registers, or parts of them, that divides the
+    row, or a row that is short; 0: the row has no such part.
+    """
     size = sch.get(loop).extent
     if not hasattr(size, "value"):
         return 0
-    part, size, most = register_part(int(size), machine.lanes), int(size), MOST * machine.lanes
+    part, size, most = register_part(int(size), machine.lanes), int(size), MAX_REGISTERS * machine.lanes
     if not part:
         return size if size <= most else 0
     return next(part * r for r in range(most // part, 0, -1) if size % (part * r) == 0)
 
 
 def _reduces_rows(sch: s_tir.Schedule, block: Any) -> bool:
-    """Whether a reduced index runs along the contiguous dimension of what is read."""
+    """Return whether a reduced index runs along the contiguous dimension of what is read."""
     reduced = {v.var for v in sch.get(block).iter_vars if int(v.iter_type) == 2}
     return any(read.region and read.region[-1].min in reduced for read in sch.get(block).reads)

@@ -1,4 +1,4 @@
-"""The k-th largest of every row, by its bits: numbers are in the order of their bits, and each bit of the answer takes one count.
+"""The k-th largest of every row by a radix selection: floats are in the order of their bits, and each bit of the answer takes one count.
 
 for each bit from the top:  is it set?  Yes, if at least k elements have all bits so far and this one, or more
 """
@@ -16,7 +16,7 @@ LOWEST = -(1 << 31)
 
 
 def kernel(rows: int, size: int, lanes: int) -> tirx.PrimFunc:
-    """(x [rows, size], k int32 [1], out [rows])"""
+    """Return the function (x [rows, size], k int32 [1], out [rows])."""
     whole = -(-size // lanes) * lanes
     with function() as builder:
         x, k, out = argument("x", (rows, size)), argument("k", (1,), "int32"), argument("out", (rows,))
@@ -45,5 +45,5 @@ def kernel(rows: int, size: int, lanes: int) -> tirx.PrimFunc:
 
 
 def ordered(bits: Any) -> Any:
-    """The bits of a float as an integer that is ordered like it, and back."""
+    """Return the bits of a float as an integer that is ordered like it, and back."""
     return tirx.Select(bits < i32(0), T.bitwise_xor(bits, i32(0x7FFFFFFF)), bits)

@@ -1,8 +1,8 @@
 """Products with a weight that is full of zeros, of which only the rest is stored.
 
-rows     of each output its inputs and weights, one list behind the other. One row of x: a sum of products at the places of the list.
-         Several rows: x is turned round first, so that an input of all rows is one register, and each entry of the list is one
-         multiplication of it; some registers of rows and a group of outputs at a time, which are turned back where they are stored.
+rows     of each output its inputs and weights, one list after the other. One row of x: a sum of products at the indices of the list.
+         Several rows: x is transposed first, so that an input of all rows is one register, and each entry of the list is one
+         multiplication of it; some registers of rows and a group of outputs at a time, which are transposed back where they are stored.
 panels   of a panel of outputs (registers) the inputs that any of them has: the innermost loop is that of a dense product, over a list.
 runs     of each output runs of as many neighbouring inputs as a register holds, for one row of x: x is read in registers, too.
 
@@ -24,15 +24,17 @@ from thresher.backends.tvm.kernels.building import argument, buffer, f32, functi
 from thresher.backends.tvm.kernels.cpu.sparse_linear import Problem
 
 STEP = 4  # entries that are added to sums of their own
-MOST = 8  # registers of rows at a time
-SIDE = 16  # inputs that are turned round together
+MAX_REGISTERS = 8  # registers of rows at a time
+SQUARE_SIDE = 16  # inputs that are turned round together
 VECTORS = 2  # registers of a panel's outputs
 
 
 @dataclass(frozen=True)
 class Packed:
-    """``values`` [entries, width], their inputs ``index`` [entries] (of a run the first one), where each output or panel begins,
-    ``start`` [count + 1], and where each thread does, ``shares`` [threads + 1], in groups of outputs."""
+    """A packed weight: ``values`` [entries, width] and their inputs ``index`` [entries] (of a run the first one).
+
+    ``start`` [count + 1] says where each output or panel begins, ``shares`` [threads + 1] where each thread does, in groups of outputs.
+    """
 
     values: np.ndarray
     index: np.ndarray
@@ -42,11 +44,12 @@ class Packed:
 
     @property
     def arrays(self) -> list[np.ndarray]:
+        """The arrays in the order of the kernel's parameters."""
         return [self.values, self.index, self.start, self.shares]
 
 
 def pack(weight: np.ndarray, layout: str, machine: CpuInfo, group: int = 1) -> Packed:
-    """[N, K], by layout; a thread has whole groups of outputs."""
+    """Pack a weight [N, K] by ``layout`` (rows, panels, runs); a thread has whole groups of outputs."""
     n, k = weight.shape
     lanes = machine.lanes
     if layout == "panels":
@@ -74,12 +77,12 @@ def pack(weight: np.ndarray, layout: str, machine: CpuInfo, group: int = 1) -> P
 
 
 def group_of(m: int, n: int, machine: CpuInfo) -> int:
-    """Outputs that are stored together: a register of them, if every thread has some groups."""
+    """Return how many outputs are stored together: a register of them, if every thread has some groups."""
     return next((g for g in (16, 8, 4, 2) if m > 1 and g <= machine.lanes and n >= 4 * g * machine.threads), 1)
 
 
 def _shares(start: np.ndarray, group: int, threads: int) -> np.ndarray:
-    """Where to cut so that the entries are about equal; an output costs as much as an entry."""
+    """Return where to cut so that the entries are about equal; an output costs as much as an entry."""
     start = np.append(start[:-1:group], start[-1])
     cost = start + group * np.arange(len(start))
     wanted = cost[-1] * np.arange(1, threads) / threads
@@ -90,7 +93,7 @@ Finish = Callable[..., Any]
 
 
 def kernel(problem: Problem, packed: Packed, layout: str, machine: CpuInfo, finish: Finish) -> tirx.PrimFunc:
-    """The function (x [m, k], values, index, start, shares, *more, out [m, n])."""
+    """Return the function (x [m, k], values, index, start, shares, *more, out [m, n])."""
     with function() as builder:
         x = argument("x", (problem.m, problem.k))
         values, index = argument("values", packed.values.shape), argument("index", packed.index.shape, "int32")
@@ -116,7 +119,7 @@ def kernel(problem: Problem, packed: Packed, layout: str, machine: CpuInfo, fini
 
 @dataclass(frozen=True)
 class Rows:
-    """How m rows are cut: into ``blocks`` of ``count`` registers of ``width`` rows."""
+    """The partition of m rows into ``blocks`` of ``count`` registers of ``width`` rows."""
 
     width: int
     count: int
@@ -124,19 +127,20 @@ class Rows:
 
     @staticmethod
     def of(m: int, lanes: int) -> Rows:
+        """Return the partition with the fewest blocks, evenly filled."""
         width = width_of(m, lanes)
         registers = -(-m // width)
-        blocks = -(-registers // MOST)
+        blocks = -(-registers // MAX_REGISTERS)
         return Rows(width, -(-registers // blocks), blocks)
 
     @property
     def high(self) -> int:
-        """Rows of a block."""
+        """The number of rows of a block."""
         return self.count * self.width
 
 
 def width_of(m: int, lanes: int) -> int:
-    """Rows in a register: no wider than need be."""
+    """Return the number of rows in a register: no wider than need be."""
     width = lanes
     while width > 4 and width // 2 >= m:
         width //= 2
@@ -154,7 +158,7 @@ class _Body:
     finish: Finish
     out: Any
 
-    def place(self, entry: Any) -> Any:
+    def input_of(self, entry: Any) -> Any:
         return T.cast(self.index[entry], "int64")
 
     def steps(self, at: Any) -> Any:
@@ -163,7 +167,7 @@ class _Body:
     # ------------------------------------------------------------------ rows
 
     def row(self, n: Any) -> None:
-        """One output of one row of x."""
+        """Compute one output of one row of x."""
         lanes = self.machine.lanes
         total, whole = buffer(lanes), buffer(1)
         with T.vectorized(lanes) as e:
@@ -182,9 +186,9 @@ class _Body:
         return Rows.of(self.problem.m, self.machine.lanes)
 
     def turn(self) -> Any:
-        """x as [k, m], padded to whole blocks: squares of it at a time, so that every line of the cache is read once."""
+        """Return x as [k, m], padded to whole blocks: squares of it at a time, so that every line of the cache is read once."""
         m, k, high = self.problem.m, self.problem.k, self.rows.high
-        wide, side = self.rows.blocks * high, min(SIDE, k)
+        wide, side = self.rows.blocks * high, min(SQUARE_SIDE, k)
         turned, across = buffer(k * wide), -(-k // side)
         with T.parallel(self.rows.blocks * across) as square:
             left, top = T.floormod(square, across) * side, T.floordiv(square, across) * high
@@ -195,7 +199,7 @@ class _Body:
         return turned
 
     def part(self, turned: Any, block: Any, at: Any, group: int) -> None:
-        """A group of outputs of a block of rows."""
+        """Compute a group of outputs of a block of rows."""
         first, high, n = block * self.rows.high, self.rows.high, self.problem.n
         tile = buffer(group * high)
         with T.serial(group) as j:
@@ -211,8 +215,8 @@ class _Body:
     def _stored(self, value: Any, row: Any, n: Any) -> None:
         store(self.out, self.finish(value, row, n), row, n)
 
-    def _sums(self, tile: Any, place: Any, turned: Any, first: Any, n: Any) -> None:
-        """One output of a block of rows, at a place of the tile."""
+    def _sums(self, tile: Any, offset: Any, turned: Any, first: Any, n: Any) -> None:
+        """Compute one output of a block of rows, at an offset of the tile."""
         width, count = self.rows.width, self.rows.count
         wide = self.rows.blocks * self.rows.high
         apart = max(1, STEP // count)  # sums of their own for neighbouring entries, where there are few registers
@@ -226,19 +230,19 @@ class _Body:
                 for v in range(count):
                     at = (u % apart * count + v) * width
                     with T.vectorized(width) as e:
-                        value = turned[self.place(entry) * wide + first + v * width + e]
+                        value = turned[self.input_of(entry) * wide + first + v * width + e]
                         store(total, total[at + e] + self.values[entry, 0] * value, at + e)
         for v in range(count):
             for u in range(1, apart):
                 with T.vectorized(width) as e:
                     store(total, total[v * width + e] + total[(u * count + v) * width + e], v * width + e)
             with T.vectorized(width) as e:
-                store(tile, total[v * width + e], place + v * width + e)
+                store(tile, total[v * width + e], offset + v * width + e)
 
     # ------------------------------------------------------------------ runs
 
     def runs(self, n: Any) -> None:
-        """One output of one row of x: registers of inputs times registers of weights."""
+        """Compute one output of one row of x: registers of inputs times registers of weights."""
         lanes, k = self.machine.lanes, self.problem.k
         total = buffer(STEP * lanes)
         for u in range(STEP):
@@ -248,8 +252,8 @@ class _Body:
             for u in range(STEP):
                 entry = self.start[n] + i * STEP + u
                 with T.vectorized(lanes) as e:
-                    place = self.place(entry) + e
-                    value = self.x[0, place if k % lanes == 0 else tirx.min(place, k - 1)]
+                    first_input = self.input_of(entry) + e
+                    value = self.x[0, first_input if k % lanes == 0 else tirx.min(first_input, k - 1)]
                     store(total, total[u * lanes + e] + self.values[entry, e] * value, u * lanes + e)
         whole = buffer(1)
         store(whole, f32(0.0), i64(0))
@@ -262,7 +266,7 @@ class _Body:
     # ------------------------------------------------------------------ panels
 
     def panel(self, p: Any) -> None:
-        """A panel of outputs, a tile of rows at a time."""
+        """Compute a panel of outputs, a tile of rows at a time."""
         m, lanes = self.problem.m, self.machine.lanes
         most = max(1, self.machine.accumulators // VECTORS)
         rows = -(-m // -(-m // most))
@@ -285,7 +289,7 @@ class _Body:
                         at = ((u % apart * rows + row) * VECTORS + v) * lanes
                         with T.vectorized(lanes) as e:
                             weight = self.values[entry, v * lanes + e]
-                            store(total, total[at + e] + self.x[source, self.place(entry)] * weight, at + e)
+                            store(total, total[at + e] + self.x[source, self.input_of(entry)] * weight, at + e)
         for at in range(0, rows * columns, lanes):
             for u in range(1, apart):
                 with T.vectorized(lanes) as e:

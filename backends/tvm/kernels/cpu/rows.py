@@ -19,15 +19,15 @@ PREFIX = "row_"  # blocks of these kernels
 
 
 def _reduced(x: te.Tensor, name: str, combine: Callable, start: Any, f: Callable[..., Any]) -> te.Tensor:
-    """``combine`` over the last dimension of f(*index): first into LANES partial results, then into one."""
+    """Return ``combine`` over the last dimension of f(*index): first into LANES partial results, then into one."""
     *lead, size = x.shape
     k = te.reduce_axis((0, (size + LANES - 1) // LANES), name="k")
     full = int(size) % LANES == 0
 
     def partial(*index: Any) -> Any:
-        place = k * LANES + index[-1]
-        value = f(*index[:-1], place if full else te.min(place, size - 1))
-        return combine(value if full else tirx.Select(place < size, value, start), axis=k)
+        position = k * LANES + index[-1]
+        value = f(*index[:-1], position if full else te.min(position, size - 1))
+        return combine(value if full else tirx.Select(position < size, value, start), axis=k)
 
     parts = te.compute((*lead, LANES), partial, name=f"{PREFIX}{name}_parts")
     j = te.reduce_axis((0, LANES), name="j")
@@ -39,7 +39,7 @@ def _zero() -> Any:
 
 
 def softmax(x: te.Tensor, log: bool = False) -> te.Tensor:
-    """softmax or log_softmax over the last dimension."""
+    """Compute softmax or log_softmax over the last dimension."""
     top = _reduced(x, "max", te.max, te.min_value("float32"), lambda *i: x(*i))
     powers = te.compute(
         x.shape, lambda *i: elementwise.named(x(*i) - top(*i[:-1]), elementwise.short_exp), name=f"{PREFIX}exp"
@@ -58,7 +58,7 @@ def norm(
     centred: bool,
     gone: tuple[int, float, float] | None = None,
 ) -> te.Tensor:
-    """layer_norm (``centred``) or rms_norm over the last dimension.
+    """Compute layer_norm (``centred``) or rms_norm over the last dimension.
 
     ``gone``: (count, total, square) of ``thresher::layer_norm``, whose constant channels are not in ``x``.
     """
@@ -97,7 +97,7 @@ def norm(
 
 
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """Rows over the threads; all stages of a row together."""
+    """Spread rows over the threads; all stages of a row are computed together."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     last = blocks[-1]
     names = [sch.get(b).name_hint for b in blocks]

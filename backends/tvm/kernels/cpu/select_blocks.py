@@ -1,7 +1,7 @@
 """Lists of the blocks of keys that look most promising: ``thresher::select_blocks`` as one loop over heads.
 
-Ranks come from counting, for every block, those that go before it: with tens of blocks in a row that is cheaper than sorting, and ties are
-settled by the place, as in the reference. With groups the scores of blocks outside the best groups are not computed.
+The rank of a block is the number of those that come before it: with tens of blocks in a row counting is cheaper than sorting, and ties are
+settled by the index, as in the reference. With groups the scores of blocks outside the best groups are not computed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tvm.tirx.script.builder as T
 from tvm import tirx
 
 from thresher.backends.tvm.kernels.building import (
-    LOW,
+    MASKED_SCORE,
     argument,
     broadcast,
     buffer,
@@ -28,7 +28,7 @@ from thresher.backends.tvm.kernels.building import (
 from thresher.backends.tvm.kernels.cpu import elementwise
 from thresher.backends.tvm.kernels.cpu.streamed_attention import Operand
 
-FIRST = 3.0e38  # in the place of the score of a block that is listed in any case
+FORCED_SCORE = 3.0e38  # in the place of the score of a block that is listed in any case
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Problem:
 
 
 def kernel(problem: Problem, lanes: int) -> tirx.PrimFunc:
-    """The function (q, k[, keys], forced, keep, mass[, groups], blocks, counts)."""
+    """Return the function (q, k[, keys], forced, keep, mass[, groups], blocks, counts)."""
     return _Kernel(problem, lanes).build()
 
 
@@ -89,7 +89,7 @@ class _Kernel:
                     with T.serial(self.columns) as j:
                         if self.groups:
                             wanted = tirx.any(self.forced[0, h, i, j], self.good[T.floordiv(j, p.group)] > f32(0.0))
-                            store(self.scores, f32(LOW), j)
+                            store(self.scores, f32(MASKED_SCORE), j)
                             with T.If(wanted), T.Then():
                                 self.score(i, j, p.block_k, q_means, k_means, there, self.scores)
                         else:
@@ -100,7 +100,7 @@ class _Kernel:
         return builder.get()
 
     def means(self, operand: Operand, x: Any, b: Any, h: Any, block: int, to: Any, there: Any, keys: Any) -> None:
-        """The mean of each block of rows, and, if asked for, how many of a block are ``there``."""
+        """Store the mean of each block of rows and, if asked for, how many of a block are ``there``."""
         length = operand.shape[2]
         with T.serial(-(-length // block)) as j:
             with vectors(self.width, self.lanes) as e:
@@ -124,7 +124,7 @@ class _Kernel:
         return tirx.all(inside, keys[broadcast((b, i64(0), i64(0), tirx.min(s, length - 1)), keys.shape)])
 
     def score(self, i: Any, j: Any, block_k: int, q_means: Any, k_means: Any, there: Any, to: Any) -> None:
-        """The score of block ``j`` for row ``i``, LOW where it may not be listed."""
+        """Store the score of block ``j`` for row ``i``, MASKED_SCORE where it may not be listed."""
         total = buffer(1)
         store(total, f32(0.0), i64(0))
         with T.serial(self.width) as e:
@@ -133,10 +133,10 @@ class _Kernel:
         possible = there[j] > f32(0.0)
         if self.p.causal:
             possible = tirx.all(possible, j * block_k <= i * self.p.block_q + self.p.block_q - 1)
-        store(to, tirx.Select(possible, total[i64(0)] * f32(self.p.scale), f32(LOW)), j)
+        store(to, tirx.Select(possible, total[i64(0)] * f32(self.p.scale), f32(MASKED_SCORE)), j)
 
     def best_groups(self, coarse: Any, best: Any) -> None:
-        """``good``: 1 where a group is among the ``best`` of highest scores."""
+        """Set ``good`` to 1 where a group is among the ``best`` of highest scores."""
         with T.serial(self.groups) as g:
             rank = buffer(1, "int64")
             store(rank, i64(0), i64(0))
@@ -147,26 +147,26 @@ class _Kernel:
             store(self.good, T.cast(rank[i64(0)] < best, "float32"), g)
 
     def weigh(self, h: Any, i: Any) -> None:
-        """exp of the scores of row ``i``; forced blocks come first in ``order``."""
+        """Store exp of the scores of row ``i``; forced blocks come first in ``order``."""
         top = buffer(1)
-        store(top, f32(LOW), i64(0))
+        store(top, f32(MASKED_SCORE), i64(0))
         with T.serial(self.columns) as j:
             store(top, tirx.max(top[i64(0)], self.scores[j]), i64(0))
         with T.serial(self.columns) as j:
-            possible, forced = self.scores[j] > f32(LOW), self.forced[0, h, i, j]
+            possible, forced = self.scores[j] > f32(MASKED_SCORE), self.forced[0, h, i, j]
             weight = elementwise.named(self.scores[j] - top[i64(0)], elementwise.short_exp)
             store(self.weights, tirx.Select(possible, weight, f32(0.0)), j)
-            store(self.order, tirx.Select(tirx.all(possible, forced), f32(FIRST), self.scores[j]), j)
+            store(self.order, tirx.Select(tirx.all(possible, forced), f32(FORCED_SCORE), self.scores[j]), j)
 
     def rank(self, h: Any, i: Any) -> None:
-        """``taken``: 1 where a block is listed."""
+        """Set ``taken`` to 1 where a block is listed."""
         total = buffer(1)
         store(total, f32(0.0), i64(0))
         with T.serial(self.columns) as j:
             store(total, total[i64(0)] + self.weights[j], i64(0))
         with T.serial(self.columns) as j:
             store(self.taken, f32(0.0), j)
-            with T.If(self.scores[j] > f32(LOW)), T.Then():
+            with T.If(self.scores[j] > f32(MASKED_SCORE)), T.Then():
                 rank, before = buffer(1, "int64"), buffer(1)
                 store(rank, i64(0), i64(0))
                 store(before, f32(0.0), i64(0))
@@ -192,6 +192,6 @@ class _Kernel:
 
 
 def outputs(problem: Problem) -> Sequence[tuple[tuple[int, ...], str]]:
-    """Shapes and types of the two results."""
+    """Return shapes and types of the two results."""
     shape = (*problem.q.shape[:2], -(-problem.q.shape[2] // problem.block_q))
     return ((*shape, problem.most), "int32"), (shape, "int32")

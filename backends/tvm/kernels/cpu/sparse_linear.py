@@ -1,12 +1,12 @@
-"""Linear layers that read only the part of the weight that meets something other than 0.
+"""Linear layers that read only the part of the weight that meets an input other than 0.
 
 A few rows (a token that is decoded): the weight is stored as [K, N], so that an input that is 0 saves a whole row of memory. The inputs
 that are not 0 for any of the rows are listed first; then GROUP rows of the weight at a time are added, times their inputs, to sums that
 stay in the L1 cache. Each thread has its own columns.
 
 Many rows: tiles of rows, each with its own list, and the packed panels of a dense product; a step of the innermost loop takes the next
-input on the list instead of the next one. A tile of which most inputs count takes them all; one whose rows have little in common takes
-its rows apart, each with a list of its own.
+input on the list instead of the next one. A tile of which most inputs count takes them all; one whose rows have little in common
+computes its rows one by one, each with a list of its own.
 
 Gated: the other way round. Of the rows of the weight as it is, [N, K], those are multiplied whose gate is not 0.
 """
@@ -20,17 +20,19 @@ from typing import Any
 import tvm.tirx.script.builder as T
 from tvm import tirx
 
-from thresher.backends.tvm.cpu import LINE, CpuInfo
+from thresher.backends.tvm.cpu import CACHE_LINE, CpuInfo
 from thresher.backends.tvm.kernels.building import argument, buffer, f32, function, i64, prefetch, store
 
-FEW = 8  # rows for which the weight is read once, and its columns are the threads'
+MAX_FEW_ROWS = 8  # rows for which the weight is read once, and its columns are the threads'
 GROUP = 32  # rows of the weight that are added at once, times rows of the input
-SUMS = 2048  # that a thread adds to at a time: 8 KB
+MAX_SUMS = 2048  # that a thread adds to at a time: 8 KB
 VECTORS = 2  # registers of a row of a tile
-AHEAD = 12  # inputs on the list, whose part of the weight is fetched before it is needed: no hardware guesses it
-APART = 2.5  # times as long takes an element that is not 0 where rows are taken apart
+PREFETCH_DISTANCE = (
+    12  # inputs on the list, whose part of the weight is fetched before it is needed: no hardware guesses it
+)
+SINGLE_ROW_COST = 2.5  # times as long takes an element that is not 0 where rows are taken apart
 STEP = 4  # elements of a row that is taken apart, with sums of their own
-WHOLE = 0.45  # of the inputs on its list, from which on a tile takes them all: memory is faster in order (measured on Zen 4)
+WHOLE_LIST_FRACTION = 0.45  # of the inputs on its list, from which on a tile takes them all: memory is faster in order (measured on Zen 4)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Problem:
-    """x [m, k] times a weight with n columns; ``more``: what ``finish`` reads."""
+    """A product of x [m, k] with a weight of n columns; ``more``: the operands that ``finish`` reads."""
 
     m: int
     k: int
@@ -52,14 +54,14 @@ class Problem:
 
 
 def padded(n: int, machine: CpuInfo) -> int:
-    """Columns of the weight as stored for a few rows."""
+    """Return the columns of the weight as stored for a few rows."""
     return -(-n // machine.lanes) * machine.lanes
 
 
 def few_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) -> tirx.PrimFunc:
-    """The function (x [m, k], weight [k, padded n], *more, out [m, n]); ``finish(value, row, column, *more)``."""
+    """Return the function (x [m, k], weight [k, padded n], *more, out [m, n]); ``finish(value, row, column, *more)`` is what it stores."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
-    group, sums = min(16, GROUP // m), max(lanes, SUMS // m // lanes * lanes)
+    group, sums = min(16, GROUP // m), max(lanes, MAX_SUMS // m // lanes * lanes)
     wide = padded(n, machine)
     chunk = -(-wide // machine.threads // lanes) * lanes  # columns of a thread
     sums = min(sums, chunk)
@@ -88,7 +90,7 @@ def few_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) -> 
 
 
 def _list(x: Any, m: int, k: int, listed: Any, count: Any) -> None:
-    """The inputs that are not 0 in some row, without a branch: each is written, and the next one over it if it was 0."""
+    """List the inputs that are not 0 in some row, without a branch: each is written, and the next one over it if it was 0."""
     store(count, i64(0), i64(0))
     with T.serial(k) as j:
         store(listed, T.cast(j, "int32"), count[i64(0)])
@@ -96,7 +98,7 @@ def _list(x: Any, m: int, k: int, listed: Any, count: Any) -> None:
 
 
 def counts(values: list[Any]) -> Any:
-    """1 if one of them is not 0; a NaN is not, though ``!=`` says so."""
+    """Return 1 if one of the values is not 0; a NaN is not, though ``!=`` says so."""
     zero = values[0] == f32(0.0)
     for value in values[1:]:
         zero = tirx.all(zero, value == f32(0.0))
@@ -116,7 +118,7 @@ def _add(
     vectors: Any,
     lanes: int,
 ) -> None:
-    """``group`` rows of the weight, times their inputs, to the sums."""
+    """Add ``group`` rows of the weight, times their inputs, to the sums."""
     inputs = [T.cast(listed[first + i], "int64") for i in range(group)]
     factors = buffer(m * group)
     for row in range(m):
@@ -147,13 +149,13 @@ def _store_columns(
 
 
 def tile_rows(m: int, machine: CpuInfo) -> int:
-    """Rows of a tile: as many as the registers hold sums for, and tiles that are alike."""
+    """Return the rows of a tile: as many as the registers hold sums for, and tiles that are alike."""
     most = machine.accumulators // VECTORS
     return -(-m // -(-m // most))
 
 
 def many_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) -> tirx.PrimFunc:
-    """The function (x [m, k], packed weight [panels, k, columns], *more, out [m, n])."""
+    """Return the function (x [m, k], packed weight [panels, k, columns], *more, out [m, n])."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
     rows, columns = tile_rows(m, machine), VECTORS * lanes
     tiles, panels = -(-m // rows), -(-n // columns)
@@ -179,7 +181,7 @@ def many_rows(problem: Problem, machine: CpuInfo, finish: Callable[..., Any]) ->
 
 
 class _Lists:
-    """Of every tile of rows: the inputs that count for some row and their values side by side; or, ``apart``, of each row its own."""
+    """The lists of every tile of rows: inputs that count for some row and their values side by side; or, ``apart``, one for each row."""
 
     def __init__(self, x: Any, m: int, k: int, rows: int, tiles: int, lanes: int):
         self.x, self.m, self.k, self.rows, self.lanes = x, m, k, rows, lanes
@@ -195,16 +197,16 @@ class _Lists:
 
     def make(self, t: Any) -> None:
         k, rows, x = self.k, self.rows, self.x
-        some, found, number = buffer(k), buffer(1, "int64"), buffer(1)
+        some, length, number = buffer(k), buffer(1, "int64"), buffer(1)
         source = [tirx.min(t * rows + row, self.m - 1) for row in range(rows)]
         self._look(source, some, number)
-        store(found, i64(0), i64(0))
+        store(length, i64(0), i64(0))
         with T.serial(k) as j:
-            store(self.listed, T.cast(j, "int32"), t * k + found[i64(0)])
-            store(found, found[i64(0)] + counts([some[j]]), i64(0))
-        whole = T.cast(found[i64(0)], "float32") >= f32(WHOLE * k)
-        together = tirx.Select(whole, f32(float(k * rows)), T.cast(found[i64(0)] * rows, "float32"))
-        store(self.apart, T.cast(number[i64(0)] * f32(APART) < together, "int64"), t)
+            store(self.listed, T.cast(j, "int32"), t * k + length[i64(0)])
+            store(length, length[i64(0)] + counts([some[j]]), i64(0))
+        whole = T.cast(length[i64(0)], "float32") >= f32(WHOLE_LIST_FRACTION * k)
+        together = tirx.Select(whole, f32(float(k * rows)), T.cast(length[i64(0)] * rows, "float32"))
+        store(self.apart, T.cast(number[i64(0)] * f32(SINGLE_ROW_COST) < together, "int64"), t)
         with T.If(self.apart[t] > 0):
             with T.Then(), T.serial(tirx.min(i64(rows), self.m - t * rows)) as row:
                 self._own(t * rows + row)
@@ -212,15 +214,15 @@ class _Lists:
                 with T.If(whole), T.Then():
                     with T.serial(k) as j:
                         store(self.listed, T.cast(j, "int32"), t * k + j)
-                    store(found, i64(k), i64(0))
-                store(self.count, found[i64(0)], t)
-                with T.serial(found[i64(0)]) as i:
+                    store(length, i64(k), i64(0))
+                store(self.count, length[i64(0)], t)
+                with T.serial(length[i64(0)]) as i:
                     j = T.cast(self.listed[t * k + i], "int64")
                     for row in range(rows):
                         store(self.packed, x[source[row], j], (t * k + i) * rows + row)
 
     def _look(self, source: list[Any], some: Any, number: Any) -> None:
-        """``some``: not 0 where an input counts for some row; ``number``: of the elements that are not 0."""
+        """Store in ``some`` a number other than 0 where an input counts for some row, in ``number`` how many elements are not 0."""
         k, lanes, x = self.k, self.lanes, self.x
         parts = buffer(lanes)
         with T.vectorized(lanes) as e:
@@ -244,37 +246,37 @@ class _Lists:
             store(number, number[i64(0)] + ones, i64(0))
 
     def _own(self, row: Any) -> None:
-        """A list of one row, filled up with zeros to whole steps."""
-        found, base = buffer(1, "int64"), row * self.wide
-        store(found, i64(0), i64(0))
+        """Make the list of one row, filled up with zeros to whole steps."""
+        length, base = buffer(1, "int64"), row * self.wide
+        store(length, i64(0), i64(0))
         with T.serial(self.k) as j:
-            store(self.own, T.cast(j, "int32"), base + found[i64(0)])
-            store(self.values, self.x[row, j], base + found[i64(0)])
-            store(found, found[i64(0)] + counts([self.x[row, j]]), i64(0))
+            store(self.own, T.cast(j, "int32"), base + length[i64(0)])
+            store(self.values, self.x[row, j], base + length[i64(0)])
+            store(length, length[i64(0)] + counts([self.x[row, j]]), i64(0))
         with T.serial(STEP) as i:
-            store(self.own, tirx.const(0, "int32"), base + found[i64(0)] + i)
-            store(self.values, f32(0.0), base + found[i64(0)] + i)
-        store(self.owns, T.floordiv(found[i64(0)] + STEP - 1, STEP), row)
+            store(self.own, tirx.const(0, "int32"), base + length[i64(0)] + i)
+            store(self.values, f32(0.0), base + length[i64(0)] + i)
+        store(self.owns, T.floordiv(length[i64(0)] + STEP - 1, STEP), row)
 
     def tile(self, total: Any, weight: Any, panel: Any, t: Any, columns: int) -> None:
-        """The sums of a tile, by its list."""
+        """Compute the sums of a tile, by its list."""
         k, rows, lanes = self.k, self.rows, self.lanes
         for v in range(rows * VECTORS):
             with T.vectorized(lanes) as e:
                 store(total, f32(0.0), v * lanes + e)
         with T.serial(self.count[t]) as i:
-            j, place = T.cast(self.listed[t * k + i], "int64"), (t * k + i) * rows
-            ahead = T.cast(self.listed[t * k + tirx.min(i + AHEAD, k - 1)], "int64")
-            for line in range(0, columns, LINE // 4):
+            j, offset = T.cast(self.listed[t * k + i], "int64"), (t * k + i) * rows
+            ahead = T.cast(self.listed[t * k + tirx.min(i + PREFETCH_DISTANCE, k - 1)], "int64")
+            for line in range(0, columns, CACHE_LINE // 4):
                 prefetch(weight, panel, ahead, i64(line))
             for row in range(rows):
                 for v in range(VECTORS):
                     with T.vectorized(lanes) as e:
                         at = (row * VECTORS + v) * lanes + e
-                        store(total, total[at] + self.packed[place + row] * weight[panel, j, v * lanes + e], at)
+                        store(total, total[at] + self.packed[offset + row] * weight[panel, j, v * lanes + e], at)
 
     def row(self, total: Any, weight: Any, panel: Any, row: Any, columns: int) -> None:
-        """The sums of one row, by its own list; the first ``columns`` of ``total``."""
+        """Compute the sums of one row, by its own list; the first ``columns`` of ``total``."""
         lanes = self.lanes
         for v in range(STEP * VECTORS):
             with T.vectorized(lanes) as e:
@@ -319,7 +321,7 @@ def _store_tile(
 
 
 def gated(problem: Problem, machine: CpuInfo, has_bias: bool) -> tirx.PrimFunc:
-    """The function (x [m, k], weight [n, k], [bias [n],] gate [m, n], out [m, n]); k is a multiple of the lanes."""
+    """Return the function (x [m, k], weight [n, k], [bias [n],] gate [m, n], out [m, n]); k is a multiple of the lanes."""
     m, k, n, lanes = problem.m, problem.k, problem.n, machine.lanes
     group = max(1, 4 // m)
     chunk = -(-n // machine.threads)
@@ -349,7 +351,7 @@ def gated(problem: Problem, machine: CpuInfo, has_bias: bool) -> tirx.PrimFunc:
 def _dots(
     x: Any, weight: Any, bias: Any, gate: Any, out: Any, listed: Any, first: Any, group: int, m: int, k: int, lanes: int
 ) -> None:
-    """``group`` rows of the weight times all rows of x."""
+    """Compute ``group`` rows of the weight times all rows of x."""
     columns = [T.cast(listed[first + i], "int64") for i in range(group)]
     total = buffer(group * m * lanes)
     for v in range(group * m):
@@ -367,5 +369,5 @@ def _dots(
             store(value, f32(0.0) if bias is None else bias[columns[i]], i64(0))
             with T.unroll(lanes) as e:
                 store(value, value[i64(0)] + total[(i * m + row) * lanes + e], i64(0))
-            own = gate[row, columns[i]]
-            store(out, tirx.Select(own == f32(0.0), f32(0.0), own * value[i64(0)]), row, columns[i])
+            factor = gate[row, columns[i]]
+            store(out, tirx.Select(factor == f32(0.0), f32(0.0), factor * value[i64(0)]), row, columns[i])

@@ -1,4 +1,4 @@
-"""Attention in one pass over blocks of keys, which may be a few of them: what a list leaves out is not read and not multiplied.
+"""Attention in one pass over blocks of keys, which may be a few of them: blocks that are not listed are not read and not multiplied.
 
 A task takes a tile of queries of one head. For every block of keys that it looks at:
 
@@ -7,8 +7,8 @@ A task takes a tile of queries of one head. For every block of keys that it look
     P^T = exp(S^T - m'),  l' = l exp(m - m') + sum_s P^T
     O'  = O exp(m - m') + P V     [queries, channels]
 
-and at the end O / l (FlashAttention-2: Dao, 2023). Only the tile of queries is transposed; keys and values are read as they are stored,
-with the heads outside or inside the tokens, and so is the result written.
+and at the end O / l (online softmax: Milakov & Gimelshein, 2018; FlashAttention-2: Dao, 2023). Only the tile of queries is transposed; keys
+and values are read as they are stored, with the heads outside or inside the tokens, and so is the result written.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ ROWS = 4  # of a tile of sums
 
 @dataclass(frozen=True)
 class Operand:
-    """A [B, H, L, E] value, stored so or as [B, L, H, E]."""
+    """A [B, H, L, E] value, stored so or, with ``heads_inside``, as [B, L, H, E]."""
 
     shape: tuple[int, int, int, int]
     heads_inside: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
+        """The shape as it is stored."""
         b, h, length, e = self.shape
         return (b, length, h, e) if self.heads_inside else self.shape
 
     def at(self, buffer: Any, b: Any, h: Any, row: Any, channel: Any) -> list[Any]:
+        """Return the index of an element in the stored buffer."""
         return [b, row, h, channel] if self.heads_inside else [b, h, row, channel]
 
 
@@ -79,11 +81,12 @@ class Problem:
 
     @property
     def result(self) -> Operand:
+        """The result, [B, H, L, F], and how it is stored."""
         return Operand((*self.q.shape[:3], self.v.shape[3]), self.heads_inside)
 
 
 def tile_of(problem: Problem, machine: CpuInfo) -> int:
-    """Queries of a task: whole registers, within one block of queries, few beyond the last."""
+    """Return the queries of a task: whole registers, within one block of queries, few beyond the last."""
     rows = problem.q.shape[2]
     if problem.skip is not None:
         return problem.block_q  # what is skipped is decided for a block
@@ -93,13 +96,13 @@ def tile_of(problem: Problem, machine: CpuInfo) -> int:
 
 
 def block_of(keys: int) -> int:
-    """Keys that are taken together where there are no lists: about BLOCK, and evenly."""
+    """Return the keys that are taken together where there are no lists: about BLOCK, and evenly."""
     parts = max(1, round(keys / BLOCK))
     return -(-keys // (parts * ROWS)) * ROWS
 
 
 def kernel(problem: Problem, machine: CpuInfo) -> tirx.PrimFunc:
-    """The function (q, k, v[, mask][, blocks, counts], result)."""
+    """Return the function (q, k, v[, mask][, blocks, counts], result)."""
     return _Kernel(problem, machine).build()
 
 
@@ -131,7 +134,7 @@ class _Kernel:
         return builder.get()
 
     def order(self, t: Any, tiles: int) -> Any:
-        """Causal: long and short rows in turn, so that each thread gets as much."""
+        """Return the tile of a task; causal: long and short rows in turn, so that each thread gets as much."""
         return tirx.Select(t % 2 == 0, t // 2, tiles - 1 - t // 2) if self.p.causal else t
 
     def task(self, b: Any, h: Any, tile: Any) -> None:
@@ -166,12 +169,12 @@ class _Kernel:
 
     @contextmanager
     def listed(self, b: Any, h: Any, first: Any) -> Iterator[Any]:
-        """The loop over the blocks of keys that this tile looks at."""
+        """Loop over the blocks of keys that this tile looks at."""
         count = -(-self.keys // self.block)
         if self.p.lists:
-            place = broadcast((b, h, first // self.p.block_q), self.counts.shape)
-            with T.serial(T.cast(self.counts[place], "int64")) as c:
-                yield T.cast(self.blocks[(*place, c)], "int64")
+            index = broadcast((b, h, first // self.p.block_q), self.counts.shape)
+            with T.serial(T.cast(self.counts[index], "int64")) as c:
+                yield T.cast(self.blocks[(*index, c)], "int64")
             return
         if self.p.causal:
             last = tirx.min(first + self.tile, self.rows) - 1
@@ -180,7 +183,7 @@ class _Kernel:
             yield c
 
     def step(self, b: Any, h: Any, group: Any, first: Any, block: Any) -> None:
-        """One block of keys."""
+        """Compute the scores of one block of keys and, unless it is skipped, its part of the result."""
         start = block * self.block
         whole = self.keys % self.block == 0
         n = i64(self.block) if whole else tirx.min(i64(self.block), self.keys - start)
@@ -195,12 +198,12 @@ class _Kernel:
                 self.take(b, group, start, steps)
 
     def take(self, b: Any, group: Any, start: Any, steps: Any) -> None:
-        """The block's part of the result."""
+        """Add the block's part of the result."""
         self.softmax(steps)
         self.mix(b, group, start, steps)
 
     def score(self, b: Any, group: Any, start: Any, steps: Any) -> None:
-        """S^T for ``steps`` times ROWS keys."""
+        """Compute S^T for ``steps`` times ROWS keys."""
         with T.serial(steps) as step:
             s = [tirx.min(start + step * ROWS + r, self.keys - 1) for r in range(ROWS)]
             for registers in self.chunks(self.tile):
@@ -214,7 +217,7 @@ class _Kernel:
                 sums.each(lambda r, c, value: store(self.scores, value, (step * ROWS + r) * self.tile + c))
 
     def bias(self, b: Any, h: Any, first: Any, start: Any, n: Any, steps: Any) -> None:
-        """What is added to the scores, and what is forbidden."""
+        """Add the mask to the scores, and forbid what causality and the end of the keys forbid."""
         p = self.p
         if p.softcap is not None or self.mask is not None:
             with T.serial(steps * ROWS) as s, self.over_queries() as i:
@@ -223,8 +226,8 @@ class _Kernel:
                     value = elementwise.named(value / f32(p.softcap), elementwise.tanh) * f32(p.softcap)
                 if self.mask is not None:
                     key = tirx.min(start + s, self.keys - 1)
-                    place = broadcast((b, h, key, first + i), self.mask.shape)
-                    value = value + self.mask[place]
+                    index = broadcast((b, h, key, first + i), self.mask.shape)
+                    value = value + self.mask[index]
                 store(self.scores, value, s * self.tile + i)
         if p.causal:
             with T.If(start + n - 1 > first), T.Then(), T.serial(steps * ROWS) as s, self.over_queries() as i:
@@ -235,7 +238,7 @@ class _Kernel:
                 store(self.scores, f32(MASKED), (n + s) * self.tile + i)
 
     def peaks(self, steps: Any) -> None:
-        """The largest score of each query in this block."""
+        """Store the largest score of each query in this block."""
         with T.serial(self.vectors) as j:
             peak = buffer(self.lanes)
             with self.register() as i:
@@ -246,7 +249,7 @@ class _Kernel:
                 store(self.peak, peak[i], j * self.lanes + i)
 
     def nearest_top(self) -> Any:
-        """How far the block's scores stay under the tops of their rows, at best; not positive."""
+        """Return how far the block's scores stay under the tops of their rows, at best; not positive."""
         nearest = buffer(1)
         store(nearest, f32(MASKED), i64(0))
         with T.serial(self.tile) as i:
@@ -257,24 +260,24 @@ class _Kernel:
         return nearest[i64(0)]
 
     def softmax(self, steps: Any) -> None:
-        """P^T in the place of S^T, and the sums and tops that go with it."""
+        """Replace S^T by P^T, and update the sums and tops that go with it."""
         with T.serial(self.vectors) as j:
             top, total = buffer(self.lanes), buffer(self.lanes)
             with self.register() as i:
-                place = j * self.lanes + i
-                store(top, tirx.max(self.top[place], self.peak[place]), i)
-                store(self.fade, elementwise.named(self.top[place] - top[i], elementwise.short_exp), place)
-                store(total, self.total[place] * self.fade[place], i)
-                store(self.top, top[i], place)
+                index = j * self.lanes + i
+                store(top, tirx.max(self.top[index], self.peak[index]), i)
+                store(self.fade, elementwise.named(self.top[index] - top[i], elementwise.short_exp), index)
+                store(total, self.total[index] * self.fade[index], i)
+                store(self.top, top[i], index)
             with T.serial(steps * ROWS) as s, self.register() as i:
-                place = s * self.tile + j * self.lanes + i
-                store(self.scores, elementwise.named(self.scores[place] - top[i], elementwise.short_exp), place)
-                store(total, total[i] + self.scores[place], i)
+                index = s * self.tile + j * self.lanes + i
+                store(self.scores, elementwise.named(self.scores[index] - top[i], elementwise.short_exp), index)
+                store(total, total[i] + self.scores[index], i)
             with self.register() as i:
                 store(self.total, total[i], j * self.lanes + i)
 
     def mix(self, b: Any, group: Any, start: Any, steps: Any) -> None:
-        """O = O exp(m - m') + P V."""
+        """Compute O = O exp(m - m') + P V."""
         with T.serial(self.tile // ROWS) as t:
             for registers in self.chunks(self.out):
                 sums = Sums(ROWS, registers)
@@ -284,7 +287,7 @@ class _Kernel:
                 sums.each(lambda r, c, value: store(self.sums, value, (t * ROWS + r) * self.out + c))
 
     def chunks(self, size: int) -> list[list[tuple[int, int]]]:
-        """A row of ``size`` elements as registers (offset, length), as many at a time as a tile of sums takes, and evenly."""
+        """Return a row of ``size`` elements as registers (offset, length), as many at a time as a tile of sums takes, and evenly."""
         registers = [(c, min(self.lanes, size - c)) for c in range(0, size, self.lanes)]
         count = -(-len(registers) // self.widest)
         share = -(-len(registers) // count)
@@ -313,20 +316,21 @@ class Sums:
         self.buffers = [[buffer(length) for _, length in parts] for _ in range(rows)]
 
     def each(self, use: Callable[[int, Any, Any], None]) -> None:
-        """``use(row, column, sum)`` in vector loops."""
+        """Call ``use(row, column, sum)`` in vector loops."""
         for r, row in enumerate(self.buffers):
             for (offset, length), sums in zip(self.parts, row):
                 with T.vectorized(length) as i:
                     use(r, offset + i, sums[i])
 
     def fill(self, value: Callable[[int, Any], Any]) -> None:
+        """Set every sum to ``value(row, column)``."""
         for r, row in enumerate(self.buffers):
             for (offset, length), sums in zip(self.parts, row):
                 with T.vectorized(length) as i:
                     store(sums, value(r, offset + i), i)
 
     def add(self, left: Callable[[int], Any], right: Callable[[Any], Any]) -> None:
-        """One step of the products: left(row) * right(column)."""
+        """Add one step of the products: left(row) * right(column)."""
         for r, row in enumerate(self.buffers):
             for (offset, length), sums in zip(self.parts, row):
                 with T.vectorized(length) as i:

@@ -12,18 +12,18 @@ from thresher.ops.tokens import FIRST, GOES, NEVER, TAKES
 
 
 def rank(values: Any, base: Any, i: Any, size: int) -> Any:
-    """The place of values[base + i] among ``size`` in falling order; a scalar that is read once."""
-    place = buffer(1, "int64")
-    store(place, i64(0), i64(0))
+    """Return the rank of values[base + i] among ``size`` in falling order; a scalar that is read once."""
+    count = buffer(1, "int64")
+    store(count, i64(0), i64(0))
     with T.serial(size) as j:
         mine, its = values[base + i], values[base + j]
         ahead = tirx.any(its > mine, tirx.all(its == mine, j < i))
-        store(place, place[i64(0)] + T.cast(ahead, "int64"), i64(0))
-    return place[i64(0)]
+        store(count, count[i64(0)] + T.cast(ahead, "int64"), i64(0))
+    return count[i64(0)]
 
 
 def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
-    """(similar [B, N, N], size [B, N], side int64 [B, N], assign int64 [B, N], sizes [B, N - count], own [B, N])"""
+    """Return the function (similar [B, N, N], size [B, N], side int64 [B, N], assign int64 [B, N], sizes [B, N - count], own [B, N])."""
     n = tokens
     with function() as builder:
         similar, size = argument("similar", (batch, n, n)), argument("size", (batch, n))
@@ -64,7 +64,7 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
 
 
 def reduce(batch: int, tokens: int, channels: int, count: int, lanes: int) -> tirx.PrimFunc:
-    """(x [B, N, C], size [B, N], assign int64 [B, N], result [B, count, C])"""
+    """Return the function (x [B, N, C], size [B, N], assign int64 [B, N], result [B, count, C])."""
     with function() as builder:
         x, size = argument("x", (batch, tokens, channels)), argument("size", (batch, tokens))
         assign = argument("assign", (batch, tokens), "int64")

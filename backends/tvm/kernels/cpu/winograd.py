@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
-from thresher.backends.tvm.codegen.tir_pipeline import cut
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import batched
 from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part
+from thresher.backends.tvm.kernels.loop_marks import cut
 
 PREFIX = "winograd_"
 ROWS, INPUT, COLUMNS, OUT = (f"{PREFIX}{stage}" for stage in ("rows", "input", "columns", "out"))
@@ -66,23 +66,24 @@ class Tiling:
 
     @property
     def count(self) -> int:
+        """The number of tiles of all images."""
         return self.batch * self.grid[0] * self.grid[1]
 
     @property
     def products(self) -> int:
-        """(m + 2)^2."""
+        """The number of products, (m + 2)^2."""
         return (self.m + 2) ** 2
 
 
 def transform_filters(weight: np.ndarray, m: int) -> np.ndarray:
-    """[N, C, 3, 3] -> [(m + 2)^2, C, N], in float64 and then rounded."""
+    """Return filters [N, C, 3, 3] as [(m + 2)^2, C, N], computed in float64 and then rounded."""
     g = TRANSFORMS[m][1]
-    made = np.einsum("xi,ncij,yj->xycn", g, weight.astype(np.float64), g, optimize=True)
-    return np.ascontiguousarray(made.reshape(-1, *made.shape[2:]).astype(weight.dtype))
+    transformed = np.einsum("xi,ncij,yj->xycn", g, weight.astype(np.float64), g, optimize=True)
+    return np.ascontiguousarray(transformed.reshape(-1, *transformed.shape[2:]).astype(weight.dtype))
 
 
 def _combined(row: Sequence[float], values: Sequence[Any]) -> Any:
-    """``sum_i row[i] * values[i]``, without what is 0 and products with 1."""
+    """Return ``sum_i row[i] * values[i]``, without zeros and products with 1."""
     total = None
     for factor, value in zip(row, values):
         if factor == 0:
@@ -96,7 +97,7 @@ def _combined(row: Sequence[float], values: Sequence[Any]) -> Any:
 
 
 def _chosen(index: Any, options: Sequence[Any]) -> Any:
-    """``options[index]``; the loop over ``index`` is unrolled, so nothing is chosen at run time."""
+    """Return ``options[index]``; the loop over ``index`` is unrolled, so nothing is chosen at run time."""
     result = options[-1]
     for i in range(len(options) - 2, -1, -1):
         result = tirx.Select(index == i, options[i], result)
@@ -104,7 +105,7 @@ def _chosen(index: Any, options: Sequence[Any]) -> Any:
 
 
 def transform_input(image: te.Tensor, tiling: Tiling) -> te.Tensor:
-    """``image`` [B, H, W, C], padded to whole tiles and 2 more -> [(m + 2)^2, tiles, C]."""
+    """Return ``image`` [B, H, W, C], padded to whole tiles and 2 more, as [(m + 2)^2, tiles, C]."""
     matrix, m, (down, across) = TRANSFORMS[tiling.m][0], tiling.m, tiling.grid
     size, channels = m + 2, int(image.shape[3])
     rows = te.compute(
@@ -134,7 +135,7 @@ def transform_input(image: te.Tensor, tiling: Tiling) -> te.Tensor:
 
 
 def transform_output(products: te.Tensor, tiling: Tiling, outputs: int) -> te.Tensor:
-    """[(m + 2)^2, tiles, N in whole registers] -> [B, H, W, N]."""
+    """Return [(m + 2)^2, tiles, N in whole registers] as [B, H, W, N]."""
     matrix, m, (down, across) = TRANSFORMS[tiling.m][2], tiling.m, tiling.grid
     size, full = m + 2, int(products.shape[2])
     columns = te.compute(
@@ -157,7 +158,7 @@ def transform_output(products: te.Tensor, tiling: Tiling, outputs: int) -> te.Te
 
 @dataclass(frozen=True)
 class Plan:
-    """F(m x m, 3 x 3), its products computed by ``product``."""
+    """Minimal filtering F(m x m, 3 x 3), its products computed by ``product``."""
 
     m: int
     product: batched.Plan
@@ -166,8 +167,8 @@ class Plan:
 def plans(
     tiling_of: Callable[[int], Tiling], channels: int, outputs: int, machine: CpuInfo, limit: int = 1
 ) -> tuple[list[Plan], bool]:
-    """The plans for either ``m``, ``limit`` in all, the most promising first, and whether that one is estimated to beat the convolution
-    itself.
+    """Return the plans for either ``m``, ``limit`` in all, the most promising first, and whether that one is estimated to beat the
+    convolution itself.
 
     Estimated seconds: arithmetic at the rate of the packed product, less where it has few rows; what the transforms read and write, and
     the transformed filters, once each.
@@ -183,35 +184,38 @@ def plans(
         tiling = tiling_of(m)
         between = tiling.products * tiling.count
         moved = 4 * (pixels + 2 * between) * (channels + outputs)
-        speed = MOVED[4 * between * max(channels, outputs) > machine.cache * machine.threads]
+        speed = MOVE_RATES[4 * between * max(channels, outputs) > machine.cache * machine.threads]
         cost = _product_seconds(tiling.count, channels, outputs, tiling.products, machine)
-        costs[m] = cost + moved / (speed * machine.threads) + STAGES
+        costs[m] = cost + moved / (speed * machine.threads) + STAGE_SECONDS
     order = [4, 2] if costs[4] < 0.9 * costs[2] else [2, 4]
-    found = []
-    for place, m in enumerate(order):
+    estimates = []
+    for rank, m in enumerate(order):
         tiling = tiling_of(m)
         products = batched.plans(tiling.count, outputs, channels, tiling.products, machine, limit)
-        found += [(place + i, Plan(m, product)) for i, product in enumerate(products)]
-    found.sort(key=lambda f: f[0])
+        estimates += [(rank + i, Plan(m, product)) for i, product in enumerate(products)]
+    estimates.sort(key=lambda f: f[0])
     faster = costs[order[0]] < 0.9 * convolution
-    return [plan for _, plan in found[:limit]], faster
+    return [plan for _, plan in estimates[:limit]], faster
 
 
-MOVED = (4e10, 3e10)  # bytes a thread moves in a second between the stages, where they fit the L2 caches, and where not
-STREAMED = 1.4e10  # bytes of weights that all threads together read in a second
-STAGES = 2e-5  # seconds that two more parallel stages cost
-RATE = 7.5e9  # multiply-adds per lane and second of the packed product, per thread, with enough rows
+MOVE_RATES = (
+    4e10,
+    3e10,
+)  # bytes a thread moves in a second between the stages, where they fit the L2 caches, and where not
+STREAM_RATE = 1.4e10  # bytes of weights that all threads together read in a second
+STAGE_SECONDS = 2e-5  # seconds that two more parallel stages cost
+MULTIPLY_RATE = 7.5e9  # multiply-adds per lane and second of the packed product, per thread, with enough rows
 
 
 def _product_seconds(rows: int, depth: int, outputs: int, batch: int, machine: CpuInfo) -> float:
     full = -(-rows // 6) * 6 if rows > 6 else rows
     busy = min(1.0, full / 6)
-    arithmetic = batch * full * depth * outputs / (RATE * machine.lanes / 2 * machine.threads * busy)
-    return max(arithmetic, 4 * batch * depth * outputs / STREAMED)
+    arithmetic = batch * full * depth * outputs / (MULTIPLY_RATE * machine.lanes / 2 * machine.threads * busy)
+    return max(arithmetic, 4 * batch * depth * outputs / STREAM_RATE)
 
 
 def schedule_input(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """A tile and a register's width of channels at a time, everything in it unrolled."""
+    """Compute a tile and a register's width of channels at a time, everything in it unrolled."""
     rows, last = sch.get_sblock(ROWS), sch.get_sblock(INPUT)
     for block in sch.get_producers(rows):
         sch.compute_inline(block)
@@ -225,16 +229,16 @@ def schedule_input(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 
 def schedule_output(sch: s_tir.Schedule, machine: CpuInfo) -> None:
-    """As for the input; what follows the convolution is computed on the tile."""
-    columns, own = sch.get_sblock(COLUMNS), sch.get_sblock(OUT)
+    """Compute as for the input; what follows the convolution is computed on the tile."""
+    columns, output = sch.get_sblock(COLUMNS), sch.get_sblock(OUT)
     m = int(sch.get(columns).writes[0].source.shape[1])
     full = int(sch.get(columns).writes[0].source.shape[-1])
-    last = inline_epilogue(sch, own, keep=frozenset((COLUMNS, OUT)))
+    last = inline_epilogue(sch, output, keep=frozenset((COLUMNS, OUT)))
     cropped = int(sch.get(sch.get_loops(last)[-1]).extent) != full
     if cropped:
-        epilogue, last = last, own
+        epilogue, last = last, output
     elif sch.get(last).name_hint != OUT:
-        sch.compute_inline(own)
+        sch.compute_inline(output)
     b, y, x, n = sch.get_loops(last)
     y, row = sch.split(y, [None, m])
     x, column = sch.split(x, [None, m])
@@ -256,7 +260,7 @@ def schedule_output(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 
 def _on_tile(sch: s_tir.Schedule, first: Any, at: Any, tile: tuple[Any, Any], lane: Any) -> None:
-    """The first of two one-dimensional transforms in registers at ``at``, all loops over the tile unrolled."""
+    """Compute the first of two one-dimensional transforms in registers at ``at``, all loops over the tile unrolled."""
     sch.compute_at(first, at, preserve_unit_loops=True)
     *_, i, j, inner = sch.get_loops(first)
     for loop in (i, j, *tile):

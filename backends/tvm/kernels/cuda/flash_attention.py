@@ -1,7 +1,7 @@
-"""Attention for GPUs in one pass over the keys, in half precision on tensor cores: what calls ``flash_attention.cuh``.
+"""Attention for GPUs in one pass over the keys, in half precision on tensor cores: the caller of ``flash_attention.cuh``.
 
-TVM's schedules know no running softmax over fragments whose place in the registers the hardware fixes, so the kernel is CUDA C++, one
-template for all sizes. (FlashAttention-2: Dao, 2023.)
+TVM's schedules know no running softmax over fragments whose layout in the registers the hardware fixes, so the kernel is CUDA C++, one
+template for all sizes. (FlashAttention: Dao et al., 2022; FlashAttention-2: Dao, 2023.)
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from tvm import te, tirx
 
-ARCH = 80  # compute capability, ten times, from which on the instructions exist
+MIN_ARCH = 80  # compute capability, ten times, from which on the instructions exist
 ROWS, THREADS = 64, 128
-FEWEST = 16  # keys of a tile
-WIDEST = 128  # of a head: its tiles must fit 48 KB of shared memory
+MIN_KEYS = 16  # keys of a tile
+MAX_HEAD_WIDTH = 128  # of a head: its tiles must fit 48 KB of shared memory
 HALVES = ("float16", "bfloat16")
 
 
@@ -30,17 +30,17 @@ def fits(
     block_k: int = ROWS,
     skips: bool = False,
 ) -> bool:
-    """Whether there is a kernel; ``shapes`` of q, k and v, blocks of lists; ``skips``: whole blocks are left out by their weights."""
+    """Return whether there is a kernel for ``shapes`` of q, k and v, blocks of lists, and ``skips`` of blocks with small weights."""
     q, k, v = shapes
-    if block_q % ROWS or block_k % FEWEST:
+    if block_q % ROWS or block_k % MIN_KEYS:
         return False
     if skips and (block_q, block_k) != (ROWS, tile(q[3], v[3], block_k)):
         return False
-    return arch >= ARCH and dtype in HALVES and max(q[3], v[3]) <= WIDEST and 0 not in (*q, *k, *v)
+    return arch >= MIN_ARCH and dtype in HALVES and max(q[3], v[3]) <= MAX_HEAD_WIDTH and 0 not in (*q, *k, *v)
 
 
 def tile(e: int, f: int, block_k: int = 64) -> int:
-    """Keys of a tile, for heads of e and f channels: what fits shared memory, a part of a block."""
+    """Return the keys of a tile, for heads of e and f channels: as many as fit shared memory, a part of a block."""
     return math.gcd(64 if max(e, f) <= 64 else 32, block_k)
 
 
@@ -53,14 +53,14 @@ class Operand:
 
     @staticmethod
     def of(shape: Sequence[int], heads_inside: bool = False) -> Operand:
-        """Contiguous; ``heads_inside``: stored as [B, L, H, E]."""
+        """Return a contiguous operand; ``heads_inside``: stored as [B, L, H, E]."""
         b, h, length, e = shape
         strides = (length * h * e, e, h * e, 1) if heads_inside else (h * length * e, length * e, e, 1)
         return Operand((b, h, length, e), strides)
 
     @staticmethod
     def mask(shape: Sequence[int]) -> Operand:
-        """Contiguous, of four dimensions; those of size 1 are broadcast."""
+        """Return a contiguous mask of four dimensions; those of size 1 are broadcast."""
         strides: list[int] = []
         step = 1
         for size in reversed(shape):
@@ -89,6 +89,7 @@ class Problem:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """The blocks of threads: (heads of all samples, tiles of queries)."""
         b, h, rows, _ = self.q.shape
         return b * h, -(-rows // ROWS)
 
@@ -116,7 +117,7 @@ class Problem:
 
     @property
     def arguments(self) -> list[int | float]:
-        """What follows the pointers."""
+        """The numbers that follow the pointers."""
         (_, heads, rows, _), keys = self.q.shape, self.k.shape[2]
         strides = [s for o in (self.q, self.k, self.v) for s in o.strides[:3]]
         return [
@@ -143,6 +144,7 @@ class Problem:
 
 @functools.cache
 def source() -> str:
+    """Return the CUDA C++ source of the template."""
     return Path(__file__).with_suffix(".cuh").read_text()
 
 
@@ -159,9 +161,9 @@ def attention(
     from tvm.backend.cuda.op import cuda_func_call
 
     def body(inputs: Any, outputs: Any) -> Any:
-        given = iter([b.data for b in inputs[3:]])
+        remaining = iter([b.data for b in inputs[3:]])
         pointers = [b.data for b in inputs[:3]]
-        pointers += [inputs[0].data if t is None else next(given) for t in (mask, blocks, counts)]
+        pointers += [inputs[0].data if t is None else next(remaining) for t in (mask, blocks, counts)]
         numbers = [tirx.const(x, "float32" if isinstance(x, float) else "int64") for x in problem.arguments]
         call = cuda_func_call(problem.function, *pointers, outputs[0].data, *numbers, source_code=source())
         statement = tirx.Evaluate(call)

@@ -46,10 +46,12 @@ class Tile:
 
     @property
     def rows(self) -> int:
+        """The rows of a block of threads."""
         return self.warps[0] * self.fragments[0] * FRAGMENT
 
     @property
     def columns(self) -> int:
+        """The columns of a block of threads."""
         return self.warps[1] * self.fragments[1] * FRAGMENT
 
 
@@ -58,8 +60,9 @@ TILES = [Tile(*shape, depth) for depth in (64, 32) for shape in SHAPES]
 
 
 def tiles(batch: int, m: int, n: int, k: int) -> list[Tile]:
-    """All tiles, by estimated time: waves of blocks over the multiprocessors, times the work of a block, which a small tile does less
-    efficiently because it reads more for each product, and a shallow slice because it waits more often."""
+    """Return all tiles, by estimated time: waves of blocks over the multiprocessors, times the work of a block, which a small tile does
+    less efficiently because it reads more for each product, and a shallow slice because it waits more often.
+    """
 
     def cost(tile: Tile) -> float:
         blocks = batch * -(-m // tile.rows) * -(-n // tile.columns)
@@ -72,11 +75,11 @@ def tiles(batch: int, m: int, n: int, k: int) -> list[Tile]:
 
 
 class Rule(GPUScheduleRule):
-    """A rule of ours: it is asked for kernels of GPUs only. ``choices`` chooses the plans."""
+    """A rule of ours, which is asked for kernels of GPUs only; ``selector`` chooses the plans."""
 
-    def __init__(self, choices: PlanSelector):
+    def __init__(self, selector: PlanSelector):
         super().__init__()
-        self.choices = choices
+        self.selector = selector
 
     def apply(self, func: tirx.PrimFunc, target: Target, _: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
@@ -84,12 +87,12 @@ class Rule(GPUScheduleRule):
         return self.scheduled(func, target)
 
     def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
-        """The kernel with its schedule; None: it is for another rule."""
+        """Return the kernel with its schedule; None where it is for another rule."""
         raise NotImplementedError
 
 
 class TensorCores(Rule):
-    """Products and convolutions (as implicit products) of float16 and bfloat16, any size."""
+    """Schedules products and convolutions (as implicit products) of float16 and bfloat16, of any size."""
 
     def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         sch = s_tir.Schedule(func)
@@ -101,19 +104,19 @@ class TensorCores(Rule):
         workload = workload_of(sch, blocks[0])
         try:
             return _product(
-                sch, blocks[0], lambda *size: self.choices.choose(workload, func, lambda n: tiles(*size)[:n])
+                sch, blocks[0], lambda *size: self.selector.choose(workload, func, lambda n: tiles(*size)[:n])
             )
         except ScheduleError:  # an access that does not fit fragments: the next rule takes it
-            self.choices.sites.pop(workload, None)
+            self.selector.sites.pop(workload, None)
             return None
 
 
 def workload_of(sch: s_tir.Schedule, main: Any) -> str:
-    """The product by its name and the shapes of what it reads and writes; what follows it does not matter."""
+    """Describe the product by its name and the shapes of what it reads and writes; what follows it does not matter."""
     block = sch.get(main)
     values = [region.source for region in (*block.reads, *block.writes)]
-    words = [f"{'x'.join(str(d) for d in v.shape)}:{v.dtype}" for v in values]
-    return " ".join(["tensor cores", str(block.name_hint), *words])
+    shapes = [f"{'x'.join(str(d) for d in v.shape)}:{v.dtype}" for v in values]
+    return " ".join(["tensor cores", str(block.name_hint), *shapes])
 
 
 def _product(sch: s_tir.Schedule, main: Any, choose: Callable[..., Tile]) -> s_tir.Schedule:
@@ -207,33 +210,33 @@ def _tensorize(sch: s_tir.Schedule, reads: tuple[Any, Any], start: Any, inner: A
 
 @functools.cache
 def _intrinsics(dtype: str, sums: str) -> dict[str, str]:
-    """The names of what works on fragments: TVM's, and made alike for bfloat16, where it has none."""
+    """Return the names of the intrinsics on fragments: TVM's, and made alike for bfloat16, where it has none."""
     from tvm.s_tir.tensor_intrin import cuda as stock
 
     shared, size = "shared.dyn", (FRAGMENT, FRAGMENT, FRAGMENT)
     names: dict[str, str] = stock.get_wmma_intrin_group(shared, shared, "float16", sums, trans_b=True)
     if dtype == "float16":
         return names
-    made = {
+    intrinsics = {
         "load_a": stock.get_wmma_load_intrin(*size, dtype, shared, False, False),
         "load_b": stock.get_wmma_load_intrin(*size, dtype, shared, True, True),
         "compute": stock.get_wmma_sync_intrin(*size, dtype, sums, True),
     }
-    for name, (meaning, code) in made.items():
+    for name, (meaning, code) in intrinsics.items():
         names[name] = f"thresher_{name}_{dtype}_{sums}"
         s_tir.TensorIntrin.register(names[name], meaning, code)
     return names
 
 
 class Searched(Rule):
-    """What a search found (``Tune(search=...)``) for kernels without tiles of ours."""
+    """Uses the schedules that a search (``Tune(search=...)``) found for kernels without tiles of ours."""
 
     def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
-        return self.choices.schedule(func)
+        return self.selector.schedule(func)
 
 
 class SmallWindow(Rule):
-    """Depthwise and grouped convolutions and pools: one thread per result. (dlight would give each a block of 256 threads.)"""
+    """Gives depthwise and grouped convolutions and pools one thread per result; dlight would give each a block of 256 threads."""
 
     def scheduled(self, func: tirx.PrimFunc, target: Target) -> s_tir.Schedule | None:
         reductions = [b for b in normalize_prim_func(s_tir.Schedule(func)) or [] if b.is_reduction()]
@@ -245,15 +248,15 @@ class SmallWindow(Rule):
         return dlight.gpu.Fallback().apply(func, target, False)
 
 
-def rules(choices: PlanSelector) -> list[Any]:
-    """In the order in which they are asked."""
+def rules(selector: PlanSelector) -> list[Any]:
+    """Return the rules in the order in which they are asked."""
     gpu = dlight.gpu
     return [
-        TensorCores(choices),
-        Searched(choices),
+        TensorCores(selector),
+        Searched(selector),
         gpu.Matmul(),
         gpu.GEMV(),
-        SmallWindow(choices),
+        SmallWindow(selector),
         gpu.Reduction(),
         gpu.GeneralReduction(),
         gpu.Fallback(),

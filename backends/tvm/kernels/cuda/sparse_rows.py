@@ -1,4 +1,4 @@
-"""A few rows times a weight on a GPU, without the inputs that are 0: what calls ``sparse_rows.cuh``."""
+"""The product of a few rows and a weight on a GPU, without the inputs that are 0: the caller of ``sparse_rows.cuh``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tvm import te, tirx
 
 from thresher.backends.tvm.kernels.cuda.schedules import MULTIPROCESSORS
 
-THREADS, FEW = 128, 8
+THREADS, MAX_ROWS = 128, 8
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NAMES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
-LEAST, MOST = 32, 512  # inputs of a slice
+MIN_SLICE, MAX_SLICE = 32, 512  # inputs of a slice
 
 
 @dataclass(frozen=True)
 class Problem:
-    """x [m, k] times a weight [k, n]."""
+    """A product of x [m, k] and a weight [k, n]."""
 
     m: int
     k: int
@@ -28,22 +28,23 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Of a thread: 16 bytes."""
+        """The columns of a thread: 16 bytes."""
         return 16 // BYTES[self.dtype]
 
     @property
     def across(self) -> int:
-        """Blocks beside each other."""
+        """The blocks beside each other."""
         return -(-self.n // (THREADS * self.columns))
 
     @property
     def slice(self) -> int:
-        """Inputs of a block: so many slices that each multiprocessor has two blocks, if the inputs are enough."""
+        """The inputs of a block: so many slices that each multiprocessor has two blocks, if the inputs are enough."""
         wanted = -(-self.k * self.across // (2 * MULTIPROCESSORS))
-        return min(MOST, max(LEAST, -(-wanted // LEAST) * LEAST))
+        return min(MAX_SLICE, max(MIN_SLICE, -(-wanted // MIN_SLICE) * MIN_SLICE))
 
     @property
     def slices(self) -> int:
+        """The number of slices of the inputs."""
         return -(-self.k // self.slice)
 
     @property
@@ -53,17 +54,18 @@ class Problem:
 
 
 def fits(m: int, n: int, dtype: str) -> bool:
-    """Whether there is a kernel."""
-    return 0 < m <= FEW and dtype in BYTES and n % (16 // BYTES[dtype]) == 0
+    """Return whether there is a kernel."""
+    return 0 < m <= MAX_ROWS and dtype in BYTES and n % (16 // BYTES[dtype]) == 0
 
 
 @functools.cache
 def source() -> str:
+    """Return the CUDA C++ source of the template."""
     return Path(__file__).with_suffix(".cuh").read_text()
 
 
 def sums(problem: Problem, x: te.Tensor, weight: te.Tensor) -> te.Tensor:
-    """[slices, m, n], float32."""
+    """Return the sums of every slice, [slices, m, n] in float32."""
     from tvm.backend.cuda.op import cuda_func_call
 
     def body(inputs: Any, outputs: Any) -> Any:

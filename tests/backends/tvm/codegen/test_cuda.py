@@ -20,10 +20,11 @@ import thresher
 from helpers.cuda import MMA, bodies, compiled_code, half
 from helpers.nvrtc import kernels
 from thresher import Tune, capture
-from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.importing.import_program import import_program
 from thresher.backends.tvm.kernels.cuda.schedules import MULTIPROCESSORS, TILES, tiles
-from thresher.backends.tvm.plans import tuner
+from thresher.backends.tvm.plans import runner
 from thresher.backends.tvm.runtime import weight_array
+from thresher.backends.tvm.target import resolve_target
 from thresher.errors import BackendError
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
@@ -103,11 +104,11 @@ def test_the_module_before_scheduling_is_right(name: str) -> None:
     """What the GPU's schedules start from, run by TVM on the CPU, against eager."""
     model, args = ZOO[name]()
     program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(settle(model), args)).rounded()
-    module, weights = Importer(program, None).run()
-    executable = tvm.compile(module, tvm.target.Target({"kind": "llvm"}))
+    imported = import_program(program, resolve_target("cuda:sm_75"))
+    executable = tvm.compile(imported.module, tvm.target.Target({"kind": "llvm"}))
     main = VirtualMachine(executable, tvm.cpu())["main"]
     inputs = [tvm.runtime.tensor(np.ascontiguousarray(a.numpy())) for a in args if isinstance(a, Tensor)]
-    found = [torch.from_dlpack(y) for y in main(*inputs, weight_array(weights, tvm.cpu()))]
+    found = [torch.from_dlpack(y) for y in main(*inputs, weight_array(imported.weights, tvm.cpu()))]
     with torch.no_grad():
         expected = [y for y in torch.utils._pytree.tree_leaves(model(*args)) if isinstance(y, Tensor)]
     assert compare(expected, found).relative < 1e-5
@@ -126,7 +127,7 @@ def test_large_problems_have_large_tiles() -> None:
     assert MULTIPROCESSORS >= 100
 
 
-class Clock(tuner.Runner):
+class Clock(runner.Runner):
     """There is no GPU here: the fewer threads a block has, the faster the kernel is said to be."""
 
     def __init__(self, kind: str):
@@ -136,13 +137,13 @@ class Clock(tuner.Runner):
         source = executable.mod.imports[0].imports[0].inspect_source()
         return max(int(n) for n in re.findall(r"__launch_bounds__\((\d+)\)", source))
 
-    def load(self, threads: int, weights: list, inputs: list[np.ndarray], around: int) -> Callable[[int], float]:
+    def load(self, threads: int, weights: list, inputs: list[np.ndarray], footprint: int) -> Callable[[int], float]:
         assert [x.dtype for x in inputs] == [np.float16] * len(inputs)
         return lambda times: 1e-6 * threads
 
 
 def test_tiles_are_measured_recorded_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "Runner", Clock)
+    monkeypatch.setattr(runner, "Runner", Clock)
     model, args = half(nn.Sequential(nn.Linear(256, 2048), nn.GELU()), (torch.randn(4096, 256),))
 
     def threads(tune: Any) -> set[str]:

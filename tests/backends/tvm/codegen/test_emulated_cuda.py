@@ -22,15 +22,15 @@ from tvm import tirx
 import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.cuda import EMULATION, MMA, half
 from thresher import capture
-from thresher.backends.tvm.backend import resolve_target
 from thresher.backends.tvm.codegen.relax_pipeline import context_of, fuse, schedule
-from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.importing.import_program import import_program
 from thresher.backends.tvm.kernels.cuda.schedules import TILES
 from thresher.backends.tvm.plans.plan_selection import PlanSelector
+from thresher.backends.tvm.target import resolve_target
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
 
-TARGET = resolve_target("cuda:sm_80")[0]
+TARGET = resolve_target("cuda:sm_80")
 ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')
 DYNAMIC = re.compile(r"extern __shared__ (__align__\(\d+\)) uchar (\w+)\[\]")
 BINDING = re.compile(r'^( *)for .*T\.thread_binding\((?:T\.int64\()?(\d+)\)?, thread="([\w.]+)"')
@@ -64,9 +64,9 @@ def launches(function: tirx.PrimFunc) -> list[dict[str, int]]:
 
 def emulate(function: tirx.PrimFunc, folder: Path, values: dict[str, np.ndarray]) -> str:
     """Run a scheduled function on ``values`` by the names of its buffers; returns its code."""
-    with TARGET, context_of(None):
+    with TARGET.tvm, context_of(TARGET):
         code = (
-            tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), TARGET)
+            tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), TARGET.tvm)
             .mod.imports[0]
             .inspect_source()
         )
@@ -138,8 +138,8 @@ def compared(before: tirx.PrimFunc, after: tirx.PrimFunc, folder: Path) -> str:
 def test_every_kernel_computes_what_it_did_before_it_was_scheduled(dtype: torch.dtype, tmp_path: Path) -> None:
     model, args = half(Mixed().eval(), (torch.randn(2, 3, 16, 16),), dtype)
     program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, args)).rounded()
-    module = Importer(program, None, arch=80).run()[0]
-    before, after = fuse(module, TARGET, None), schedule(module, TARGET, None, PlanSelector())
+    module = import_program(program, TARGET).module
+    before, after = fuse(module, TARGET), schedule(module, TARGET, PlanSelector())
     scheduled, on_cores = functions(after), 0
     assert len(scheduled) >= 12
     for name, function in functions(before).items():
@@ -154,13 +154,13 @@ def test_every_tile_is_right(tile: object, tmp_path: Path) -> None:
     """Three slices deep, and no size a multiple of the tile's."""
     model, args = half(nn.Sequential(nn.Linear(150, 70), nn.ReLU()).eval(), (torch.randn(40, 150),))
     program = PassManager(pipelines.specialize, "off").run(capture(model, args)).rounded()
-    module = Importer(program, None, arch=80).run()[0]
+    module = import_program(program, TARGET).module
     asked = PlanSelector()
-    schedule(module, TARGET, None, asked)
+    schedule(module, TARGET, asked)
     ((workload, _),) = asked.sites.items()
-    after = schedule(module, TARGET, None, PlanSelector({workload: repr(tile)}))
+    after = schedule(module, TARGET, PlanSelector({workload: repr(tile)}))
     (name,) = [n for n in functions(after) if "matmul" in n]
-    code = compared(functions(fuse(module, TARGET, None))[name], functions(after)[name], tmp_path)
+    code = compared(functions(fuse(module, TARGET))[name], functions(after)[name], tmp_path)
     assert f"__launch_bounds__({32 * tile.warps[0] * tile.warps[1]})" in code and MMA in code
 
 
@@ -184,8 +184,8 @@ def test_selected_blocks_are_right(masked: bool, tmp_path: Path) -> None:
 
     model, args = half(Select(), (torch.randn(1, 4, 100, 8), torch.randn(1, 2, 90, 8)))
     program = PassManager([*pipelines.exact], "off").run(capture(model, (*args, torch.rand(1, 1, 1, 90) > 0.3)))
-    module = Importer(program, None, arch=80).run()[0]
-    before, after = functions(fuse(module, TARGET, None)), functions(schedule(module, TARGET, None, PlanSelector()))
+    module = import_program(program, TARGET).module
+    before, after = functions(fuse(module, TARGET)), functions(schedule(module, TARGET, PlanSelector()))
     assert {"rank", "before", "pyramid_entries"} <= {n.rstrip("0123456789") for n in after}
     for name, function in before.items():
         (tmp_path / name).mkdir()

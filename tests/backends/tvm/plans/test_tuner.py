@@ -16,7 +16,7 @@ from helpers.clocks import FakeClock, compile_with
 from thresher import Tune
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
-from thresher.backends.tvm.plans import tuner
+from thresher.backends.tvm.plans import runner, tuner
 from thresher.backends.tvm.plans.metaschedule import TRACE
 from thresher.cli.main import main, remote
 from thresher.driver.clock import Clock
@@ -62,7 +62,8 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(Clock, "machine", lambda clock, backend, target: machine_model(target))
     monkeypatch.setattr(tuner, "ROUNDS", 1)
     monkeypatch.setattr(tuner, "FINAL_ROUNDS", 1)
-    monkeypatch.setattr(tuner, "ENOUGH", 0.001)
+    monkeypatch.setattr(runner, "CALLS", 1)
+    monkeypatch.setattr(tuner, "COMPARISON_SECONDS", 0.001)
 
 
 def test_recorded_used_and_right(monkeypatch) -> None:
@@ -91,17 +92,17 @@ def test_every_plan_of_every_kernel_is_right(model: nn.Module, x: Tensor, monkey
     """Each is built and computes what the operator does."""
     seen: list[str] = []
 
-    def compare(self, program, workload, site, fingerprint):
-        alone = extract_subprogram(program, [site.subject], tuner.values_of(site), {site.subject})
+    def compare(self, workload, site):
+        alone = extract_subprogram(self.program, [site.subject], tuner.values_of(site), {site.subject})
         (wanted,) = alone.run(*alone.probe)
-        given = self.candidates(program, workload, site)
-        for plan in given.plans[:8]:
-            executable, weights = given.built(plan)
+        candidates = self.candidates(workload, site)
+        for plan in candidates.plans[:8]:
+            executable, weights = candidates.build(plan)
             main = VirtualMachine(executable, tvm.cpu())["main"]
-            (result,) = main(*self.runner.sent(given.inputs), *self.runner.sent(weights))
+            (result,) = main(*self.runner.sent(candidates.inputs), *self.runner.sent(weights))
             assert torch.allclose(torch.from_dlpack(result), wanted, atol=1e-4), plan
             seen.append(plan)
-        return Record.now(fingerprint, workload, given.plans[0], 1.0, 1.0)
+        return Record.now(self.fingerprint, workload, candidates.plans[0], 1.0, 1.0)
 
     quick(monkeypatch)
     monkeypatch.setattr(tuner.Bench, "measure", compare)
@@ -114,11 +115,11 @@ def test_a_run_that_was_stopped_goes_on(monkeypatch) -> None:
     model, x = example()
     honest, begun = tuner.Bench.measure, []
 
-    def killed_after_two(self, program, workload, site, fingerprint):
+    def killed_after_two(self, workload, site):
         if len(begun) == 2:
             raise KeyboardInterrupt
         begun.append(workload)
-        return honest(self, program, workload, site, fingerprint)
+        return honest(self, workload, site)
 
     monkeypatch.setattr(tuner.Bench, "measure", killed_after_two)
     with pytest.raises(KeyboardInterrupt):

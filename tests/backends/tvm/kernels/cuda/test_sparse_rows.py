@@ -16,7 +16,7 @@ import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.cuda import EMULATION, bodies, compiled_code
 from helpers.nvrtc import kernels
 from thresher.analysis.cost.break_even import BreakEven
-from thresher.backends.tvm.kernels.cuda.sparse_rows import LEAST, MOST, Problem, fits, source
+from thresher.backends.tvm.kernels.cuda.sparse_rows import MAX_SLICE, MIN_SLICE, Problem, fits, source
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity.skip_zeros import SkipZeros
 from thresher.rewriting.contract import Context
@@ -70,7 +70,7 @@ def test_the_kernel_adds_what_is_not_zero(emulated: ctypes.CDLL, number: int) ->
 
 def test_slices_fill_a_gpu() -> None:
     for p in (Problem(1, 4096, 1024, "float16"), Problem(1, 1024, 4096, "float32"), Problem(8, 128, 128, "float32")):
-        assert LEAST <= p.slice <= MOST and p.slices * p.slice >= p.k > (p.slices - 1) * p.slice
+        assert MIN_SLICE <= p.slice <= MAX_SLICE and p.slices * p.slice >= p.k > (p.slices - 1) * p.slice
     assert Problem(1, 4096, 1024, "float16").slices >= 100
     assert (
         fits(8, 64, "float16")
