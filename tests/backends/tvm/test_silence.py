@@ -8,6 +8,7 @@ import sys
 BUILDS = """
 import torch
 import thresher
+from thresher.errors import BackendError
 
 class Everyday(torch.nn.Module):  # a table lookup, large exponents, a resize by tables
     def forward(self, x, i):
@@ -22,7 +23,7 @@ x = torch.randn(1, 2, 4, 4)
 thresher.compile(Everyday(), (x, torch.tensor([1, 0])), target="cpu")  # checked against eager
 try:
     thresher.compile(WithoutLowering(), (x,), target="cpu")
-except thresher.BackendError as error:
+except BackendError as error:
     print(error)
 """
 
