@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from thresher.errors import InputError
 
@@ -19,11 +17,17 @@ class Remote:
     key: str
 
 
+def _torch_version() -> str:
+    import torch  # here: the command line asks this module for defaults, and is to be quick
+
+    return torch.__version__
+
+
 @dataclass(frozen=True)
 class TorchKernel:
     """The plan of a site that torch computes. What another version of torch would take is not known."""
 
-    torch: str = torch.__version__
+    torch: str = field(default_factory=_torch_version)
 
 
 @dataclass(frozen=True)

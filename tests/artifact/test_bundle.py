@@ -78,7 +78,6 @@ def test_on_the_command_line(pair: dict[str, thresher.Compiled], bundle: Path, t
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a"], "write NAME=ARTIFACT"),
         (["a=missing.thresher"], "missing.thresher does not exist"),
         (["a={one}", "a={one}"], "two models are named 'a'"),
         (["a-b={one}"], "'a-b' cannot name a model"),

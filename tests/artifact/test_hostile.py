@@ -151,7 +151,8 @@ def test_the_text_form(data: st.DataObject) -> None:
 
 WORDS = """build inspect validate diff bench passes records verify x.thresher no:thing m:make --input 1x3
 1x-3 x:int64 --passes exact; fold-channels{
-nothing{a=1} --target cuda cpu:pentium --budget cosine=x -o /proc/x/y --fixed sr= model.onnx m.pt2 --rounds -3""".split()
+nothing{a=1} --target cuda cpu:pentium --budget cosine=x -o /proc/x/y --fixed sr= model.onnx m.pt2 --rounds -3
+tune bundle inspect blame a=x.thresher --trials 1 --remote h:1:k --batch 0 --explain a:b --json --amount 2""".split()
 
 
 @settings(max_examples=60)

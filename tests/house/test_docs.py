@@ -119,14 +119,14 @@ def commands(page: Path) -> Iterator[str]:
 def test_commands_parse(page: Path) -> None:
     for command in commands(page):
         try:
-            cli._parser().parse_args(shlex.split(command, comments=True)[1:])
+            cli.make_parser().parse_args(shlex.split(command, comments=True)[1:])
         except SystemExit:
             pytest.fail(f"{page.name}: {command}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_sentences_have_these_options(page: Path) -> None:
-    subparsers = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    subparsers = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     for name, rest in re.findall(r"`thresher ([a-z]+)([^`]*)`", page.read_text()):
         assert name in subparsers, f"thresher {name}"
         for option in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", rest):

@@ -204,5 +204,3 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert onnx.load("m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1  # of the example
     assert "any size, in pieces of 1" in capsys.readouterr().out
     assert thresher.load("m.thresher")(torch.zeros(6, 3)).shape == (6, 2)
-    assert main(["build", "mine:make", "--batch", "1,many"]) == 1
-    assert "--batch" in capsys.readouterr().err

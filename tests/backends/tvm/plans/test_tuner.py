@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 
 import pytest
@@ -18,10 +19,11 @@ from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
 from thresher.backends.tvm.plans import runner, tuner
 from thresher.backends.tvm.plans.metaschedule import TRACE
-from thresher.cli.main import main, remote
+from thresher.cli.arguments import remote
+from thresher.cli.main import main
 from thresher.driver.clock import Clock
 from thresher.driver.measure_machine import WORKLOAD
-from thresher.errors import BackendError, InputError, ThresherError
+from thresher.errors import BackendError, InputError
 from thresher.ir.subprogram import extract_subprogram
 from thresher.tuning.options import Remote
 from thresher.tuning.records import Record, Records
@@ -209,7 +211,7 @@ def test_bad_arguments(monkeypatch) -> None:
         Tune(search=8, remote=Remote("127.0.0.1", 1, "board"))
     with pytest.raises(InputError, match="min_speedup"):
         Tune(min_speedup=1.5)
-    with pytest.raises(ThresherError, match="HOST:PORT:KEY"):
+    with pytest.raises(argparse.ArgumentTypeError, match="HOST:PORT:KEY"):
         remote("somewhere")
     model, x = example()
     with pytest.raises(BackendError, match="nothing to tune"):

@@ -1,4 +1,4 @@
-"""The command line: what each command prints and writes, and one-line errors."""
+"""Commands: what each prints and writes, and errors of one line with exit code 1."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from thresher.cli.main import example, main
-from thresher.errors import ThresherError
+import thresher
+from thresher.cli.main import main
+from thresher.rewriting import registry
 
 MODULE = """
 import torch
@@ -24,6 +25,24 @@ def with_inputs():
 
 def samples():
     return torch.randn(8, 2, 8)
+"""
+
+PASS = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from thresher.authoring import Pass, PassResult, register_pass
+
+@register_pass
+@dataclass(frozen=True)
+class DoNothing(Pass):
+    name: ClassVar[str] = "do-nothing"
+    times: int = 1
+    def apply(self, program, context):
+        return PassResult(program)
+
+def make():
+    return torch.nn.Linear(4, 3), (torch.randn(2, 4),)
 """
 
 
@@ -63,7 +82,8 @@ def test_build_from_pt2_and_from_a_pair(here: Path, capsys) -> None:
 def test_build_within_a_budget(here: Path, capsys) -> None:
     given = ["--passes", "exact;drop-sublayers", "--calibration", "cli_models:samples", "--budget", "rel_l2=0.01"]
     assert main(["build", "cli_models:with_inputs", "--target", "cpu", *given, "-o", "c.thresher"]) == 0
-    assert main(["build", "cli_models:with_inputs", "--target", "cpu", *given[:-1], "best=1", "-o", "d.thresher"]) == 1
+    with pytest.raises(SystemExit):
+        main(["build", "cli_models:with_inputs", "--target", "cpu", *given[:-1], "best=1", "-o", "d.thresher"])
     assert "cannot read the budget 'best=1'" in capsys.readouterr().err and not (here / "d.thresher").exists()
 
 
@@ -84,8 +104,6 @@ def test_passes_lists_options(capsys) -> None:
         (["build", "cli_models:nothing", "--input", "2x8"], "cannot import"),
         (["build", "no_such_module:make", "--input", "2x8"], "cannot import"),
         (["build", "cli_models", "--input", "2x8"], "cannot read"),
-        (["build", "cli_models:make", "--input", "2xa"], "cannot read the input"),
-        (["build", "cli_models:make", "--input", "2x8:float99"], "unknown dtype"),
         (["build", "cli_models:make", "--input", "2x7", "--target", "cpu"], "could not be exported"),
         (["build", "cli_models:make", "--input", "2x8", "--passes", "none-such"], "unknown pass"),
         (["build", "missing.pt2"], "does not exist"),
@@ -98,10 +116,24 @@ def test_errors_are_one_line_and_nothing_is_written(here: Path, capsys, argument
     assert not list(here.glob("*.thresher"))
 
 
-def test_example_inputs() -> None:
-    assert example("2x3").shape == (2, 3) and example("4:int64").dtype is torch.int64
-    with pytest.raises(ThresherError):
-        example("x")
+def test_inspect_prints_one_json_document(here: Path, capsys) -> None:
+    """The report of one model, as it always was; of a bundle an object by the names of its models."""
+    for name, passes in (("a", "exact"), ("b", "none")):
+        main(["build", "cli_models:with_inputs", "--target", "cpu", "--passes", passes, "-o", f"{name}.thresher"])
+    assert main(["bundle", "small=a.thresher", "large=b.thresher"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "bundle.thresher", "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    bundle = thresher.load("bundle.thresher")
+    assert reports == {name: json.loads(bundle[name].report.to_json()) for name in ("small", "large")}
+
+
+def test_a_pass_beside_the_model(here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are looked up after the model is imported: its module may register one."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (here / "cli_passes.py").write_text(PASS)
+    assert main(["inspect", "cli_passes:make", "--passes", "exact;do-nothing{times=2}"]) == 0
+    assert "do-nothing" in capsys.readouterr().out
 
 
 def test_bench_and_diff(here: Path, capsys) -> None:
@@ -127,12 +159,10 @@ def test_bench_and_diff(here: Path, capsys) -> None:
     assert len(lines) == 2 and " ms (" in lines[0] and lines[1].endswith("x the first")
     assert main(["bench", "a.thresher", "--rounds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["a.thresher"]["median"] > 0
-    assert main(["bench", "a.thresher", "--rounds", "0"]) == 1
-    capsys.readouterr()
     assert main(["diff", "a.thresher", "b.thresher"]) == 0
     assert capsys.readouterr().out == "no difference\n"
     assert main(["diff", "a.thresher", "c.thresher"]) == 1
-    assert "pass simplify: " in capsys.readouterr().out
+    assert "pass fold-channels: " in capsys.readouterr().out
     assert main(["diff", "a.thresher", "d.thresher"]) == 1
     found = capsys.readouterr().out
     assert "takes ['input_1: float32 [2, 8]'] | ['input_1: float32 [3, 8]']" in found and "graph -  %relu" in found
