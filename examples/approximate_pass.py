@@ -4,11 +4,11 @@
 
     x W^T  ->  (x B^T) A^T        W ~ A B, of the rank that the budget allows
 
-W is taken apart where the inputs are: with the Gram matrix G = X^T X of calibration inputs, the best A B for |X W^T - X (A B)^T| is the
+The inputs decide what of W matters: with the Gram matrix G = X^T X of calibration inputs, the best A B for |X W^T - X (A B)^T| is the
 truncated SVD of W G^(1/2) (Yuan et al., ASVD, 2023; Wang et al., SVD-LLM, 2024).
 
 ``ApproximatePass`` does what all approximate passes share: it measures how much an error at each place costs at the output, orders the
-candidates by what they save for it, takes as many as the budget allows, and judges on samples that chose nothing.
+candidates by what they save for it, takes as many as the budget allows, and measures the result on held-out samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from thresher.authoring import (
 )
 
 aten = torch.ops.aten
-PARTS = (0.5, 0.25, 0.125)  # of the full rank
+RANK_FRACTIONS = (0.5, 0.25, 0.125)
 
 
 @register_pass
@@ -47,28 +47,28 @@ class LowRank(ApproximatePass):
 
     name: ClassVar[str] = "low-rank"
     target_ops: ClassVar[tuple] = (aten.linear.default,)
-    least: int = 32  # a layer this narrow stays
+    min_width: int = 32  # narrower layers stay
 
     def candidates(self, program: Program, context: Context) -> tuple[list[Candidate], list[Note]]:
-        """For every layer several ranks: the squared relative error that each makes there, and the seconds it saves."""
+        """Return several ranks for every layer: the squared relative error that each makes there, and the seconds that it saves."""
         assert context.calibration is not None
         layers = [n for n in program.calls(aten.linear.default) if program.constant(n.args[1]) is not None]
-        wide = [n for n in layers if min(program.constants[n.args[1].target].shape) >= self.least]
+        wide = [n for n in layers if min(program.constants[n.args[1].target].shape) >= self.min_width]
         grams = _grams(program, wide, context.calibration.search_samples)
-        made, refusals = [], [Note.at(n, f"narrower than {self.least}") for n in layers if n not in wide]
+        candidates, refusals = [], [Note.at(n, f"narrower than {self.min_width}") for n in layers if n not in wide]
         for node in wide:
             weight = program.constants[node.args[1].target].double()
             (outputs, inputs), root = weight.shape, _root(grams[node])
             values = torch.linalg.svdvals(weight @ root).square()
-            for part in PARTS:
-                rank = int(part * min(outputs, inputs))
+            for fraction in RANK_FRACTIONS:
+                rank = int(fraction * min(outputs, inputs))
                 error = float(values[rank:].sum() / values.sum())
                 saved = seconds_of(node, context.machine) * (1 - rank * (outputs + inputs) / (outputs * inputs))
-                words = f"rank {rank} of {min(outputs, inputs)}"
-                made.append(
-                    Candidate(node.name, node.name, words, error, saved, node.name, module_path(node), (rank, root))
+                choice = f"rank {rank} of {min(outputs, inputs)}"
+                candidates.append(
+                    Candidate(node.name, node.name, choice, error, saved, node.name, module_path(node), (rank, root))
                 )
-        return [c for c in made if c.saved > 0], refusals
+        return [c for c in candidates if c.saved > 0], refusals
 
     def build(self, program: Program, chosen: Sequence[Candidate]) -> Program:
         work = program.clone()
@@ -85,7 +85,7 @@ class LowRank(ApproximatePass):
 
 
 def _grams(program: Program, layers: Sequence[fx.Node], samples: Sequence[list[Any]]) -> dict[fx.Node, Tensor]:
-    """X^T X of the inputs of each layer, over the samples, float64."""
+    """Return X^T X of the inputs of each layer, over the samples, in float64."""
     grams: dict[fx.Node, Tensor] = {}
 
     def add(node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -97,19 +97,19 @@ def _grams(program: Program, layers: Sequence[fx.Node], samples: Sequence[list[A
 
 
 def _root(gram: Tensor) -> Tensor:
-    """G^(1/2), of full rank: directions that no sample has count a little, too."""
+    """Return G^(1/2), of full rank: directions that no sample has count a little, too."""
     values, vectors = torch.linalg.eigh(gram)
     return (vectors * values.clamp(min=1e-6 * float(values[-1])).sqrt()) @ vectors.mT
 
 
 def _factors(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [N, rank] and B [rank, K]."""
+    """Return A [N, rank] and B [rank, K]."""
     u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
     return u[:, :rank] * s[:rank], torch.linalg.solve(root, v[:rank].mT).mT
 
 
 def model(width: int = 64) -> nn.Module:
-    """Layers whose weights are of low rank but for some noise, as trained ones often are."""
+    """Return layers whose weights are of low rank but for some noise, as trained ones often are."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.LayerNorm(width))
     with torch.no_grad():

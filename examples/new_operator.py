@@ -5,7 +5,7 @@
     relu(x) ** 2  ->  examples::squared_relu(x)
 
 Three things make an operator: its meaning (a reference in torch, and the shapes of its result), its lowering (a converter to TVM, for every
-target or for the CPU only), and a pass that writes it where the model meant it.
+target or for the CPU only), and a pass that introduces it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from thresher.ops.define import define
 
 aten, ops = torch.ops.aten, torch.ops.examples
 
-# 1. What it means. The reference runs on any device and gives the gradients; the fake one says what the result looks like.
+# 1. The meaning. The reference runs on any device and gives the gradients; the fake one says what the result looks like.
 define("examples::squared_relu", "(Tensor x) -> Tensor", lambda x: x.relu().square(), torch.empty_like)
 
 
-# 2. How it is computed. A tensor expression fuses into the kernel before it; `named` keeps a value from being computed twice.
+# 2. The lowering. A tensor expression fuses into the kernel before it; `named` keeps a value from being computed twice.
 @semantics(ops.squared_relu.default)
 def squared_relu(importer: Importer, node: fx.Node) -> Any:
     def one(x: Any) -> Any:
@@ -42,7 +42,7 @@ def squared_relu(importer: Importer, node: fx.Node) -> Any:
     return importer.emit_te("squared_relu", compute, importer.value(node.args[0]))
 
 
-# 3. Where it stands.
+# 3. The pass that introduces it.
 def written_out(x):
     return aten.pow.Tensor_Scalar(aten.relu.default(x), 2)
 

@@ -1,10 +1,10 @@
-"""An exact pass that an analysis drives: what can never be negative needs no relu, and no abs.
+"""An exact pass that asks an analysis: a value that cannot be negative needs no relu, and no abs.
 
     python examples/pass_by_analysis.py
 
-    relu(v) -> v,  abs(v) -> v        where thresher.analysis.signs tells that v >= 0
+    relu(v) -> v,  abs(v) -> v        where thresher.analysis.signs finds that v >= 0
 
-No pattern could say this: v may be a mean of squares, a sum of softmaxes, or a product of what other layers made.
+No pattern could describe this: v may be a mean of squares, a sum of softmaxes, or a product of other values.
 """
 
 from __future__ import annotations

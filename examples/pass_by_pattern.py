@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 def written_out(x, power, dims, eps, weight):
-    """The pattern: ordinary Python over the calls that a capture holds. Parameters match nodes and literals alike."""
+    """Describe the pattern in ordinary Python over ATen calls. Parameters match nodes and literals alike."""
     size = aten.mean.dim(aten.pow.Tensor_Scalar(x, power), dims, True)
     return aten.mul.Tensor(aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(size, eps))), weight)
 
@@ -60,7 +60,7 @@ class FuseRMSNorm(Pass):
 
 
 def unlike(program: Program, match: Match) -> str:
-    """Why a match is no RMS norm; empty if it is one."""
+    """Return why a match is no RMS norm; empty if it is one."""
     x, power, dims, eps, weight = (match.bound[k] for k in ("x", "power", "dims", "eps", "weight"))
     if power != 2:
         return f"the mean is of the power {power}, not of squares"
@@ -75,7 +75,7 @@ def unlike(program: Program, match: Match) -> str:
 
 
 class RMSNorm(nn.Module):
-    """As it stands in many a repository."""
+    """An RMS norm as many repositories write it."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()

@@ -62,10 +62,10 @@ def test_third_party(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "thresher.cli.main", *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    assert "drop-double-negation{most=1000}  [exact]" in thresher("passes").stdout
+    assert "drop-double-negation{limit=1000}  [exact]" in thresher("passes").stdout
     explained = thresher("passes", "drop-double-negation").stdout
-    assert "neg(neg(x))  ->  x" in explained and "option most: int, default 1000" in explained
-    rewritten = thresher("inspect", "mymodel:make", "--passes", "canonicalize;drop-double-negation{most=5}", "--graph")
+    assert "neg(neg(x))  ->  x" in explained and "option limit: int, default 1000" in explained
+    rewritten = thresher("inspect", "mymodel:make", "--passes", "canonicalize;drop-double-negation{limit=5}", "--graph")
     assert "linear" in rewritten.stdout and "neg" not in rewritten.stdout, rewritten.stderr
     stopped = thresher("inspect", "mymodel:make", "--passes", "drop-double-negation{least=5}")
-    assert stopped.returncode == 1 and "no option 'least'; its options: most" in stopped.stderr
+    assert stopped.returncode == 1 and "no option 'least'; its options: limit" in stopped.stderr
