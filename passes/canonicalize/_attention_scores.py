@@ -25,16 +25,16 @@ LAYOUTS = (
     aten.squeeze.dims, aten.expand.default,
 )  # fmt: skip
 CONVERSIONS = (aten._to_copy.default, aten.to.dtype)
-MASKED = -1e4  # a number no score reaches: what is set to it is masked
+MAX_MASKED_SCORE = -1e4  # a number that no score reaches: what is set to it or less is masked
 
 
 class NotAttention(Exception):
-    """Why a chain is no attention site, in a sentence."""
+    """Raised with the sentence that says why a chain is no attention site."""
 
 
 @dataclass(frozen=True)
 class Bias:
-    """Added to the scores: ``node`` (a tensor), or ``low`` where the boolean ``node`` is False. ``shape``: that of the scores there."""
+    """A summand of the scores: ``node`` (a tensor), or ``low`` where the boolean ``node`` is False; ``shape``: that of the scores there."""
 
     node: fx.Node
     shape: tuple
@@ -45,7 +45,7 @@ class Bias:
 
 @dataclass
 class Scores:
-    """What stands between the product and the softmax."""
+    """Everything between the product and the softmax: scale, biases, factors per head, cap."""
 
     product: fx.Node
     scale: float
@@ -54,17 +54,19 @@ class Scores:
     softcap: float | None = None
 
 
-def product_behind(program: Program, softmax: fx.Node) -> Scores:
-    """The scores that ``softmax`` reads; raises :class:`NotAttention`."""
-    found = _Walk(program).run(softmax.args[0])
-    if layout(found.product, softmax.args[0]) != "kept":
+def scores_before(program: Program, softmax: fx.Node) -> Scores:
+    """Return the scores that ``softmax`` reads; raises :class:`NotAttention`."""
+    scores = _Walk(program).run(softmax.args[0])
+    if layout(scores.product, softmax.args[0]) != "kept":
         raise NotAttention("the scores change places between the product and the softmax")
-    return found
+    return scores
 
 
 def layout(source: fx.Node, target: fx.Node) -> str:
-    """How the elements of ``source`` lie in ``target``, which only layout operators made from it (others count as the identity): ``kept``
-    (in order, the last two dimensions the same), ``transposed`` (the last two changed places) or ``mixed``."""
+    """Return the order in which the elements of ``source`` lie in ``target``, which only layout operators made from it.
+
+    ``kept`` (the last two dimensions the same), ``transposed`` (the last two exchanged) or ``mixed``; others count as the identity.
+    """
     path, node = [], target
     while node is not source:
         path.append(node)
@@ -89,19 +91,19 @@ def layout(source: fx.Node, target: fx.Node) -> str:
 
 
 def _main(node: fx.Node, source: fx.Node) -> fx.Node:
-    """The argument of ``node`` that comes from ``source``."""
+    """Return the argument of ``node`` that comes from ``source``."""
     return next(a for a in node.all_input_nodes if a is source or _reaches(a, source))
 
 
 def _reaches(node: fx.Node, source: fx.Node) -> bool:
-    seen, todo = set(), [node]
-    while todo:
-        one = todo.pop()
-        if one is source:
+    seen, stack = set(), [node]
+    while stack:
+        top = stack.pop()
+        if top is source:
             return True
-        if one not in seen and one > source:
-            seen.add(one)
-            todo += one.all_input_nodes
+        if top not in seen and top > source:
+            seen.add(top)
+            stack += top.all_input_nodes
     return False
 
 
@@ -137,17 +139,17 @@ class _Walk:
     def sum(self, node: fx.Node, scale: float) -> Scores:
         left, right = node.args[:2]
         try:
-            found, bias = self.run(left, scale), right
+            scores, bias = self.run(left, scale), right
         except NotAttention:
-            found, bias = self.run(right, scale), left
+            scores, bias = self.run(right, scale), left
         if not is_tensor(bias):
-            return found  # the same number for every key does not change the softmax
-        return self.biased(found, Bias(bias, shape_of(node), scale))
+            return scores  # the same number for every key does not change the softmax
+        return self.biased(scores, Bias(bias, shape_of(node), scale))
 
-    def biased(self, found: Scores, bias: Bias) -> Scores:
-        if not shape_of(bias.node) or bias.shape[-2:] != shape_of(found.product)[-2:]:
+    def biased(self, scores: Scores, bias: Bias) -> Scores:
+        if not shape_of(bias.node) or bias.shape[-2:] != shape_of(scores.product)[-2:]:
             raise NotAttention(f"{bias.node.name}: the bias is not added to rows of scores")
-        return replace(found, biases=[*found.biases, bias])
+        return replace(scores, biases=[*scores.biases, bias])
 
     def factor(self, node: fx.Node, scale: float) -> Scores:
         x, by = node.args[:2]
@@ -170,17 +172,17 @@ class _Walk:
             x, by = by, x
         if shape_of(by)[-2:] != (1, 1) or len(shape_of(by)) > len(shape_of(x)):
             raise NotAttention("the scores are scaled by a tensor that is not one number per head")
-        found = self.run(x, scale)
-        if found.biases or found.softcap or shape_of(found.product) != shape_of(node):
+        scores = self.run(x, scale)
+        if scores.biases or scores.softcap or shape_of(scores.product) != shape_of(node):
             raise NotAttention("biased scores are scaled by a tensor")
-        return replace(found, factors=[*found.factors, by])
+        return replace(scores, factors=[*scores.factors, by])
 
     def capped(self, tanh: fx.Node, cap: float, scale: float) -> Scores:
         """cap * tanh(x / cap)"""
-        found = self.run(tanh.args[0], cap)
-        if scale != 1.0 or cap <= 0 or found.softcap or found.biases:
+        scores = self.run(tanh.args[0], cap)
+        if scale != 1.0 or cap <= 0 or scores.softcap or scores.biases:
             raise NotAttention("the scores are capped, and not after the scale and before the mask")
-        return replace(found, softcap=cap)
+        return replace(scores, softcap=cap)
 
     def masked(self, node: fx.Node, scale: float) -> Scores:
         fill = node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -189,7 +191,7 @@ class _Walk:
         if not fill and self.number(x) is not None:
             x, other, inverted = other, x, True
         low = self.number(other)
-        if low is None or low > MASKED:
+        if low is None or low > MAX_MASKED_SCORE:
             raise NotAttention(f"{node.name}: scores are replaced by something that is not a large negative number")
         if scale <= 0:
             raise NotAttention(f"{node.name}: masked scores are multiplied by a number that is not positive")

@@ -70,7 +70,7 @@ RULES: list[tuple[Callable, str]] = [
 
 
 def rewrite_dividing(program: Program) -> list[Note]:
-    """Rewrite all of them in place; what was done."""
+    """Rewrite all of them in place; returns a note for each."""
     notes = []
     for pattern, kind in RULES:
         for match in list(matches(program, pattern)):

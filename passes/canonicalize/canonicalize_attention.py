@@ -28,7 +28,7 @@ from thresher.passes.canonicalize._attention_scores import (
     NotAttention,
     Scores,
     layout,
-    product_behind,
+    scores_before,
 )
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
 from thresher.rewriting.registry import register_pass
@@ -54,7 +54,7 @@ class CanonicalizeAttention(Pass):
                 values = _values_product(node)
                 if values is None:
                     continue
-                scores = product_behind(work, node)
+                scores = scores_before(work, node)
                 _replace(work, node, scores, *values)
                 notes.append(Note.at(node, "written as one attention site"))
             except NotAttention as reason:
@@ -63,20 +63,20 @@ class CanonicalizeAttention(Pass):
 
 
 def _values_product(softmax: fx.Node) -> tuple[fx.Node, bool] | None:
-    """The product of the weights with the values, and whether they are its right side, transposed; None: this is no attention."""
+    """Return the product of the weights with the values, and if they are its right side, transposed; None: this is no attention."""
     weights = softmax
     while True:
         products = [u for u in weights.users if u.target in PRODUCTS[:2]]
         if products:
             break
-        behind = [u for u in weights.users if u.target in (*LAYOUTS, *CONVERSIONS)]
-        if not behind:
+        following = [u for u in weights.users if u.target in (*LAYOUTS, *CONVERSIONS)]
+        if not following:
             if any(u.target in MIXING and _leads_to_product(u) for u in weights.users):
                 raise NotAttention("talking heads: the weights of several heads are mixed before they meet the values")
             return None
         if len(weights.users) > 1:
             raise NotAttention("the attention weights are used besides the product with the values")
-        weights = behind[0]
+        weights = following[0]
     if len(weights.users) > 1:
         raise NotAttention("the attention weights are used besides the product with the values")
     if argument(softmax, 1, "dim") % len(shape_of(softmax)) != len(shape_of(softmax)) - 1:
@@ -95,7 +95,7 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 
 def _replace(program: Program, softmax: fx.Node, scores: Scores, product: fx.Node, right: bool) -> None:
-    """The site in the place of ``product``; all of it in the layout of the softmax, [batch, heads, L, S], or of three dimensions."""
+    """Replace ``product`` by the site; all of it in the layout of the softmax, [batch, heads, L, S], or of three dimensions."""
     lead, dtype = list(shape_of(softmax)[:-2]), dtype_of(product)
     if len(lead) > 2 and all(isinstance(d, int) for d in lead):  # batch and windows
         lead = [math.prod(lead[:-1]), lead[-1]]
@@ -123,7 +123,7 @@ def _replace(program: Program, softmax: fx.Node, scores: Scores, product: fx.Nod
 
 
 class _Edit:
-    """Inserts calls before ``before``."""
+    """An editor that inserts calls before ``before``."""
 
     def __init__(self, program: Program, before: fx.Node):
         self.program, self.before = program, before
@@ -145,9 +145,9 @@ class _Edit:
         rank = len(shape_of(node))
         order = [*range(rank - 2), rank - 1, rank - 2]
         if node.target is aten.permute.default:
-            given = [d % rank for d in node.args[1]]
-            given[-1], given[-2] = given[-2], given[-1]
-            return node.args[0] if given == [*range(rank)] else self(aten.permute.default, node.args[0], given)
+            dims = [d % rank for d in node.args[1]]
+            dims[-1], dims[-2] = dims[-2], dims[-1]
+            return node.args[0] if dims == [*range(rank)] else self(aten.permute.default, node.args[0], dims)
         return self(aten.permute.default, node, order)
 
     def mask(self, biases: list[Bias], lead: list, dtype: torch.dtype) -> fx.Node | None:
@@ -168,13 +168,13 @@ class _Edit:
             # a masked score is replaced, not added to: the least number takes in whatever it is added to, so that rows with all
             # scores masked stay uniform
             low = -float("inf") if bias.low == -float("inf") else torch.finfo(dtype).min
-            zero, least = (
+            zero, lowest = (
                 self.program.add_constant(
                     torch.tensor(v, dtype=dtype), f"{bias.node.name}_{name}", like=self.before, role=Role.BUFFER
                 )
                 for name, v in (("allowed", 0.0), ("masked", low))
             )
-            chosen = (least, zero) if bias.inverted else (zero, least)
+            chosen = (lowest, zero) if bias.inverted else (zero, lowest)
             return self(aten.where.self, bias.node, *chosen)
         node = bias.node if bias.scale == 1 else self(aten.mul.Tensor, bias.node, bias.scale)
         return node if dtype_of(node) == dtype else self(aten._to_copy.default, node, dtype=dtype)

@@ -1,6 +1,6 @@
 """Every spelling of thresholding becomes one ``thresher::shrink(x, t, kind)``.
 
-relu(x - t) - relu(-x - t), sign(x) relu(|x| - t), x - clamp(x, -t, t), where(|x| > t, x, 0), x * (|x| > t), ... are told by what they
+relu(x - t) - relu(-x - t), sign(x) relu(|x| - t), x - clamp(x, -t, t), where(|x| > t, x, 0), x * (|x| > t), ... are recognised by what they
 compute, not by how they look: what stands between a value and a result is a piecewise linear function (``thresher.analysis.piecewise``),
 and that of a threshold is known,
 
@@ -8,8 +8,8 @@ and that of a threshold is known,
     hard      x outside [-t, t] and 0 inside                        above     0 below t, x above
     firm      0 inside [-t, t], x outside [-t2, t2], a line between
 
-What happens at t, for NaN and for infinities is seen by computing it, and must be what the operator does. So ``relu`` before or behind a
-threshold, or one threshold behind another, become one, too. Thresholds that divide (x relu(1 - t / |x|), pairs z relu(1 - t / |z|),
+What happens at t, for NaN and for infinities is seen by computing it, and must be what the operator does. So ``relu`` before or after a
+threshold, or one threshold after another, become one, too. Thresholds that divide (x relu(1 - t / |x|), pairs z relu(1 - t / |z|),
 garrote) are found by their patterns.
 
 ``t`` is a number, a constant, or computed in the graph; for ``soft`` it must be seen not to be negative: from its value, or from what
@@ -37,8 +37,8 @@ from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
 SHRINK = torch.ops.thresher.shrink.default
-LARGEST = 24  # calls of a spelling
-CLOSE = 1e-12
+MAX_CALLS = 24  # of a spelling
+TOLERANCE = 1e-12  # relative, between numbers that should be equal
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ class CanonicalizeThreshold(Pass):
                 continue
             if node.target not in OPERATORS or not is_tensor(node) or not dtype_of(node).is_floating_point:
                 continue
-            found = threshold_at(work, node)
-            if isinstance(found, str):
-                refusals += [Note.at(node, found)] if found else []
-            elif found is not None:
-                notes.append(Note.at(node, f"written as thresher::shrink ({found.kind})"))
-                rewrite(work, node, found)
+            threshold = threshold_at(work, node)
+            if isinstance(threshold, str):
+                refusals += [Note.at(node, threshold)] if threshold else []
+            elif threshold is not None:
+                notes.append(Note.at(node, f"written as thresher::shrink ({threshold.kind})"))
+                rewrite(work, node, threshold)
                 work.graph.erase_node(node)
         notes += rewrite_dividing(work)
         return PassResult(work.clean(), notes, refusals) if notes else PassResult(program, [], refusals)
 
 
 def threshold_at(program: Program, root: fx.Node) -> Threshold | str | None:
-    """The threshold that ends in ``root``; why it is none though it looks like one (or empty), or None."""
+    """Return the threshold that ends in ``root``; or why it is none though it looks like one (or empty); or None."""
     reason = None
     for x in sources(program, root):
         try:
@@ -89,26 +89,26 @@ def threshold_at(program: Program, root: fx.Node) -> Threshold | str | None:
             function = piecewise_of(root, x, leaves, unit is not None)
         except NotPiecewise:
             continue
-        found = kind_of(function, x, unit)
-        if found is None:
+        threshold = kind_of(function, x, unit)
+        if threshold is None:
             reason = reason or _near_miss(function)
             continue
-        if found.kind in ("soft", "firm") and unit is not None and not nonnegative(program, unit):
+        if threshold.kind in ("soft", "firm") and unit is not None and not nonnegative(program, unit):
             reason = "a soft threshold that may be negative has no single meaning"
             continue
-        keep = what_is_kept(program, root, found, leaves)
+        keep = what_is_kept(program, root, threshold, leaves)
         if keep is None:
             reason = "it is no threshold at its breakpoints, or for NaN and infinities"
             continue
-        return Threshold(found.x, found.unit, found.kind, found.t, found.t2, keep)
+        return Threshold(threshold.x, threshold.unit, threshold.kind, threshold.t, threshold.t2, keep)
     return reason
 
 
 def sources(program: Program, root: fx.Node) -> list[fx.Node]:
-    """Values of the shape and type of ``root`` that it may be a function of, those farthest back first."""
+    """Return the values of the shape and type of ``root`` that it may be a function of, those farthest back first."""
     seen: dict[fx.Node, None] = {}
     queue = [root]
-    while queue and len(seen) < LARGEST:
+    while queue and len(seen) < MAX_CALLS:
         node = queue.pop(0)
         if node in seen or program.constant(node) is not None:
             continue
@@ -122,11 +122,13 @@ def sources(program: Program, root: fx.Node) -> list[fx.Node]:
 
 
 def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx.Node, Leaf], fx.Node | None]:
-    """What ``root`` depends on beside ``x`` and numbers: zeros, and multiples of at most one tensor, the unit. (A constant stays the one it
-    is, also if all of it is one number: it may be trained.)"""
+    """Return the values that ``root`` depends on beside ``x`` and numbers: zeros, multiples of at most one tensor, the unit; and the unit.
+
+    A constant stays the one it is, also if all of it is one number: it may be trained. Raises :class:`NotPiecewise`.
+    """
     leaves: dict[fx.Node, Leaf] = {}
-    behind = _depending_on(root, x)
-    if x not in behind:
+    between = _depending_on(root, x)
+    if x not in between:
         raise NotPiecewise("it does not depend on x")
     queue, seen, unit = [root], {x}, None
     while queue:
@@ -137,7 +139,7 @@ def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx
         value = program.constant(node)
         if value is not None and not bool(value.any()):
             leaves[node] = Leaf(0.0)
-        elif node in behind or (value is None and _multiple(node)):
+        elif node in between or (value is None and _multiple(node)):
             queue += node.all_input_nodes
         else:
             unit = unit or node
@@ -158,7 +160,7 @@ def leaves_between(program: Program, root: fx.Node, x: fx.Node) -> tuple[dict[fx
 
 
 def _ratio(program: Program, node: fx.Node, unit: fx.Node) -> float:
-    """node = ratio * unit"""
+    """Return the ratio in node = ratio * unit; raises :class:`NotPiecewise` where there is none."""
     a, b = program.constant(node), program.constant(unit)
     if node is unit:
         return 1.0
@@ -172,14 +174,14 @@ def _elements(node: fx.Node) -> Any:
 
 
 def _multiple(node: fx.Node) -> bool:
-    """-t, or t times a number."""
+    """Return whether it is -t, or t times a number."""
     return node.target is aten.neg.default or (
         node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float))
     )
 
 
 def _depending_on(root: fx.Node, x: fx.Node) -> set[fx.Node]:
-    """The calls from ``x`` to ``root``, both included."""
+    """Return the calls from ``x`` to ``root``, both included."""
     known: dict[fx.Node, bool] = {x: True}
 
     def depends(node: fx.Node) -> bool:
@@ -197,7 +199,7 @@ def _depending_on(root: fx.Node, x: fx.Node) -> set[fx.Node]:
 
 
 def kind_of(f: Piecewise, x: fx.Node, unit: fx.Node | None) -> Threshold | None:
-    """By its pieces."""
+    """Return the threshold that has these pieces, or None."""
     breaks, pieces = f.breaks, f.pieces
 
     def like(*wanted: tuple[float, float]) -> bool:
@@ -226,11 +228,11 @@ def kind_of(f: Piecewise, x: fx.Node, unit: fx.Node | None) -> Threshold | None:
 
 
 def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b))
+    return abs(a - b) <= TOLERANCE * max(1.0, abs(a), abs(b))
 
 
 def _near_miss(f: Piecewise) -> str | None:
-    """Words for something that is 0 in the middle and grows on both sides, and is no threshold."""
+    """Return a refusal for something that is 0 in the middle and grows on both sides, and is no threshold."""
     if len(f.breaks) >= 2 and any(p == (0, 0) for p in f.pieces[1:-1]) and f.pieces[0][0] and f.pieces[-1][0]:
         return f"0 between {f.breaks[0]:g} and {f.breaks[-1]:g}, and no threshold: not symmetric, or scaled"
     return None
@@ -239,28 +241,30 @@ def _near_miss(f: Piecewise) -> str | None:
 # ---------------------------------------------------------------------- what happens at t, and for NaN and infinities
 
 
-def what_is_kept(program: Program, root: fx.Node, found: Threshold, leaves: dict[fx.Node, Leaf]) -> str | None:
-    """The ``keep`` with which the operator computes what the graph does, at t and around it, at 0, for NaN and infinities; or None."""
-    unit, x = _samples(program, found)
-    values: dict[fx.Node, Tensor] = {found.x: x}
+def what_is_kept(program: Program, root: fx.Node, threshold: Threshold, leaves: dict[fx.Node, Leaf]) -> str | None:
+    """Return the ``keep`` with which the operator agrees with the graph at t and around it, at 0, for NaN and infinities; or None."""
+    unit, x = _samples(program, threshold)
+    values: dict[fx.Node, Tensor] = {threshold.x: x}
     for node, leaf in leaves.items():
         values[node] = unit * leaf.value if leaf.in_units else torch.tensor(leaf.value, dtype=dtype_of(node))
-    wanted = _computed(root, values)
-    keeps = KEEPS if found.kind in ("hard", "above") else ("nle",)
-    return next((k for k in keeps if _agree(wanted, _shrunk(found, x, unit, k))), None)
+    expected = _computed(root, values)
+    keeps = KEEPS if threshold.kind in ("hard", "above") else ("nle",)
+    return next((k for k in keeps if _agree(expected, _shrunk(threshold, x, unit, k))), None)
 
 
-def _samples(program: Program, found: Threshold) -> tuple[Tensor, Tensor]:
-    """Values of the unit, and of x around the breakpoints, along a new first dimension."""
-    dtype = dtype_of(found.x)
+def _samples(program: Program, threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """Return values of the unit, and of x around the breakpoints, along a new first dimension."""
+    dtype = dtype_of(threshold.x)
     unit = torch.ones(())
-    if found.unit is not None:
-        known = program.constant(found.unit)
-        shape = [d if isinstance(d, int) else 3 for d in shape_of(found.unit)]  # some number, where it is dynamic
-        numbers = torch.tensor([0.0, 0.3, 1.0, 2.5, *([] if nonnegative(program, found.unit) else [-0.7])])
-        drawn = numbers[torch.arange(math.prod(shape)) % len(numbers)].reshape(shape)
-        unit = (drawn if known is None else known).reshape(*[1] * (len(shape_of(found.x)) - len(shape)), *shape)
-    edges = [(unit.double() * v).to(dtype) for v in (found.t, found.t2) if v is not None]
+    if threshold.unit is not None:
+        constant = program.constant(threshold.unit)
+        shape = [d if isinstance(d, int) else 3 for d in shape_of(threshold.unit)]  # some number, where it is dynamic
+        numbers = torch.tensor([0.0, 0.3, 1.0, 2.5, *([] if nonnegative(program, threshold.unit) else [-0.7])])
+        pattern = numbers[torch.arange(math.prod(shape)) % len(numbers)].reshape(shape)
+        unit = (pattern if constant is None else constant).reshape(
+            *[1] * (len(shape_of(threshold.x)) - len(shape)), *shape
+        )
+    edges = [(unit.double() * v).to(dtype) for v in (threshold.t, threshold.t2) if v is not None]
     fixed = (0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.nan)
     around = [torch.full_like(edges[0], value) for value in fixed]
     step = torch.finfo(dtype).eps
@@ -281,33 +285,33 @@ def _computed(root: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
     return of(root)
 
 
-def _shrunk(found: Threshold, x: Tensor, unit: Tensor, keep: str) -> Tensor:
-    t, t2 = ((unit.double() * v).to(x.dtype) if v is not None else None for v in (found.t, found.t2))
-    return SHRINK(x, t, found.kind, keep, t2)
+def _shrunk(threshold: Threshold, x: Tensor, unit: Tensor, keep: str) -> Tensor:
+    t, t2 = ((unit.double() * v).to(x.dtype) if v is not None else None for v in (threshold.t, threshold.t2))
+    return SHRINK(x, t, threshold.kind, keep, t2)
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Up to roundings: what is kept or not at t differs by t."""
+    """Return whether both are equal up to roundings: what is kept or not at t differs by t."""
     a, b = torch.broadcast_tensors(a, b)
-    few = 4 * torch.finfo(a.dtype).eps
+    tolerance = 4 * torch.finfo(a.dtype).eps
     largest = float(a.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(a, b, rtol=few, atol=few * largest, equal_nan=True)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
 # ---------------------------------------------------------------------- the rewrite
 
 
-def rewrite(program: Program, root: fx.Node, found: Threshold) -> None:
-    """``root`` as one operator."""
+def rewrite(program: Program, root: fx.Node, threshold: Threshold) -> None:
+    """Write ``root`` as one operator."""
 
     def scaled(value: float, name: str) -> fx.Node:
-        if found.unit is None:
+        if threshold.unit is None:
             number = torch.tensor(value, dtype=torch.float64)
             return program.add_constant(number, f"{root.name}_{name}", dtype_of(root), like=root)
         if value == 1:
-            return found.unit
-        return program.insert_call(root, aten.mul.Tensor, (found.unit, value), like=root)
+            return threshold.unit
+        return program.insert_call(root, aten.mul.Tensor, (threshold.unit, value), like=root)
 
-    extra = () if found.t2 is None else (scaled(found.t2, "t2"),)
-    args = (found.x, scaled(found.t, "t"), found.kind, found.keep, *extra)
+    extra = () if threshold.t2 is None else (scaled(threshold.t2, "t2"),)
+    args = (threshold.x, scaled(threshold.t, "t"), threshold.kind, threshold.keep, *extra)
     root.replace_all_uses_with(program.insert_call(root, SHRINK, args, like=root))

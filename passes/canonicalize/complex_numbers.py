@@ -31,7 +31,7 @@ REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 class NoRule(Exception):
-    """Something else is done with a complex value."""
+    """Raised where something else is done with a complex value."""
 
 
 @register_pass
@@ -55,6 +55,7 @@ class ComplexNumbers(Pass):
 
 
 def is_complex(node: Any) -> bool:
+    """Return whether a value is a complex tensor."""
     return is_tensor(node) and dtype_of(node) in REAL
 
 
@@ -80,17 +81,17 @@ class _Pairs:
         if rule is None:
             raise NoRule(f"{node.name} is {node.target}")
         self.here = node
-        made = rule(self, node)
+        new = rule(self, node)
         if is_complex(node):
-            self.of[node] = made
+            self.of[node] = new
         else:
-            node.replace_all_uses_with(made)
+            node.replace_all_uses_with(new)
 
     def call(self, target: Any, *args: Any) -> fx.Node:
         return self.program.insert_call(self.here, target, args, like=self.here)
 
     def pairs(self, value: Any) -> Any:
-        """Of a complex or a real value; numbers stay."""
+        """Return the pairs of a complex or a real value; numbers stay."""
         if not is_tensor(value):
             if isinstance(value, complex):
                 raise NoRule(f"the complex number {value}")
@@ -109,7 +110,7 @@ class _Pairs:
     # ------------------------------------------------------------------ Fourier transforms
 
     def along(self, x: fx.Node, dim: int, matrix: Tensor, paired: tuple[bool, bool]) -> fx.Node:
-        """``matrix`` times the numbers (or pairs) of x along a dimension; ``paired``: whether x has pairs, and the result."""
+        """Insert ``matrix`` times the numbers (or pairs) of x along a dimension; ``paired``: whether x has pairs, and the result."""
         before, after = paired
         rank = len(shape_of(x)) - before  # without the pairs
         others = [d for d in range(rank) if d != dim]
@@ -127,27 +128,27 @@ class _Pairs:
         return self.call(aten.permute.default, x, back) if back != list(range(len(back))) else x
 
     def literal(self, shape: list) -> list[int]:
-        """Sizes as the argument of a reshape, which finds a single free one itself."""
+        """Return sizes as the argument of a reshape, which finds a single free one itself."""
         if sum(not isinstance(d, int) for d in shape) > 1:
             raise NoRule(f"{self.here.name} has several free sizes")
         return [d if isinstance(d, int) else -1 for d in shape]
 
 
 def _angles(rows: int, columns: int, n: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi r c / n; the product is reduced first, so that large ones lose nothing."""
+    """Return cos and sin of 2 pi r c / n; the product is reduced first, so that large ones lose nothing."""
     product = torch.arange(rows, dtype=torch.float64)[:, None] * torch.arange(columns, dtype=torch.float64) % n
     angle = product * (2 * math.pi / n)
     return angle.cos(), angle.sin()
 
 
 def real_to_complex(n: int, half: bool) -> Tensor:
-    """[2 m, n]"""
+    """Return the DFT of n real numbers as a matrix [2 m, n], m = n // 2 + 1 with ``half``, else n."""
     cos, sin = _angles(n // 2 + 1 if half else n, n, n)
     return torch.stack([cos, -sin], 1).flatten(0, 1)
 
 
 def complex_to_complex(n: int, forward: bool) -> Tensor:
-    """[2 n, 2 n]"""
+    """Return the DFT (its inverse, unscaled) of n complex numbers as a matrix [2 n, 2 n]."""
     cos, sin = _angles(n, n, n)
     sin = sin if forward else -sin
     return torch.stack([torch.stack([cos, sin], -1).flatten(1), torch.stack([-sin, cos], -1).flatten(1)], 1).flatten(
@@ -156,7 +157,7 @@ def complex_to_complex(n: int, forward: bool) -> Tensor:
 
 
 def complex_to_real(n: int) -> Tensor:
-    """[n, 2 (n // 2 + 1)]: the other half of the spectrum is the conjugate of the first."""
+    """Return the inverse DFT to n real numbers as a matrix [n, 2 (n // 2 + 1)]: the other half of the spectrum is the conjugate."""
     m = n // 2 + 1
     cos, sin = _angles(n, m, n)
     twice = torch.tensor([1.0 if k == 0 or 2 * k == n else 2.0 for k in range(m)], dtype=torch.float64)

@@ -21,7 +21,7 @@ from thresher.rewriting.contract import Context, Note, Pass, PassResult
 from thresher.rewriting.registry import register_pass
 
 aten = torch.ops.aten
-#: Of their argument these read the shape only.
+#: Operators that read only the shape of their argument, and the number that they fill it with.
 FILLED: dict[Any, Callable[[fx.Node], Any]] = {
     aten.zeros_like.default: lambda node: 0,
     aten.ones_like.default: lambda node: 1,
@@ -83,6 +83,7 @@ class EvaluateConstants(Pass):
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
     def evaluable(self, node: fx.Node, values: dict[fx.Node, Any], still: set[fx.Node]) -> bool:
+        """Return whether a call has known, small, deterministic results, and would not tear a trained parameter into copies."""
         if any(source not in values for source in node.all_input_nodes):
             return False
         if (
@@ -102,11 +103,12 @@ class EvaluateConstants(Pass):
 
     @staticmethod
     def static(node: fx.Node) -> bool:
+        """Return whether all sizes of a tensor are numbers."""
         return not any(isinstance(d, torch.SymInt) for d in node.meta["val"].shape)
 
     @staticmethod
     def _widened(args: tuple) -> tuple:
-        """Floating constants in float64: the rounding to the declared dtype comes at the end, once."""
+        """Return floating constants in float64: the rounding to the declared dtype comes at the end, once."""
         return fx.node.map_aggregate(
             args,
             lambda a: (
@@ -123,9 +125,11 @@ MOVES = (
 )  # fmt: skip
 
 
-def way_back(program: Program, node: fx.Node, made: str, known: dict[fx.Node, Any]) -> Restore | None:
-    """From the evaluated constant to the parameter behind it, through products with constants (masks) and moved elements; None where
-    there is another operator in between."""
+def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: dict[fx.Node, Any]) -> Restore | None:
+    """Return the way from an evaluated constant back to its parameter, through products with constants (masks) and moved elements.
+
+    None where there is another operator in between.
+    """
     factor: Tensor | float = 1.0
     moves: list[fx.Node] = []
     source = node
@@ -133,7 +137,7 @@ def way_back(program: Program, node: fx.Node, made: str, known: dict[fx.Node, An
         first = source.args[0] if source.args else None
         if source.target is aten.mul.Tensor and not moves and isinstance(first, fx.Node):
             other = source.args[1]
-            factor = factor * (known[other].double() if isinstance(other, fx.Node) else other)
+            factor = factor * (values_of[other].double() if isinstance(other, fx.Node) else other)
         elif source.target in MOVES and isinstance(first, fx.Node):
             moves.append(source)
         else:
@@ -141,7 +145,7 @@ def way_back(program: Program, node: fx.Node, made: str, known: dict[fx.Node, An
         source = first
     name, original = str(source.target), program.constants[source.target]
     calls = [
-        (m.target, [known[a] if isinstance(a, fx.Node) else a for a in m.args[1:]], dict(m.kwargs))
+        (m.target, [values_of[a] if isinstance(a, fx.Node) else a for a in m.args[1:]], dict(m.kwargs))
         for m in reversed(moves)
     ]
 
@@ -153,12 +157,12 @@ def way_back(program: Program, node: fx.Node, made: str, known: dict[fx.Node, An
 
     if not original.is_floating_point():
         return None
-    inner = moved(made, name, original, move)
+    inner = moved(name_of_result, name, original, move)
 
     def back(values: Values) -> Values:
         before = move(values.get(name, original))
         live = torch.as_tensor(factor) != 0
-        value = torch.where(live, values[made] / torch.where(live, torch.as_tensor(factor), 1.0), before)
-        return inner.back({**values, made: value})
+        value = torch.where(live, values[name_of_result] / torch.where(live, torch.as_tensor(factor), 1.0), before)
+        return inner.back({**values, name_of_result: value})
 
-    return Restore((made,), back)
+    return Restore((name_of_result,), back)

@@ -44,7 +44,7 @@ class ShareKeyHeads(Pass):
 
 
 def _before_repetition(node: fx.Node) -> fx.Node | None:
-    """The [B, G, S, E] value that ``node``, [B, H, S, E], repeats for each of H / G heads."""
+    """Return the value [B, G, S, E] that ``node`` [B, H, S, E] repeats for each of H / G heads, or None."""
     if node.target is not aten.reshape.default or node.args[0].target is not aten.expand.default:
         return None
     wide = node.args[0]

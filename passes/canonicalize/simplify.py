@@ -69,7 +69,7 @@ class Simplify(Pass):
 
 
 def drop_no_op(program: Program, node: fx.Node) -> str:
-    """``node`` returns its first argument unchanged."""
+    """Remove a call that returns its first argument unchanged."""
     source = node.args[0] if node.args else None
     if node.target is aten.cat.default and len(node.args[0]) == 1:
         source = node.args[0][0]
@@ -97,7 +97,7 @@ def drop_no_op(program: Program, node: fx.Node) -> str:
 
 
 def share(program: Program) -> list[Note]:
-    """What is computed twice is computed once; what was done."""
+    """Compute once what is computed twice; returns a note for each call that is removed."""
     return [Note.at(node, message) for node in list(program.clean().calls()) if (message := _the_same_before(node))]
 
 
@@ -107,14 +107,14 @@ def _the_same_before(node: fx.Node) -> str:
     if not inputs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return ""
     for other in inputs[0].users:
-        if other.target is node.target and other < node and _words(other) == _words(node):
+        if other.target is node.target and other < node and _arguments_text(other) == _arguments_text(node):
             node.replace_all_uses_with(other)
             return f"the same as {other.name}: computed once"
     return ""
 
 
-def _words(node: fx.Node) -> str:
-    """The arguments; in words 1, 1.0 and True are not the same, nor 0.0 and -0.0."""
+def _arguments_text(node: fx.Node) -> str:
+    """Return the arguments as text, in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     return repr((node.args, node.kwargs))
 
 
@@ -133,7 +133,7 @@ def _neutral(program: Program, node: fx.Node) -> bool:
 
 
 def name_each_part(program: Program, node: fx.Node) -> str:
-    """``getitem(split(x), i)`` -> ``slice(x)``; ``getitem(unbind(x), i)`` -> ``select(x)``."""
+    """Write ``getitem(split(x), i)`` as ``slice(x)``, and ``getitem(unbind(x), i)`` as ``select(x)``."""
     if node.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int):
         return ""
     source = node.args[0]
@@ -153,7 +153,7 @@ def name_each_part(program: Program, node: fx.Node) -> str:
 
 
 def name_relu(program: Program, node: fx.Node) -> str:
-    """NaN passes through all of them."""
+    """Write clamp, maximum and threshold at 0 as ``relu``: NaN passes through all of them."""
 
     def is_zero(value: object) -> bool:
         known = program.constant(value) if isinstance(value, fx.Node) else None
@@ -174,7 +174,7 @@ def name_relu(program: Program, node: fx.Node) -> str:
 
 
 def name_kth_largest(program: Program, node: fx.Node) -> str:
-    """Nothing else of the k largest is asked for here."""
+    """Write the slice that reads only the last of the k largest as ``thresher::kth_largest``."""
     if (
         node.target is not aten.slice.Tensor
         or not is_tensor(node.args[0])
@@ -197,7 +197,7 @@ def name_kth_largest(program: Program, node: fx.Node) -> str:
 
 
 def name_linear(program: Program, node: fx.Node) -> str:
-    """A product with a constant matrix is a linear layer."""
+    """Write a product with a constant matrix as a linear layer."""
     bias = None
     if node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
@@ -236,7 +236,7 @@ def _transpose(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def spell_out_prelu(program: Program, node: fx.Node) -> str:
-    """``prelu(x, w)`` with one slope per channel (dimension 1) is ``where(x > 0, x, w x)`` with the slopes in their place."""
+    """Write ``prelu(x, w)`` with one slope per channel (dimension 1) as ``where(x > 0, x, w x)``."""
     slope = program.constant(node.args[1]) if node.target is aten.prelu.default else None
     if slope is None:
         return ""
@@ -251,7 +251,7 @@ def spell_out_prelu(program: Program, node: fx.Node) -> str:
 
 
 def name_instance_norm(program: Program, node: fx.Node) -> str:
-    """Instance norm on the statistics of its input is group norm with one channel a group."""
+    """Write instance norm on the statistics of its input as group norm with one channel a group."""
     if node.target is not aten.instance_norm.default or not node.args[5]:
         return ""
     x, weight, bias, *_ = node.args
@@ -262,7 +262,7 @@ def name_instance_norm(program: Program, node: fx.Node) -> str:
 
 
 def spell_out_shuffle(program: Program, node: fx.Node) -> str:
-    """``channel_shuffle(x, g)`` is a reshape into groups, a transposition and a reshape back."""
+    """Write ``channel_shuffle(x, g)`` as a reshape into groups, a transposition and a reshape back."""
     if node.target is not aten.channel_shuffle.default:
         return ""
     x, groups = node.args
@@ -279,7 +279,7 @@ def spell_out_shuffle(program: Program, node: fx.Node) -> str:
 
 
 def drop_empty_mask(program: Program, node: fx.Node) -> str:
-    """An attention mask that masks nothing."""
+    """Drop an attention mask that masks nothing."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return ""
     mask = program.constant(argument(node, 3, "attn_mask"))
@@ -292,7 +292,7 @@ def drop_empty_mask(program: Program, node: fx.Node) -> str:
 
 
 def broadcast_late(program: Program, node: fx.Node) -> str:
-    """``f(expand(x))`` -> ``expand(f(x))`` for pointwise f; an attention mask broadcasts by itself."""
+    """Write ``f(expand(x))`` as ``expand(f(x))`` for pointwise f; an attention mask broadcasts by itself."""
     wide = [n for n in node.all_input_nodes if n.target is aten.expand.default and _same_rank(n)]
     if not wide:
         return ""

@@ -1,4 +1,4 @@
-"""What fold-channels writes into its certificate: the facts it relied on, what it kept, and the reason for each index that went."""
+"""The claims of fold-channels for its certificate: the facts it relied on, what it kept, and the reason for each index that went."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from thresher.verification.certificate import Reason, Step, indices_of
 
 @dataclass
 class Claims:
-    """What the certificate will say: what was known at first, and which values stand for others."""
+    """The claims of one fold: the values that were ``known`` at first, and those that stand for others."""
 
     known: dict[str, tuple[Tensor, Tensor]]
     stands_for: dict[str, str] = field(default_factory=dict)
 
     def step(self, before: Program, analysis: ChannelAnalysis, renamed: dict[str, str]) -> Step:
-        """The step from ``before`` to the analysed program, its cut carried out; ``renamed``: values that stand under another name now."""
+        """Return the step from ``before`` to the analysed program, its cut carried out; ``renamed``: the new names of values."""
         kept: dict[str, tuple[str, dict[int, Tensor]]] = {}
         there = {n.name for n in analysis.program.graph.nodes}
         values = {n.name for n in before.graph.nodes if n.op in ("call_function", "placeholder")}
@@ -42,7 +42,7 @@ class Claims:
         return Step(before, analysis.program, self.known, read, kept, list(self.reasons(before, kept)))
 
     def reasons(self, before: Program, kept: dict[str, tuple[str, dict[int, Tensor]]]) -> Iterator[Reason]:
-        """Why each index went that is not kept: known from the arguments, or unread by the users."""
+        """Yield the reason for each index that is not kept: known from the arguments, or unread by the users."""
         for node in before.calls():
             for dim, indices in kept[node.name][1].items() if node.name in kept else ():
                 size = sizes(node)[dim]

@@ -39,7 +39,7 @@ Edge = tuple[fx.Node, fx.Node, int]  # (source, user, dimension)
 def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
     """Put a marker on every edge that holds dead indices, and on every edge that carries more than its reader reads.
 
-    Behind one holder there may be another: until nothing new is found.
+    After one holder there may be another: until nothing new is found.
     """
     done: set[Edge] = set()
     markers: list[fx.Node] = []
@@ -67,7 +67,7 @@ def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
 
 
 def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edge]:
-    """The edges into and out of ``holder`` that carry held indices."""
+    """Yield the edges into and out of ``holder`` that carry held indices."""
     if holder is None or holder.target is edge_marker:
         return
     pairs = [(source, holder) for source in holder.all_input_nodes]
@@ -88,7 +88,7 @@ def _adaptable(source: fx.Node, dim: int) -> bool:
 
 
 def _adapted(source: fx.Node) -> bool:
-    """Whether an earlier fold made the value by an edge_marker: another one behind it would do the same again."""
+    """Return whether an earlier fold made the value by an edge marker: another one after it would do the same again."""
     if source.target is aten.add.Tensor and isinstance(source.args[1], fx.Node) and source.args[1].op == "get_attr":
         source = source.args[0]
     return source.target in (aten.index_select.default, aten.constant_pad_nd.default)
@@ -100,9 +100,9 @@ def _adapted(source: fx.Node) -> bool:
 def choose(
     analysis: ChannelAnalysis, markers: list[fx.Node], machine: MachineModel, min_improvement: float
 ) -> ChannelAnalysis:
-    """The analysis with the adapters closed that do not save ``min_improvement`` times what they cost.
+    """Return the analysis with the markers closed that do not save ``min_improvement`` times what they cost.
 
-    Adapters of one value stand or fall together. What one saves is seen with all others in place; closing some changes the others,
+    Markers of one value stand or fall together. What one saves is seen with all others in place; closing some changes the others,
     so it is done in rounds.
     """
     shut: set[fx.Node] = set()
@@ -120,8 +120,8 @@ def choose(
 
 
 class _Costs:
-    """Seconds that each coupled set costs at its present width: the arithmetic of the weighted operators at its ends, and the traffic of
-    the values in it."""
+    """The seconds that each coupled set costs at its present width: the arithmetic of the weighted operators at its ends, and the traffic
+    of the values in it."""
 
     def __init__(self, analysis: ChannelAnalysis, machine: MachineModel, min_improvement: float):
         self.analysis, self.machine, self.min_improvement = analysis, machine, min_improvement
@@ -153,7 +153,7 @@ class _Costs:
         return flops_of(node) * fraction
 
     def pays(self, group: list[fx.Node]) -> bool:
-        """Whether the adapters of one value save more than they cost."""
+        """Return whether the markers of one value save more than they cost."""
         keep, (source, dim) = self.analysis.keep, group[0].args
         narrow = keep[(source, dim)]
         union, home = narrow.clone(), self.component[(source, dim)]
@@ -172,7 +172,7 @@ class _Costs:
         return saved > self.min_improvement * sum(self.adapting(m) for m in variants.values())
 
     def grown(self, component: int, kept: Tensor, union: Tensor) -> float:
-        """What the set would cost more if it kept all of ``union``."""
+        """Return the seconds that the set would cost more if it kept all of ``union``."""
         return self.seconds[component] * (int(union.sum()) / max(int(kept.sum()), 1) - 1)
 
     def adapting(self, marker: fx.Node) -> float:
@@ -188,13 +188,13 @@ class _Costs:
 
 
 def _places(here: Tensor, there: Tensor) -> Tensor:
-    """For each index kept there, its place among those kept here, or -1."""
+    """Return, for each index kept ``there``, its position among those kept ``here``, or -1."""
     place = torch.where(here, here.long().cumsum(0) - 1, -1)
     return place[there]
 
 
 def _run(places: Tensor) -> tuple[int, int] | None:
-    """(first, last + 1) of the positions that are filled, if they are one run of consecutive places; else None."""
+    """Return (first, last + 1) of the filled positions, if they are one run of consecutive indices; else None."""
     filled = (places >= 0).nonzero().reshape(-1)
     if filled.numel() == 0:
         return 0, 0
@@ -204,7 +204,7 @@ def _run(places: Tensor) -> tuple[int, int] | None:
 
 
 def realise(program: Program, analysis: ChannelAnalysis) -> None:
-    """Replace every marker by what leads from the indices that are kept before it to those that are kept behind it."""
+    """Replace every marker by padding, slice or gather, from the indices kept before it to those kept after it."""
     made: dict[tuple, fx.Node] = {}
     for marker in list(program.calls(edge_marker)):
         source, dim = marker.args
@@ -257,7 +257,7 @@ def _write(program: Program, analysis: ChannelAnalysis, marker: fx.Node) -> fx.N
 
 
 def _fill(analysis: ChannelAnalysis, marker: fx.Node, places: Tensor) -> Tensor | None:
-    """What the missing indices are known to be (narrow, 0 at the others); None where it is 0."""
+    """Return the known values of the missing indices (narrow, 0 at the others); None where all are 0."""
     source, dim = marker.args
     if source not in analysis.facts or not bool((places < 0).any()):
         return None

@@ -42,7 +42,7 @@ class FoldBatchNorm(Pass):
         work, notes, refusals = program.clone(), [], []
         for node in list(work.calls(NORM)):
             if any(n is not None and work.constant(n) is None for n in node.args[1:5]):
-                refusals.append(Note.at(node, "the statistics or the affine parameters are not constant"))
+                refusals.append(Note.at(node, "the statistics or the affine parameters are computed, not constant"))
                 continue
             notes.append(Note.at(node, _fold(work, node)))
         return PassResult(work.clean().propagate(), notes, refusals) if notes else PassResult(program, [], refusals)
@@ -80,7 +80,7 @@ def _affine(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
 
 
 def _remember_affine(program: Program, node: fx.Node, scale: str, shift: str) -> None:
-    """gamma = s sqrt(var + eps), beta = h + s mean."""
+    """Record the way back: gamma = s sqrt(var + eps), beta = h + s mean."""
     if node.args[1] is None or node.args[2] is None:
         return
     gamma, beta, mean, var = (str(n.target) for n in node.args[1:5])
@@ -96,7 +96,7 @@ def _remember_affine(program: Program, node: fx.Node, scale: str, shift: str) ->
 
 
 def _divided(value: Tensor, factor: Tensor, original: Tensor) -> Tensor:
-    """``value / factor``; where the factor is 0 nothing is left of the original in ``value``."""
+    """Return ``value / factor``, and the original where the factor is 0 and nothing of it is left in ``value``."""
     return torch.where(factor != 0, value / torch.where(factor != 0, factor, 1.0), original.double())
 
 
@@ -149,14 +149,14 @@ def _into_consumers(program: Program, result: fx.Node, scale: Tensor, shift: Ten
 
 
 def _offset(weight: Tensor, shift: Tensor) -> Tensor:
-    """W h, summed over the taps."""
+    """Return W h, summed over the taps."""
     return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
 
 
 def _forward_restore(
     made: tuple[str, ...], names: list[str | None], factor: Tensor, original: Tensor, shift: Tensor
 ) -> Restore:
-    """W = W' / s, b = b' - W h; a layer without bias has no place for another b'."""
+    """Return the way back: W = W' / s, b = b' - W h; a layer without bias has no room for another b'."""
     name, bias = names
 
     def back(values: Values) -> Values:

@@ -40,7 +40,7 @@ from thresher.rewriting.registry import register_pass
 from thresher.verification.certificate import Certificate, Step
 
 aten = torch.ops.aten
-ROUNDS = 6
+MAX_ROUNDS = 6
 
 
 @register_pass
@@ -68,7 +68,7 @@ class FoldChannels(Pass):
             result.refusals.append(Note.at(first, "strict: an input may be NaN or infinite, and 0 * NaN is not 0"))
             return result
         proof: list[Step] = []
-        for _ in range(ROUNDS):
+        for _ in range(MAX_ROUNDS):
             step = self.fold_once(result.program, context)
             result.refusals = result.refusals or step.refusals  # of the program as it was given
             if not step.rewrites:
@@ -82,6 +82,7 @@ class FoldChannels(Pass):
         return result
 
     def fold_once(self, program: Program, context: Context) -> _Round:
+        """Analyse the program once and carry the cut out."""
         work = program.clone()
         facts, constants, claims = _replace_known_values(work)
         analysis, machine = ChannelAnalysis.of(work, facts), context.machine
@@ -108,7 +109,7 @@ class FoldChannels(Pass):
 
 @dataclass
 class _Round:
-    """``again``: what is left of a dead dimension, an argument less or an edge marker may let the next round cut more."""
+    """One cut; ``again``: a vanished dimension, an argument less or an edge marker may let the next round cut more."""
 
     program: Program
     rewrites: list[Note]
@@ -121,8 +122,10 @@ class _Round:
 
 
 def _replace_known_values(program: Program) -> tuple[Facts, list[Note], Claims]:
-    """Dead branches: a computed value all of whose elements are known becomes a constant. Also returns the facts of the result, and
-    what is claimed of the program as it was."""
+    """Make a constant of every computed value all of whose elements are known (dead branches).
+
+    Returns the facts of the result, notes, and the claims on the program as it was.
+    """
     notes = []
     facts = known_facts(program)
     claims = Claims({n.name: (f.mask, f.content) for n, f in facts.items() if n.op == "call_function"})
@@ -156,19 +159,19 @@ def _replace_known_values(program: Program) -> tuple[Facts, list[Note], Claims]:
 
 
 def _needs(user: fx.Node, facts: dict) -> bool:
-    """Whether ``user`` computes something that is not itself constant."""
+    """Return whether ``user`` computes something that is not itself constant."""
     return user not in facts or not facts[user].all()
 
 
 def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
-    """Whether ``user`` gives the same result when ``node`` is narrow: another operand already has the full shape."""
+    """Return whether ``user`` gives the same result when ``node`` is narrow: another operand already has the full shape."""
     if not isinstance(rule_of(user), Elementwise):
         return False
     return any(is_tensor(n) and n is not node and shape_of(n) == shape_of(user) for n in user.all_input_nodes)
 
 
 def _without_zero_addend(program: Program, node: fx.Node) -> fx.Node | None:
-    """What ``node`` is but for a zero that it adds."""
+    """Return what ``node`` adds a constant zero to, or None."""
     for zero, other in (node.args[:2], node.args[1::-1]):
         constant = program.constant(zero)
         if constant is None or bool(constant.any()) or not is_tensor(other) or argument(node, 2, "alpha", 1) != 1:
@@ -210,11 +213,11 @@ class _Plan:
         self.program.clean().propagate()
 
     def narrowed(self, node: fx.Node) -> Tensor:
-        """The kept part of a constant."""
+        """Return the kept elements of a constant."""
         return self.cut(node, self.program.constants[node.target])
 
     def cut(self, node: fx.Node, tensor: Tensor) -> Tensor:
-        """What is kept of ``node``, of another tensor of its shape."""
+        """Return the elements of a tensor of the shape of ``node`` that are kept of ``node``."""
         cut = [dim for dim in range(tensor.dim()) if not self.full(node, dim)]
         return take(tensor, {dim: self.keep[(node, dim)].nonzero().reshape(-1) for dim in cut})
 
@@ -251,7 +254,7 @@ class _Plan:
             node.args, node.kwargs = (*node.args, bias), {k: v for k, v in node.kwargs.items() if k != "bias"}
 
     def add_after(self, node: fx.Node, term: Tensor) -> None:
-        """A bias map: what padding lets through differs at the border."""
+        """Add a bias map after ``node``: what padding lets through differs at the border."""
         constant = self.program.add_constant(
             term, f"bias_map.{node.name}", dtype_of(node), like=node, role=Role.DERIVED
         )
@@ -270,7 +273,7 @@ class _Plan:
 
 
 def _describe(analysis: ChannelAnalysis) -> list[Note]:
-    """One note per weighted operator whose outputs or inputs get fewer, one for each other narrowed value that stands alone."""
+    """Return one note per weighted operator whose outputs or inputs get fewer; without any, one for the first other narrowed value."""
     notes = []
     for node in analysis.program.calls():
         operator = rule_of(node)
@@ -289,7 +292,7 @@ def _describe(analysis: ChannelAnalysis) -> list[Note]:
 
 
 def _refusals(analysis: ChannelAnalysis) -> list[Note]:
-    """Dead outputs of weighted operators that a tie keeps."""
+    """Return a refusal for the dead outputs of weighted operators that a tie keeps."""
     held: dict[tuple[fx.Node, fx.Node | None], tuple[int, int]] = {}
     for node in analysis.program.calls():
         operator = rule_of(node)

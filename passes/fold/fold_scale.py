@@ -1,7 +1,7 @@
-"""A constant factor behind a layer moves into it: c (W x + b) = (c W) x + c b.
+"""A constant factor after a layer moves into it: c (W x + b) = (c W) x + c b.
 
 One factor, or one per channel of the layer's output (LayerScale: Touvron et al., 2021); so a scale before a threshold costs nothing, and
-the threshold comes next to the product that it becomes part of. A positive factor behind a threshold moves before it, where a layer can
+the threshold comes next to the product that it becomes part of. A positive factor after a threshold moves before it, where a layer can
 take it:
 
     c shrink(x, t) = shrink(c x, c t)          c > 0
@@ -58,7 +58,7 @@ class FoldScale(Pass):
 
 
 def _scaled(program: Program, node: fx.Node) -> tuple[fx.Node | None, Tensor | None]:
-    """The value and the constant that it is multiplied with, float64."""
+    """Return the value and the constant that it is multiplied with, float64."""
     a, b = node.args[:2]
     if node.target is aten.div.Tensor:
         divisor = _number(program, b)
@@ -75,7 +75,7 @@ def _number(program: Program, value: Any) -> Tensor | None:
 
 
 def _per_channel(layer: fx.Node, factor: Tensor) -> Tensor | None:
-    """[channels], if the factor is one number for each output channel of the layer."""
+    """Return the factor [channels], if it is one number for each output channel of the layer, else None."""
     kind = TABLE.get(layer.target)
     if not isinstance(kind, (Convolution, Linear)):
         return None
@@ -89,7 +89,7 @@ def _per_channel(layer: fx.Node, factor: Tensor) -> Tensor | None:
 
 
 def _takes(program: Program, layer: fx.Node) -> bool:
-    """Whether the weight is its own and constant, and nothing else reads the result."""
+    """Return whether the weight is its own and constant, and nothing else reads the result."""
     kind, bias = TABLE[layer.target], argument(layer, 2, "bias")
     known = program.constant(layer.args[1]) is not None and (bias is None or program.constant(bias) is not None)
     transposed = isinstance(kind, Convolution) and kind.transposed
@@ -125,7 +125,7 @@ def _into(program: Program, layer: fx.Node, scale: Tensor) -> None:
 
 
 def _through(program: Program, node: fx.Node, threshold: fx.Node, factor: Tensor) -> bool:
-    """Let the threshold take a factor that stands behind it; whether it can."""
+    """Let the threshold take a factor that follows it; returns whether it can."""
     x, t, kind, *rest = threshold.args
     limit = program.constant(t)
     if limit is None or kind == "firm" or not bool((factor > 0).all()):

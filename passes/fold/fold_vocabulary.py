@@ -1,6 +1,6 @@
 """Rows of an embedding that are equal are stored once, and rows that no token asks for not at all.
 
-    table[tokens]  ->  small_table[place[tokens]]        place: for every token the row that holds its values
+    table[tokens]  ->  small_table[row[tokens]]        row: for every token the row that holds its values
 
 A pruned vocabulary (rows set to zero, or to the row of the unknown token) leaves equal rows: exact, nothing to be declared. With ``tokens``
 the caller promises that no others occur; the rows of all others go. (Vocabulary trimming: Abdaoui et al., SustaiNLP 2020.)
@@ -36,7 +36,7 @@ class FoldVocabulary(Pass):
     target_ops: ClassVar[tuple] = (aten.embedding.default,)
     tokens: Sequence[int] | str | None = None  # the only ones that occur: numbers, or a file with one number a line
     input: str = ""  # the input that holds the tokens; default: the one that reads the longest table
-    min_removed: float = 0.1  # at least this fraction of the rows must go: reading ``row_of_token`` costs, too
+    min_removed: float = 0.1  # at least this fraction of the rows must go: looking ``row`` up costs, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +70,7 @@ class FoldVocabulary(Pass):
         return result
 
     def limited(self, program: Program) -> list[fx.Node]:
-        """The embeddings that ``tokens`` speaks of: those of the named input, or of the one that reads the longest table."""
+        """Return the embeddings that ``tokens`` limits: those of the named input, or of the one that reads the longest table."""
         if self.tokens is None:
             return []
         by_input: dict[fx.Node, list[fx.Node]] = {}
@@ -92,7 +92,7 @@ class FoldVocabulary(Pass):
         return by_input[chosen]
 
     def occurring(self, rows: int) -> list[int]:
-        """``tokens`` as numbers; an error where one of them has no row."""
+        """Return ``tokens`` as ascending numbers; raises :class:`PassError` where one of them has no row."""
         tokens = self.tokens
         if isinstance(tokens, str):
             try:
@@ -111,7 +111,7 @@ def _names_tokens(tokens: object) -> bool:
 
 
 def _held(program: Program, table: fx.Node) -> str:
-    """What else reads the table or is tied to it, by name."""
+    """Return the names of what else reads the table or is tied to it."""
     value = program.constants[str(table.target)]
     readers = [user.name for user in table.users if user.target is not aten.embedding.default]
     tied = [str(name) for name, other in program.constants.items() if other is value and name != table.target]
@@ -119,7 +119,7 @@ def _held(program: Program, table: fx.Node) -> str:
 
 
 def _rows(table: Tensor, tokens: list[int] | None) -> Tensor:
-    """For every token the first row with its values; for one that does not occur, that of the first that does."""
+    """Return for every token the first row with its values; for one that does not occur, that of the first that does."""
     row = equal_rows(table, None)
     zero = (table == 0).all(1).nonzero().reshape(-1)
     row[zero] = zero[:1]

@@ -53,7 +53,7 @@ class MergeDuplicates(Pass):
 
 
 def _weights(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a call that has them as constants."""
+    """Return weight and bias of a call that has them as constants, else None."""
     weight, bias = program.constant(node.args[1]), argument(node, 2, "bias")
     if weight is None or (bias is not None and program.constant(bias) is None):
         return None
@@ -61,7 +61,7 @@ def _weights(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None] | 
 
 
 def _plain(node: fx.Node) -> Weighted | None:
-    """The row of a linear layer, or of a convolution that is neither grouped nor transposed."""
+    """Return the transfer rule of a linear layer, or of a convolution that is neither grouped nor transposed; else None."""
     operator = TABLE.get(node.target)
     if isinstance(operator, Convolution) and (operator.transposed or operator.groups(node) != 1):
         return None
@@ -83,7 +83,7 @@ def _classes(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -
 
 
 def _through_elementwise(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -> Classes | None:
-    """Duplicates stay duplicates where every operand says the same for both."""
+    """Return the classes after an elementwise operator: duplicates stay so where every operand has the same values for both."""
     rank, found, dim = len(sizes(node)), None, -1
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     for source in sources:
@@ -106,12 +106,12 @@ def _through_elementwise(program: Program, node: fx.Node, classes: dict[fx.Node,
 
 
 def _refined(a: Tensor, b: Tensor) -> Tensor:
-    """Equal where both say so."""
+    """Return the classes that are equal in both."""
     return _first(torch.stack([a, b], 1))
 
 
 def _first(rows: Tensor) -> Tensor:
-    """For each row the number of the first row that is equal to it."""
+    """Return for each row the index of the first row that is equal to it."""
     _, group = rows.unique(dim=0, return_inverse=True)
     count = int(group.max()) + 1
     number = torch.arange(len(group))
@@ -119,7 +119,7 @@ def _first(rows: Tensor) -> Tensor:
 
 
 def equal_rows(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Classes of equal rows. A random projection finds the candidates, a comparison decides; rows of zeros are left to the fold."""
+    """Return for each row the first equal one. A random projection finds candidates, a comparison decides; zero rows are the fold's."""
     rows, count = weight.reshape(len(weight), -1), len(weight)
     probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows.dtype)
     keys = (rows @ probe if rows.is_floating_point() else rows.double() @ probe.double()).reshape(-1, 1)

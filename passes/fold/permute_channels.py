@@ -5,7 +5,7 @@ reads them changes nothing,
 
     W2 f(W1 x) = (W2 P^T) f((P W1) x)        for any permutation P and any f that treats channels alike.
 
-A branch that is dead on a set D of channels may be computed without them (``fold-channels``, adapters); where D is a range, what is
+A branch that is dead on a set D of channels may be computed without them (``fold-channels``, edge markers); where D is a range, what is
 left is added to a part of the sum by a slice or a padding instead of a gather by index. Of several branches the one that saves most
 decides first, then the next within what the first leaves equal. (Permutations for structure: Pool & Yu, NeurIPS 2021.)
 """
@@ -77,7 +77,7 @@ class PermuteChannels(Pass):
 
 
 def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
-    """The sets whose order is free: every operator on the way treats their indices alike, and neither inputs nor outputs are in it."""
+    """Return the sets whose order is free: every operator on the way treats their indices alike, and no input or output is in them."""
     component = analysis.components()
     rigid: set[int] = set()
     members: dict[int, list[Key]] = defaultdict(list)
@@ -101,7 +101,7 @@ def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
 
 
 def _one_sided(analysis: ChannelAnalysis, machine: MachineModel, min_improvement: float) -> dict[int, list[Tensor]]:
-    """Per coupled set, what single operators could do without, those that save most first; only what is worth an edge marker at all."""
+    """Return per coupled set the indices that single operators could do without, those that save most first, if worth an edge marker."""
     component = analysis.components()
     found: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
     for node in analysis.program.calls():
@@ -121,7 +121,7 @@ def _one_sided(analysis: ChannelAnalysis, machine: MachineModel, min_improvement
 
 
 def _order(dead: list[Tensor]) -> Tensor:
-    """Sorted by the first set (live before dead), within it by the second, and so on; otherwise as it was."""
+    """Return the order by the first set (live before dead), within it by the second, and so on; otherwise as it was."""
     order = torch.arange(dead[0].numel())
     for which in reversed(dead):
         order = order[which[order].to(torch.uint8).argsort(stable=True)]

@@ -26,7 +26,6 @@ UNFINISHED = {
     "compiler/testing",
     "compiler/tuning",
     "compiler/verification",
-    "passes",
     "backends/batched.py",
     "models",
 }
