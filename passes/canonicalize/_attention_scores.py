@@ -153,8 +153,6 @@ class _Walk:
 
     def factor(self, node: fx.Node, scale: float) -> Scores:
         x, by = node.args[:2]
-        if "rounding_mode" in node.kwargs:
-            raise NotAttention("the scores are rounded")
         value = self.number(by)
         if value is None:
             return self.scaled_by_tensor(node, scale)

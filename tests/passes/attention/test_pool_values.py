@@ -8,7 +8,9 @@ import torch
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from helpers.sites import site
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA, attention_sites
 from thresher.approximation.calibration import Calibration
@@ -96,3 +98,19 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("pool-values{windows=(0,)}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+REFUSALS = [
+    ("no mean in its place: *", lambda: site(rest=", None, 0.0, True")),
+    ("causal: it would look ahead", lambda: site(rest=", None, 0.0, True")),
+    (
+        "its mask differs from query to query, a mean would mix allowed and forbidden values",
+        lambda: site(rest=", %pairs"),
+    ),
+    ("groups of query heads share its values", lambda: site(shared=1, rest=", enable_gqa=True")),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("pool-values", sentence, build, context=calibrated(10.0))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from helpers.sites import site
 from thresher import Budget
 from thresher.analysis.attention.sites import attention_sites
 from thresher.approximation.calibration import Calibration
@@ -137,3 +139,20 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("pyramid-attention{block=16}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+REFUSALS = [
+    ("no means of its keys: *", lambda: site(rest=", None, 0.0, True")),
+    ("causal: a mean would look ahead", lambda: site(rest=", None, 0.0, True")),
+    (
+        "its mask differs from query to query, a mean would mix allowed and forbidden keys",
+        lambda: site(rest=", %pairs"),
+    ),
+    ("* keys are no whole blocks of *", lambda: site(keys=70)),
+    ("* keys are too few", lambda: site()),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("pyramid-attention{block=16}", sentence, build, context=calibrated(10.0))

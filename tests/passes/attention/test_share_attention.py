@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from helpers.attention import Layers, canonical, sequences
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.attention.sites import SDPA
 from thresher.approximation.calibration import Calibration
+from thresher.ir.parser import parse
+from thresher.ir.program import Program
 from thresher.passes.attention.share_attention import ShareAttention
 from thresher.rewriting.contract import Context
 from thresher.rewriting.manager import PassManager
@@ -60,3 +64,21 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("share-attention", BEFORE, AFTER, context=calibrated(10.0))
+
+
+def different_masks() -> Program:
+    return parse(
+        """
+        %q = input : f32[1, 2, 8, 4]
+        %a = aten.scaled_dot_product_attention.default(%q, %q, %q) : f32[1, 2, 8, 4]
+        %y = aten.scaled_dot_product_attention.default(%a, %q, %q, None, 0.0, True) : f32[1, 2, 8, 4]
+        return [%y]"""
+    )
+
+
+REFUSALS = [("the attention before it has other shapes, another mask or another scale", different_masks)]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("share-attention", sentence, build, context=calibrated(10.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 import thresher
 from helpers.attention import SLOW, canonical
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from helpers.sites import site
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.ir.folded_module import to_module
@@ -69,3 +72,11 @@ def test_before_and_after() -> None:
         constants={"bias": -20.0 * (torch.arange(64) >= 32).float().reshape(1, 1, 1, 64)},
         context=calibrated(10.0),
     )
+
+
+REFUSALS = [("* queries and * keys are too few, blocks are left out from * on", lambda: site(keys=20))]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("skip-small-weights", sentence, build, context=calibrated(10.0))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from helpers.sites import site
 from thresher import Budget
 from thresher.analysis.attention.sites import attention_sites, head_weights
 from thresher.analysis.cost.cost import machine_model
@@ -246,3 +248,20 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("sparse-attention{selected=false}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+REFUSALS = [
+    ("*: stays dense", lambda: site(keys=20)),
+    ("* queries and * keys are too few, blocks are left out from * on", lambda: site(keys=20)),
+    ("GPUs leave out blocks in half precision only: convert the model with .half() or .bfloat16()", lambda: site()),
+    ("the budget is 0: nothing is approximated", lambda: site()),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    def context(program: Program) -> Context:
+        made = calibrated(0.0 if "budget" in sentence else 10.0)(program)
+        return replace_fields(made, target="cuda" if "GPUs" in sentence else "cpu")
+
+    check_refusal("sparse-attention", sentence, build, context=context)

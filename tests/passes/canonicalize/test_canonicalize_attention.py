@@ -8,13 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.canonical import canonical, count
 from helpers.modules import Function
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
+from thresher.ir.program import Program
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -64,23 +67,6 @@ def test_attention_spellings(name: str) -> None:
     assert count(program, SDPA) == 1 and count(program, aten.softmax.int) == 0
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda q, k, v: (lambda w: w @ v + w.sum())((q @ k.mT).softmax(-1)), "used besides"),
-        (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not over the keys"),
-        (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "not a scaled product"),
-        (lambda q, k, v: ((q @ k.mT + v[..., :1].mT).tanh() * 3).softmax(-1) @ v, "capped"),
-        (lambda q, k, v: torch.where(BELOW, q @ k.mT, 0.0).softmax(-1) @ v, "not a large negative number"),
-        (lambda q, k, v: (q @ k.mT).transpose(0, 1).reshape(2, 3, 5, 5).softmax(-1) @ v, "change places"),
-    ],
-)
-def test_what_is_no_attention_site(function: Callable, message: str) -> None:
-    program, records = canonical(Function(function), Q, K, V)
-    assert count(program, SDPA) == 0
-    assert message in records["canonicalize-attention"].refusals[0].message
-
-
 def test_masks_are_not_trained() -> None:
     """What stands for masked and allowed scores is no parameter of the model that rewrite returns."""
     masked = Function(lambda q, k, v: (q @ k.mT).masked_fill(q[0, 0, :, :1] > 0, -1e9).softmax(-1) @ v)
@@ -93,13 +79,6 @@ def test_capped_scores() -> None:
         Function(lambda q, k, v: (torch.tanh(q @ k.mT / 2 / 5) * 5 + BELOW.log()).softmax(-1) @ v), Q, K, V
     )
     assert count(program, torch.ops.thresher.sparse_attention.default) == 1 and count(program, aten.softmax.int) == 0
-
-
-def test_talking_heads_are_named() -> None:
-    mix = nn.Linear(3, 3)
-    talking = Function(lambda q, k, v, m: m((q @ k.mT).softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v, mix)
-    _, records = canonical(talking, Q, K, V)
-    assert "talking heads" in records["canonicalize-attention"].refusals[0].message
 
 
 def test_multihead_attention_module() -> None:
@@ -136,3 +115,92 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("canonicalize-attention", BEFORE, AFTER)
+
+
+def spelled(function: Callable, *layers: nn.Module) -> Build:
+    return lambda: (Function(function, *layers), Q, K, V)
+
+
+def regrouped_and_dynamic() -> Program:
+    """Values of another rank than the scores, and a free batch."""
+    attend = lambda q, k, v: (q[:, 0] @ k[:, 0].mT).softmax(-1) @ v[:, 0][None]  # noqa: E731
+    batch = torch.export.Dim("batch", min=2)
+    return capture(Function(attend), (Q, K, V), dynamic_shapes=(({0: batch},) * 3,))
+
+
+def talking(q: Tensor, k: Tensor, v: Tensor, mix: nn.Module) -> Tensor:
+    return mix((q @ k.mT).softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+REFUSALS = [
+    (
+        "the scores change places between the product and the softmax",
+        spelled(lambda q, k, v: (q @ k.mT).transpose(0, 1).reshape(2, 3, 5, 5).softmax(-1) @ v),
+    ),
+    (
+        "the scores are not a scaled product of queries and keys",
+        lambda: (Function(lambda scores, v: scores.softmax(-1) @ v), Q @ K.mT, V),
+    ),
+    ("*: the scores are used besides the softmax", spelled(lambda q, k, v: (s := q @ k.mT).softmax(-1) @ v + s.sum())),
+    (
+        "the scores are not a scaled product of queries and keys: * is between",
+        spelled(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v),
+    ),
+    ("*: the bias is not added to rows of scores", spelled(lambda q, k, v: (q @ k.mT + v.sum()).softmax(-1) @ v)),
+    ("the scores are scaled by a tensor", spelled(lambda q, k, v: (q @ k.mT / v.sum()).softmax(-1) @ v)),
+    (
+        "the scores are scaled by a tensor that is not one number per head",
+        spelled(lambda q, k, v: (q @ k.mT * v[0, 0, :, :1]).softmax(-1) @ v),
+    ),
+    (
+        "biased scores are scaled by a tensor",
+        spelled(lambda q, k, v: ((q @ k.mT + v[..., :1].mT) * v[0, :, :1, :1]).softmax(-1) @ v),
+    ),
+    (
+        "the scores are capped, and not after the scale and before the mask",
+        spelled(lambda q, k, v: ((q @ k.mT + v[..., :1].mT).tanh() * 3).softmax(-1) @ v),
+    ),
+    (
+        "*: scores are replaced by something that is not a large negative number",
+        spelled(lambda q, k, v: torch.where(BELOW, q @ k.mT, 0.0).softmax(-1) @ v),
+    ),
+    (
+        "*: masked scores are multiplied by a number that is not positive",
+        spelled(lambda q, k, v: ((q @ k.mT).masked_fill(~BELOW, -1e9) * -1.0).softmax(-1) @ v),
+    ),
+    (
+        "talking heads: the weights of several heads are mixed before they meet the values",
+        spelled(talking, nn.Linear(3, 3)),
+    ),
+    (
+        "the attention weights are used besides the product with the values",
+        spelled(lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum()),
+    ),
+    (
+        "the attention weights are used besides the product with the values",
+        spelled(lambda q, k, v: (w := (q @ k.mT).softmax(-1)).reshape(6, 5, 5) @ v.reshape(6, 5, 4) + w.sum()),
+    ),
+    ("the softmax is not over the keys", spelled(lambda q, k, v: (q @ k.mT).softmax(-2) @ v)),
+    (
+        "the attention weights change places before the product with the values",
+        spelled(lambda q, k, v: (q @ k.mT).softmax(-1).transpose(0, 1).reshape(2, 3, 5, 5) @ v),
+    ),
+    (
+        "queries, keys and values are not of one type",
+        spelled(lambda q, k, v: (q.double() @ k.double().mT).softmax(-1).float() @ v),
+    ),
+    ("batch and heads are regrouped, and dynamic", regrouped_and_dynamic),
+    (
+        "queries, keys and values are broadcast against each other",
+        lambda: (Function(lambda q, k, v: (q @ k.mT).softmax(-1) @ v), Q, K[:, :1], V),
+    ),
+    (
+        "capped scores of another rank than [batch, heads, queries, keys]",
+        spelled(lambda q, k, v: (torch.tanh(q[0] @ k[0].mT / 5) * 5).softmax(-1) @ v[0]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("canonicalize-attention", sentence, build, ("evaluate-constants", "simplify"))

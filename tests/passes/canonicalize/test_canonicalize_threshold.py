@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.modules import Function
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
@@ -314,3 +315,24 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("canonicalize-threshold", BEFORE, AFTER)
+
+
+REFUSALS = [
+    (
+        "a soft threshold that may be negative has no single meaning",
+        lambda: (Function(lambda x: x - x.minimum(x.mean()).maximum(-x.mean())), torch.randn(4, 9)),
+    ),
+    (
+        "it is no threshold at its breakpoints, or for NaN and infinities",
+        lambda: (Function(lambda x: torch.where((x > T) | (x <= -T), x, 0.0)), torch.randn(4, 9)),
+    ),
+    (
+        "0 between * and *, and no threshold: not symmetric, or scaled",
+        lambda: (Function(lambda x: x - x.clamp(-0.3, 0.4)), torch.randn(4, 9)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("canonicalize-threshold", sentence, build, ("evaluate-constants", "simplify"))

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import thresher
 import thresher.ops
 from helpers.modules import Function
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.parser import parse
 from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager, PassRecord
@@ -163,3 +165,58 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("complex-numbers", BEFORE, AFTER)
+
+
+def of_spectrum(function: Callable) -> Build:
+    return lambda: (Function(lambda x: function(fft.fft(x), x)), rand(3, 4))
+
+
+def spelled(line: str, result: str) -> Build:
+    """A line that reads the spectrum %z of eight numbers; its result is %y."""
+    head = "%x = input : f32[2, 8]\n%z = aten._fft_r2c.default(%x, [1], 0, True) : c64[2, 5]\n"
+    return lambda: parse(f"{head}{line}\n%r = aten.view_as_real.default(%y) : {result}\nreturn [%r]")
+
+
+def free(function: Callable, *dims: int) -> Build:
+    """Captured with free sizes."""
+
+    def build() -> Program:
+        shapes = {d: torch.export.Dim(f"d{d}", min=3) for d in dims}
+        return capture(Function(function), (rand(4, 5, 6),), dynamic_shapes=((shapes,),))
+
+    return build
+
+
+REFUSALS = [
+    ("complex values stay: *", of_spectrum(lambda z, x: z)),
+    ("the model returns some", of_spectrum(lambda z, x: z)),
+    (
+        "the model takes some",
+        lambda: (Function(lambda z: torch.view_as_real(z)), torch.complex(rand(3, 4), rand(3, 4))),
+    ),
+    ("* is *", of_spectrum(lambda z, x: z.exp().real)),
+    ("* has several free sizes", free(lambda x: fft.ifft(fft.fft(x)).real, 0, 1)),
+    (
+        "* has the unknown normalization *",
+        lambda: parse(
+            "%x = input : f32[2, 8]\n%z = aten._fft_r2c.default(%x, [1], 3, True) : c64[2, 5]\n"
+            "%y = aten.view_as_real.default(%z) : f32[2, 5, 2]\nreturn [%y]"
+        ),
+    ),
+    (
+        "* reads a part of its spectrum",
+        lambda: parse(
+            "%x = input : f32[2, 8]\n%z = aten._fft_r2c.default(%x, [1], 0, True) : c64[2, 5]\n"
+            "%y = aten._fft_c2r.default(%z, [1], 2, 4) : f32[2, 4]\nreturn [%y]"
+        ),
+    ),
+    ("* is over a dynamic dimension", free(lambda x: fft.fft(x, dim=0).abs(), 0)),
+    ("* divides by a complex value", of_spectrum(lambda z, x: (x / z).real)),
+    ("* multiplies with a complex number", spelled("%y = aten.mul.Tensor(%z, 2j) : c64[2, 5]", "f32[2, 5, 2]")),
+    ("* adds a number", spelled("%y = aten.add.Tensor(%z, 1.0) : c64[2, 5]", "f32[2, 5, 2]")),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("complex-numbers", sentence, build)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from helpers.canonical import canonical
+from helpers.modules import Function
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.passes import pipelines
 
@@ -60,3 +63,16 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("fold-batch-norm", BEFORE, AFTER, constants={"var": torch.linspace(0.5, 2.0, 4)})
+
+
+REFUSALS = [
+    (
+        "the statistics or the affine parameters are not constant",
+        lambda: (Function(lambda x, mean: F.batch_norm(x, mean, torch.ones(3))), torch.randn(2, 3, 4), torch.randn(3)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("fold-batch-norm", sentence, build, ("evaluate-constants",))

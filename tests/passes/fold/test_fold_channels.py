@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.folds import IMAGE, Net, fold, kill, shapes
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher import models
 from thresher.analysis.cost.cost import count_flops
@@ -461,3 +462,41 @@ def test_before_and_after() -> None:
         AFTER,
         constants={"first": torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None].repeat(1, 3)},
     )
+
+
+def dead_output() -> tuple:
+    net = Net(lambda s, x: s.a(x), a=nn.Linear(6, 8))
+    kill(net.a.weight, 3)
+    return net, torch.randn(3, 6)
+
+
+def sorted_outputs() -> tuple:
+    """A dead value that an operator without a rule holds."""
+    net = Net(lambda s, x: s.b(s.a(x).sort(-1).values), a=nn.Linear(6, 8, bias=False), b=nn.Linear(8, 4))
+    kill(net.a.weight, 3)
+    return net, torch.randn(3, 6)
+
+
+def dead_branch() -> tuple:
+    """Nobody reads what a branch adds to a concatenation, and one of its channels stays: a dimension does not vanish."""
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = s.a(x)
+        return s.c(torch.cat([y, y, s.b(y)], 1).mean((2, 3)))
+
+    net = Net(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 1), c=nn.Linear(10, 3))
+    kill(net.c.weight, 8, 9, dim=1)
+    return net, torch.randn(1, 3, 5, 5)
+
+
+REFUSALS = [
+    ("strict: an input may be NaN or infinite, and 0 * NaN is not 0", dead_output),
+    ("* of * dead outputs kept: held by *", sorted_outputs),
+    ("another use of the value", dead_branch),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    item = "fold-channels{strict=true}" if sentence.startswith("strict") else "fold-channels{min_improvement=inf}"
+    check_refusal(item, sentence, build, partly=build is dead_branch)

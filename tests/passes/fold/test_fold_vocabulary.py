@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
+from thresher.ir.program import Program
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.rewriting.contract import Context
 
@@ -129,3 +131,19 @@ def test_before_and_after() -> None:
         AFTER,
         constants={"words": torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0, 3.0])[:, None].repeat(1, 3)},
     )
+
+
+def dynamic() -> Program:
+    batch = torch.export.Dim("batch", max=64)
+    return capture(trimmed(Reader()), ARGS, dynamic_shapes=({0: batch}, {0: batch}))
+
+
+REFUSALS = [
+    ("rows kept: the shape of the tokens is dynamic", dynamic),
+    ("* rows kept: held by *", lambda: (trimmed(Reader(tied=True)), *ARGS)),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("fold-vocabulary", sentence, build)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.cases.base import calibrated
+from helpers.modules import Function
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.cost.cost import machine_model
@@ -148,3 +150,23 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("select-neurons{block=4}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+def two_readers() -> tuple:
+    """Two layers read the product that the gate closes."""
+    net = Gated()
+    down = nn.Linear(HIDDEN, WIDTH)
+    return Function(lambda x, s, d: (s.down(h := F.silu(s.gate(x)) * s.up(x)), d(h)), net, down), texts(1)[0]
+
+
+REFUSALS = [
+    ("all of its neurons are used: *", two_readers),
+    ("several layers read them", two_readers),
+    ("* are no four blocks of *, or not whole ones: another block= may fit", lambda: (Gated(), texts(1)[0])),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    item = f"select-neurons{{block={24 if 'blocks' in sentence else 8}}}"
+    check_refusal(item, sentence, build, pipelines.canonicalize, calibrated(10.0))

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 import thresher.ops  # noqa: F401  (registers the operators)
 from helpers.cases.base import skipping
 from helpers.clocks import FakeClock, compile_with
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model
@@ -174,3 +175,21 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("skip-pruned-weights", BEFORE, AFTER, constants={"weight": torch.eye(32)}, context=skipping)
+
+
+REFUSALS = [
+    (
+        "GPUs have no kernel for pruned weights: they stay dense",
+        lambda: (layers(blocks(1, 1, 0.1)), torch.randn(4, 96)),
+    ),
+    (
+        "* % of the weight are 0: dense is faster, * ms instead of * ms",
+        lambda: (layers(blocks(1, 1, 0.6)), torch.randn(4, 96)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    context = Context(target="cuda" if "GPUs" in sentence else "cpu", find_break_even=by_density)
+    check_refusal("skip-pruned-weights", sentence, build, context=lambda program: context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import thresher
 import thresher.ops
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.analysis.cost.break_even import BreakEven
@@ -188,3 +191,16 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("threshold-activations{density=0.5,kinds=number,where=gate}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+def slow(program: Program) -> Context:
+    """Skipping zeros takes longer than what it saves."""
+    return replace(calibrated(10.0)(program), find_break_even=lambda layer: BreakEven(1.0, (1.0, 1.5), (0.01, 1.0)))
+
+
+REFUSALS = [("zeros here would save nothing: too many rows share a list", lambda: (Block(), samples(1, rows=64)[0]))]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    check_refusal("threshold-activations", sentence, build, context=slow)

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 import thresher
 import thresher.ops
 from helpers.cases.base import calibrated
+from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from helpers.sites import site
 from thresher import Budget
 from thresher.approximation.calibration import Calibration
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.ir.folded_module import to_module
 from thresher.ir.nodes import shape_of
+from thresher.ir.parser import parse
 from thresher.ir.program import Program
 from thresher.models.vit import ViT
 from thresher.passes import pipelines
@@ -299,3 +302,135 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("reduce-tokens{kinds=merge}", BEFORE, AFTER, context=calibrated(10.0))
+
+
+def behind(*lines: str, batch: int = 1, channels: int = 8, tokens: int = 32, shared: int = 2) -> Build:
+    """Lines that read %sum, the residual sum behind an attention without a mask; the last one defines %y, or returns."""
+    n, t, c, e = batch, tokens, channels, channels // 2
+    head = f"""
+        %x = input : f32[{n}, {t}, {c}]
+        %heads = aten.reshape.default(%x, [{n}, {t}, 2, {e}]) : f32[{n}, {t}, 2, {e}]
+        %q = aten.permute.default(%heads, [0, 2, 1, 3]) : f32[{n}, 2, {t}, {e}]
+        %key = aten.slice.Tensor(%q, 1, 0, {shared}) : f32[{n}, {shared}, {t}, {e}]
+        %site = aten.scaled_dot_product_attention.default(%q, %key, %key, enable_gqa=True) : f32[{n}, 2, {t}, {e}]
+        %mixed = aten.permute.default(%site, [0, 2, 1, 3]) : f32[{n}, {t}, 2, {e}]
+        %flat = aten.reshape.default(%mixed, [{n}, {t}, {c}]) : f32[{n}, {t}, {c}]
+        %sum = aten.add.Tensor(%x, %flat) : f32[{n}, {t}, {c}]"""
+    constants = [line for line in lines if " = constant " in line]
+    rest = [line for line in lines if line not in constants]
+    end = [] if rest and rest[-1].startswith("return") else ["return [%y]"]
+    return lambda: parse("\n".join([*constants, head, *rest, *end]))
+
+
+def attended(arguments: str, *constants: str) -> Build:
+    """A second attention, whose queries %h are made from the residual sum."""
+    return behind(
+        *constants,
+        "%split = aten.reshape.default(%sum, [1, 32, 2, 4]) : f32[1, 32, 2, 4]",
+        "%h = aten.permute.default(%split, [0, 2, 1, 3]) : f32[1, 2, 32, 4]",
+        f"%y = aten.scaled_dot_product_attention.default({arguments}) : f32[1, 2, 32, 4]",
+    )
+
+
+def cut(rows: int = 32, keys: int = 32, rest: str = "", after: str = "aten.add.Tensor(%q, %site)") -> Build:
+    """An attention, and what is made of it."""
+    return lambda: parse(
+        f"""
+        %q = input : f32[1, 2, {rows}, 4]
+        %k = input : f32[1, 2, {keys}, 4]
+        %site = aten.scaled_dot_product_attention.default(%q, %k, %k{rest}) : f32[1, 2, {rows}, 4]
+        %y = {after} : f32[1, 2, {rows}, 4]
+        return [%y]"""
+    )
+
+
+OTHERS = '%k = constant "k" : f32[1, 2, 32, 4]'
+REFUSALS = [
+    ("its tokens cannot become fewer: *", cut(keys=20)),
+    ("queries and keys are different tokens", cut(keys=20)),
+    ("causal, or its mask differs from query to query", cut(rest=", None, 0.0, True")),
+    ("no residual sum follows it", lambda: site(32, 32)),
+    ("* stands between it and the residual sum", cut(after="aten.exp.default(%site)")),
+    ("the residual sum is not [batch, tokens, channels] in float32", cut()),
+    ("fewer tokens (*) save nothing here: *", behind("return [%sum]")),
+    (
+        "matching costs as much as the layers after it save",
+        behind(
+            '%w = constant "w" : f32[8, 8]',
+            "%l = aten.linear.default(%sum, %w) : f32[1, 32, 8]",
+            "%y = aten.select.int(%l, 1, 0) : f32[1, 8]",
+        ),
+    ),
+    ("* tokens are too few", behind("return [%sum]", tokens=12)),
+    ("groups of query heads share its keys", behind("return [%sum]", shared=1)),
+    ("an output of the model", behind("return [%sum]")),
+    (
+        "values of another length",
+        behind(
+            "%t = aten.permute.default(%sum, [0, 2, 1]) : f32[1, 32, 32]",
+            "%y = aten.add.Tensor(%sum, %t) : f32[1, 32, 32]",
+            channels=32,
+        ),
+    ),
+    (
+        "tokens in more than one dimension",
+        behind(
+            "%a = aten.unsqueeze.default(%sum, 1) : f32[1, 1, 32, 8]",
+            "%b = aten.unsqueeze.default(%sum, 2) : f32[1, 32, 1, 8]",
+            "%y = aten.mul.Tensor(%a, %b) : f32[1, 32, 32, 8]",
+        ),
+    ),
+    (
+        "values of different tokens",
+        behind(
+            "%r = aten.slice.Tensor(%sum, 1, 1, 9223372036854775807) : f32[1, 31, 8]",
+            "%a = aten.unsqueeze.default(%r, 1) : f32[1, 1, 31, 8]",
+            "%b = aten.unsqueeze.default(%sum, 1) : f32[1, 1, 32, 8]",
+            "%y = aten.scaled_dot_product_attention.default(%a, %b, %b) : f32[1, 1, 31, 8]",
+        ),
+    ),
+    (
+        "numbers that differ from sample to sample or head to head belong to positions",
+        behind('%c = constant "c" : f32[2, 32, 8]', "%y = aten.mul.Tensor(%sum, %c) : f32[2, 32, 8]", batch=2),
+    ),
+    (
+        "attention over another dimension than tokens",
+        behind(
+            "%h = aten.reshape.default(%sum, [1, 32, 2, 4]) : f32[1, 32, 2, 4]",
+            "%y = aten.scaled_dot_product_attention.default(%h, %h, %h) : f32[1, 32, 2, 4]",
+        ),
+    ),
+    ("causal attention: a token that stands for several has no position", attended("%h, %h, %h, None, 0.0, True")),
+    ("keys and values of different tokens", attended("%h, %h, %k", OTHERS)),
+    ("a mask with a row for every token", attended("%h, %k, %k, %m", OTHERS, '%m = constant "m" : f32[1, 1, 32, 32]')),
+    (
+        "another mask than that of the first reduction",
+        attended("%h, %h, %h, %m", '%m = constant "m" : f32[1, 1, 1, 32]'),
+    ),
+    ("tokens are regrouped", behind("%y = aten.reshape.default(%sum, [1, 256]) : f32[1, 256]")),
+    ("token * by its position", behind("%y = aten.select.int(%sum, 1, 9) : f32[1, 8]")),
+    ("tokens by their position", behind("%y = aten.slice.Tensor(%sum, 1, 9, 12) : f32[1, 3, 8]")),
+    (
+        "channels are mixed with tokens",
+        behind(
+            '%w = constant "w" : f32[5, 32]',
+            "%t = aten.permute.default(%sum, [0, 2, 1]) : f32[1, 8, 32]",
+            "%y = aten.linear.default(%t, %w) : f32[1, 8, 5]",
+        ),
+    ),
+    (
+        "tokens are joined with others",
+        behind('%c = constant "c" : f32[1, 3, 8]', "%y = aten.cat.default([%c, %sum], 1) : f32[1, 35, 8]"),
+    ),
+    ("a sum over all tokens", behind("%y = aten.mean.dim(%sum, [1]) : f32[1, 8]")),
+    (
+        "*: *, and batch and tokens are one dimension there",
+        behind("%t = aten.permute.default(%sum, [1, 0, 2]) : f32[32, 1, 8]", "%y = aten.mean.dim(%t, [0]) : f32[1, 8]"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "build"), REFUSALS)
+def test_refusals(sentence: str, build: Build) -> None:
+    item = "reduce-tokens{kinds=received}" if sentence == "groups of query heads share its keys" else "reduce-tokens"
+    check_refusal(item, sentence, build, context=calibrated(10.0))
