@@ -1,1 +1,1 @@
-"""Whose fault a wrong result is."""
+"""The search for the pass or the operator that makes a result wrong."""

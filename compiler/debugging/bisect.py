@@ -1,4 +1,4 @@
-"""Which operator is lowered wrongly: each one is lowered alone, on the values it sees in the whole program."""
+"""The search for an operator that is lowered wrongly: each one is lowered alone, on the values that it has in the whole program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from thresher.runtime.comparison import check_outputs
 
 
 def first_wrong_operator(program: Program, backend: Backend, target: str) -> str:
-    """A sentence naming the first operator of ``program`` whose lowering alone differs from torch, or an empty string."""
+    """Return a sentence that names the first operator of ``program`` whose lowering alone differs from torch, or an empty string.
+
+    The program runs on its probe; a call differs if its error exceeds the tolerance of its dtype.
+    """
     values: dict[fx.Node, Any] = {}
     program.run(*program.probe, watch=lambda node, value: values.__setitem__(node, value))
     for node in program.calls():

@@ -1,12 +1,12 @@
-"""Who made the result wrong: which pass, at which site, or which operator's lowering; and the smallest program that shows it.
+"""Find the pass and its site, or the operator's lowering, that makes a result wrong, and the smallest program that shows it.
 
-    found = blame(model, args)            # None: nothing is wrong
-    print(found)                          # pass fold-batch-norm at getitem (layer1.0.bn1): relative error 3.1e-02
-    found.save("blame.py")                # about twenty lines that show it, and the numbers they need
+    fault = blame(model, args)            # None: nothing is wrong
+    print(fault)                          # pass fold-batch-norm at getitem (layer1.0.bn1): relative error 3.1e-02
+    fault.save("blame.py")                # about twenty lines that show it, and the numbers they need
 
-The passes are applied one by one, each compared in float64 with what it was given; then the program is lowered and compared in its own
-types. What fails is shrunk: to the first output that is wrong (by bisection), to as few calls before it as it takes, and those one by one
-to inputs that have their values; then to one sample.
+The passes are applied one by one, each compared in float64 with its input; then the program is lowered and compared in its own
+types. The failing program is reduced: to the first output that is wrong (by bisection), to as few calls before it as it takes, and those
+one by one to inputs that have their values; then to one sample.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from thresher.rewriting.registry import make_pass
 from thresher.runtime.comparison import check_outputs
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
-#: What is wrong with a program, in words; empty where nothing is.
+#: Returns a message that says what is wrong with a program; empty where nothing is.
 Fails = Callable[[Program], str]
 
 
 @dataclass(frozen=True)
 class Blame:
-    """``culprit``: the pass, or the operator whose lowering is wrong; ``node`` and ``module``: where; ``program``: the smallest one that
-    shows it, with its constants and inputs."""
+    """A fault that was found.
+
+    ``culprit`` is the pass, or the operator whose lowering is wrong, ``node`` and ``module`` are its site, and ``program`` is the smallest
+    one that shows it, with its constants and inputs.
+    """
 
     stage: Literal["pass", "lowering"]
     culprit: str
@@ -54,8 +57,10 @@ class Blame:
         return f"{self.stage} {self.culprit} at {self.node} ({self.module}): {self.error}"
 
     def save(self, path: str | Path) -> Path:
-        """Write a script that shows it, and beside it, with the suffix ``.safetensors``, the constants and inputs. The script finds a pass
-        by its name: one that is not registered must be imported there."""
+        """Write a script that shows the fault, and beside it, with the suffix ``.safetensors``, the constants and inputs.
+
+        The script finds a pass by its name: one that is not registered must be imported there.
+        """
         path = Path(path)
         tensors = {f"constant.{k}": v for k, v in self.program.constants.items()}
         tensors |= {f"input.{i}": v for i, v in enumerate(self.program.probe) if isinstance(v, Tensor)}
@@ -69,9 +74,9 @@ class Blame:
         name = check.partition("(")[0]
         write_text(
             path,
-            f'"""{self}"""\n\nfrom pathlib import Path\n\nfrom thresher.debugging.blame import {name}, restored\n\n'
+            f'"""{self}"""\n\nfrom pathlib import Path\n\nfrom thresher.debugging.blame import {name}, restore\n\n'
             f'PROGRAM = """\n{self.program.text()}\n"""\n\n'
-            f'program = restored(PROGRAM, Path(__file__).with_suffix(".safetensors"))\nprint({check} or "nothing is wrong")\n',
+            f'program = restore(PROGRAM, Path(__file__).with_suffix(".safetensors"))\nprint({check} or "nothing is wrong")\n',
         )
         return path
 
@@ -84,68 +89,72 @@ def blame(
     passes: pipelines.Passes = "exact",
     target: str = "cpu",
 ) -> Blame | None:
-    """The first pass of ``passes`` that is not exact, or the operator whose lowering for ``target`` is wrong; None: all is well.
+    """Return the first pass of ``passes`` that is not exact, or the operator whose lowering for ``target`` is wrong; None if all is well.
 
-    Approximate passes are not judged: they are left out.
+    Approximate passes are left out.
     """
     program = capture(model, args, kwargs or {})
     for item in map(make_pass, pipelines.resolve(passes)):
         if item.kind != "exact":
             continue
         if pass_fails(item, program):
-            return _of_pass(item, program)
-        program = _applied(item, program)
-    return of_lowering(program, target)
+            return _blame_pass(item, program)
+        program = _apply(item, program)
+    return blame_lowering(program, target)
 
 
-def _applied(item: Pass, program: Program) -> Program:
+def _apply(item: Pass, program: Program) -> Program:
     result = item.apply(program, Context())
     return result.program if result.rewrites else program
 
 
 def pass_fails(item: str | Pass, program: Program) -> str:
-    """How a pass changes what a program computes."""
+    """Return a message that says how a pass changes what ``program`` computes in float64, or how it fails; empty if neither."""
     try:
         result = make_pass(item).apply(program, Context())
         if not result.rewrites:
             return ""
         result.program.verify()
-        found = compare_programs(observe(program), result.program)
+        divergence = compare_programs(observe(program), result.program)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return (found.reason or f"relative error {found.relative:.1e}") if found.exceeds(EXACT_TOLERANCE) else ""
+    return (
+        (divergence.reason or f"relative error {divergence.relative:.1e}")
+        if divergence.exceeds(EXACT_TOLERANCE)
+        else ""
+    )
 
 
 def lowering_fails(program: Program, target: str = "cpu", backend: Backend | None = None) -> str:
-    """How the lowered program differs from torch."""
+    """Return a message that says how the lowered program differs from torch, or how lowering fails; empty if neither."""
     backend, rounded = backend or find_backend("tvm"), program.rounded()
     try:
-        found = backend.lower(rounded, target).run([v for v in program.probe if isinstance(v, Tensor)])
+        outputs = backend.lower(rounded, target).run([v for v in program.probe if isinstance(v, Tensor)])
     except Exception as error:  # of ours, or of TVM
         return f"{type(error).__name__}: {error}"
-    wanted = [w for w, n in zip(rounded.run(*program.probe), program.output_nodes) if is_tensor(n)]
-    check = check_outputs("lowered", wanted, found)
+    reference = [w for w, n in zip(rounded.run(*program.probe), program.output_nodes) if is_tensor(n)]
+    check = check_outputs("lowered", reference, outputs)
     return "" if check.passed else check.detail or f"relative error {check.error:.1e}"
 
 
-def of_lowering(program: Program, target: str, backend: Backend | None = None) -> Blame | None:
-    """Who is to blame where no pass is: the passes that specialise for the backend, or the lowering of an operator."""
+def blame_lowering(program: Program, target: str, backend: Backend | None = None) -> Blame | None:
+    """Return the fault of a pass that specialises for the backend, or of the lowering of an operator; None if all is well."""
     for item in pipelines.specialize:
         if pass_fails(item, program):
-            return _of_pass(item, program)
-        program = _applied(item, program)
+            return _blame_pass(item, program)
+        program = _apply(item, program)
     fails: Fails = lambda p: lowering_fails(p, target, backend)  # noqa: E731
     if not fails(program):
         return None
-    small = shrunk(program, fails)
+    small = reduce_program(program, fails)
     *_, last = small.calls()
     return Blame(
         "lowering", printer.operator_name(last.target), last.name, module_path(last), fails(small), small, target
     )
 
 
-def _of_pass(item: Pass, program: Program) -> Blame:
-    small = shrunk(program, lambda p: pass_fails(item, p))
+def _blame_pass(item: Pass, program: Program) -> Blame:
+    small = reduce_program(program, lambda p: pass_fails(item, p))
     try:
         notes = item.apply(small, Context()).rewrites
     except Exception:  # that is what it is blamed for
@@ -156,11 +165,11 @@ def _of_pass(item: Pass, program: Program) -> Blame:
     return Blame("pass", str(item), node, module, pass_fails(item, small), small)
 
 
-# ---------------------------------------------------------------------- shrinking
+# ---------------------------------------------------------------------- reducing
 
 
-def shrunk(program: Program, fails: Fails) -> Program:
-    """The smallest program found that still fails: fewer outputs, fewer calls, fewer samples."""
+def reduce_program(program: Program, fails: Fails) -> Program:
+    """Return the smallest program that still fails: fewer outputs, fewer calls, fewer samples."""
     values: dict[fx.Node, Any] = {}
     program.run(*program.probe, watch=values.__setitem__)
     calls = [n for n in program.calls() if is_tensor(n)]
@@ -175,35 +184,35 @@ def shrunk(program: Program, fails: Fails) -> Program:
 
 
 def _until(program: Program, calls: Sequence[fx.Node], values: dict[fx.Node, Any]) -> Program:
-    """The first calls of a program; its outputs are those that none of them reads."""
+    """Return the program of the first calls; its outputs are those that none of them reads."""
     inside = set(calls)
     return extract_subprogram(program, [n for n in calls if not inside & set(n.users)], values)
 
 
 def _fewer_calls(program: Program, output: fx.Node, values: dict[fx.Node, Any], fails: Fails) -> Program:
-    """As few steps before the output as it takes; of those, what can be an input is one."""
-    depth, everything = 1, _behind(output, len(program.graph.nodes))
-    inside = _behind(output, depth)
+    """Return the program of as few steps before the output as still fail; a call that can be an input becomes one."""
+    depth, everything = 1, _producers(output, len(program.graph.nodes))
+    inside = _producers(output, depth)
     while len(inside) < len(everything) and not fails(extract_subprogram(program, [output], values, inside)):
         depth += 1
-        inside = _behind(output, depth)
+        inside = _producers(output, depth)
     for node in sorted(inside - {output}):
         if is_tensor(node) and fails(extract_subprogram(program, [output], values, inside - {node})):
             inside = inside - {node}
     return extract_subprogram(program, [output], values, inside)
 
 
-def _behind(node: fx.Node, depth: int) -> set[fx.Node]:
-    """The calls that are at most so many steps before a node, itself too."""
-    found, edge = {node}, {node}
+def _producers(node: fx.Node, depth: int) -> set[fx.Node]:
+    """Return the calls that are fewer than ``depth`` steps before ``node``, and itself."""
+    calls, edge = {node}, {node}
     for _ in range(depth - 1):
-        edge = {n for e in edge for n in e.all_input_nodes if n.op == "call_function"} - found
-        found |= edge
-    return found | {n for m in found for n in m.all_input_nodes if n.op == "call_function" and not is_tensor(n)}
+        edge = {n for e in edge for n in e.all_input_nodes if n.op == "call_function"} - calls
+        calls |= edge
+    return calls | {n for m in calls for n in m.all_input_nodes if n.op == "call_function" and not is_tensor(n)}
 
 
 def _one_sample(program: Program, fails: Fails) -> Program:
-    """With the first of the samples only, where the program takes that."""
+    """Return the program on the first sample only, where it runs on one and still fails."""
     sizes = {len(v) for v in program.probe if isinstance(v, Tensor) and v.dim()}
     if len(sizes) != 1 or sizes == {1}:
         return program
@@ -222,12 +231,12 @@ def _one_sample(program: Program, fails: Fails) -> Program:
         return program
 
 
-def restored(listing: str, tensors: Path) -> Program:
-    """A program from its text and the file of its constants and inputs."""
+def restore(listing: str, tensors: Path) -> Program:
+    """Return a program from its text and the file of its constants and inputs."""
     from safetensors.torch import load_file
 
-    found, program = load_file(tensors), parser.parse(listing)
+    values, program = load_file(tensors), parser.parse(listing)
     for name in program.constants:
-        program.constants[name] = found[f"constant.{name}"]
-    program.probe = tuple(found.get(f"input.{i}", v) for i, v in enumerate(program.probe))
+        program.constants[name] = values[f"constant.{name}"]
+    program.probe = tuple(values.get(f"input.{i}", v) for i, v in enumerate(program.probe))
     return program

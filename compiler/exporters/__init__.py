@@ -1,1 +1,1 @@
-"""From a folded model to the files of other libraries."""
+"""Folded models as files of other libraries."""

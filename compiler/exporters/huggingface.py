@@ -1,7 +1,7 @@
-"""Folded widths in the words of a Hugging Face config, where the architecture has the fields.
+"""Folded widths as a Hugging Face config, where the architecture has fields for them.
 
-A config says one number for all layers. Where every layer lost the same number of hidden units, that number can be written, and the
-folded weights load into the architecture's own class; where layers differ, or something without a field shrank, a sentence says what.
+A config has one number for all layers. Where every layer lost the same number of hidden units, that number can be written, and the
+folded weights load into the architecture's own class; where layers differ, or a width without a field shrank, a sentence says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_
 
 
 def folded_config(config: Any, small: FoldedModule) -> tuple[Any, list[str]]:
-    """A copy of ``config`` with the widths of ``small``, and a sentence for each width that it cannot say.
+    """Return a copy of ``config`` with the widths of ``small``, and a sentence for each width that it cannot express.
 
     With no sentences, ``type(model)(config)`` has the shapes of ``small.program.constants``, under the same names.
     """
@@ -27,22 +27,22 @@ def folded_config(config: Any, small: FoldedModule) -> tuple[Any, list[str]]:
             continue
         for before, after in zip(state[name].shape, tensor.shape):
             changed.setdefault(int(before), set()).add((name, int(after)))
-    said: set[int] = set()
+    handled: set[int] = set()
     for field in FIELDS:
         value = getattr(config, field, None)
         widths = {after for _, after in changed.get(value, ())} if isinstance(value, int) else set()
         if not widths or widths == {value}:
             continue
-        if len(widths) == 1 and value not in said:
+        if len(widths) == 1 and value not in handled:
             setattr(config, field, widths.pop())
         else:
             problems.append(
                 f"{field} = {value}: layers now have {', '.join(map(str, sorted(widths)))}; the config has one number"
             )
-        said.add(int(value))  # type: ignore[arg-type]
-    for before, places in changed.items():
-        other = sorted(name for name, after in places if after != before)
-        if other and before not in said:
+        handled.add(int(value))  # type: ignore[arg-type]
+    for before, tensors in changed.items():
+        other = sorted(name for name, after in tensors if after != before)
+        if other and before not in handled:
             problems.append(f"{other[0]}: a dimension of {before} shrank, and the config has no field for it")
     program = small.program
     missing = sorted(n for n in program.constants if n not in state and program.role(n) is not Role.BUFFER)

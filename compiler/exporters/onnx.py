@@ -1,4 +1,4 @@
-"""A folded model as an ``.onnx`` file, for users of other runtimes.
+"""Write a folded model as an ``.onnx`` file, for users of other runtimes.
 
     small = thresher.rewrite(model, args)
     write_onnx(small, args, "small.onnx")
@@ -26,9 +26,9 @@ from thresher.verification.compare import LOWERING_TOLERANCE, compare
 
 
 def write_onnx(model: nn.Module, args: Sequence[Any], path: str | os.PathLike, opset: int | None = None) -> Path:
-    """Write ``model`` (what :func:`thresher.rewrite` gave) for inputs like ``args``.
+    """Write ``model`` (a result of :func:`thresher.rewrite`) for inputs like ``args``, and return the path.
 
-    ``opset``: a version of ONNX's operators; default: what torch.onnx writes best.
+    ``opset``: a version of ONNX's operators; default: the one that torch.onnx writes best.
 
     Raises :class:`BackendError` where ONNX has no form for an operator, :class:`ValidationError` where onnxruntime computes something else.
     """
@@ -40,21 +40,21 @@ def write_onnx(model: nn.Module, args: Sequence[Any], path: str | os.PathLike, o
         raise BackendError(f"writing ONNX needs another package: pip install 'thresher[onnx]' ({error})") from error
     path, args = Path(path), tuple(args)
     with torch.no_grad():
-        wanted = pytree.tree_leaves(model(*args))
+        reference = pytree.tree_leaves(model(*args))
         exported = torch.export.export(model, args, strict=False).run_decompositions(_written_out())
     try:
-        made = torch.onnx.export(exported, (), opset_version=opset, dynamo=True, verbose=False, optimize=True)
+        onnx_program = torch.onnx.export(exported, (), opset_version=opset, dynamo=True, verbose=False, optimize=True)
     except Exception as error:
         raise BackendError(f"this model cannot be written as ONNX: {str(error)[:800]}") from error
     with tempfile.TemporaryDirectory(prefix="thresher-") as folder:
         file = Path(folder) / "model.onnx"
-        made.save(str(file))
+        onnx_program.save(str(file))
         onnx.checker.check_model(str(file))
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        given = [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)]
-        found = session.run(None, {i.name: v.numpy() for i, v in zip(session.get_inputs(), given, strict=True)})
-        tensors = [w for w in wanted if isinstance(w, Tensor)]
-        difference = compare(tensors, [torch.from_numpy(f) for f in found])
+        inputs = [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)]
+        outputs = session.run(None, {i.name: v.numpy() for i, v in zip(session.get_inputs(), inputs, strict=True)})
+        tensors = [w for w in reference if isinstance(w, Tensor)]
+        difference = compare(tensors, [torch.from_numpy(o) for o in outputs])
         tolerance = max((LOWERING_TOLERANCE.get(w.dtype, 0.0) for w in tensors), default=0.0)
         if difference.exceeds(tolerance):
             raise ValidationError(
@@ -66,7 +66,7 @@ def write_onnx(model: nn.Module, args: Sequence[Any], path: str | os.PathLike, o
 
 
 def _written_out() -> dict[Any, Any]:
-    """Operators of ours as their references; everything else stays for torch.onnx."""
+    """Return the table that decomposes operators of ours into their references; everything else stays for torch.onnx."""
     table = {}
     for name, reference in REFERENCES.items():
         namespace, _, operator = name.partition("::")

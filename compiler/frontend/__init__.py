@@ -1,1 +1,1 @@
-"""From a model to a program: torch.export, masks of pruners, ONNX."""
+"""The way from a model to a program: torch.export, masks of pruners, ONNX."""

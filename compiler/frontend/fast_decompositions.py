@@ -16,34 +16,34 @@ import torch._export.utils
 from torch._C import DispatchKey
 from torch._ops import OperatorBase
 
-LIST = "_materialize_cpp_cia_ops"
-list_operators: Callable[[], None] | None = getattr(torch._export.utils, LIST, None)
-give_kernel = OperatorBase.py_impl
+LIST_OPERATORS = "_materialize_cpp_cia_ops"
+list_operators: Callable[[], None] | None = getattr(torch._export.utils, LIST_OPERATORS, None)
+torch_py_impl = OperatorBase.py_impl
 
 
 @contextlib.contextmanager
 def fast_decompositions() -> Iterator[None]:
-    """For the time of the block. In several threads at once the first that ends makes the others slower, no more."""
+    """Make ``run_decompositions`` fast for the time of the block. Of several threads the first that ends makes the others slower."""
     if list_operators is not None:
         list_operators()  # no operator is registered meanwhile: once is enough
-        setattr(torch._export.utils, LIST, lambda: None)
-    OperatorBase.py_impl = _give_kernel
+        setattr(torch._export.utils, LIST_OPERATORS, lambda: None)
+    OperatorBase.py_impl = _py_impl
     try:
         yield
     finally:
-        OperatorBase.py_impl = give_kernel
+        OperatorBase.py_impl = torch_py_impl
         if list_operators is not None:
-            setattr(torch._export.utils, LIST, list_operators)
+            setattr(torch._export.utils, LIST_OPERATORS, list_operators)
 
 
-def _give_kernel(self: OperatorBase, key: Any) -> Callable[[Any], Any]:
-    """What ``py_impl`` does for a dispatch key; everything else is torch's."""
+def _py_impl(self: OperatorBase, key: Any) -> Callable[[Any], Any]:
+    """Register a kernel as ``py_impl`` does for a dispatch key; leave everything else to torch."""
     if not isinstance(key, DispatchKey) or key == DispatchKey.Python or key in self.py_kernels:
-        return give_kernel(self, key)
+        return torch_py_impl(self, key)
 
-    def give(kernel):  # without annotations: they are what takes the time
+    def register(kernel):  # without annotations: they are what takes the time
         self.py_kernels[key] = kernel
         self._dispatch_cache.clear()
         return kernel
 
-    return give
+    return register

@@ -1,6 +1,6 @@
-"""One language for what a pruner says: every way of naming dead weights becomes zeros in a copy of the model.
+"""The masks of pruners: every way of naming dead weights becomes zeros in a copy of the model.
 
-What torch already carries needs nothing: ``torch.nn.utils.prune`` (with its masks or after ``remove``), parametrizations and plain
+Masks that torch already carries need nothing: ``torch.nn.utils.prune`` (with its masks or after ``remove``), parametrizations and plain
 zeros are found by the passes. For what lies outside the model, ``apply_masks`` takes
 
 * masks by parameter:  ``{"conv1.weight": tensor}``, a mask of the parameter's shape, or of its rows (dimension 0);
@@ -35,7 +35,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def apply_masks(model: nn.Module, masks: Masks, args: Sequence[Any] = (), kwargs: dict | None = None) -> nn.Module:
-    """A copy of ``model`` in which what ``masks`` names is 0. ``args``: example inputs, which only a history needs.
+    """Return a copy of ``model`` in which the weights that ``masks`` names are 0. ``args``: example inputs, which only a history needs.
 
     Raises:
         InputError: for a name that the model does not have, a mask that does not fit, or an index that is out of range.
@@ -45,13 +45,13 @@ def apply_masks(model: nn.Module, masks: Masks, args: Sequence[Any] = (), kwargs
         return _apply_history(model, masks, args, kwargs)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     with torch.no_grad():
-        for name, what in masks.items():
-            if isinstance(what, Tensor) and name in parameters:
-                _apply_mask(name, parameters[name], what)
-            elif name in modules and not isinstance(what, Tensor):
-                _zero_outputs(name, modules[name], list(what))
+        for name, mask in masks.items():
+            if isinstance(mask, Tensor) and name in parameters:
+                _apply_mask(name, parameters[name], mask)
+            elif name in modules and not isinstance(mask, Tensor):
+                _zero_outputs(name, modules[name], list(mask))
             else:
-                kind = "parameter" if isinstance(what, Tensor) else "module"
+                kind = "parameter" if isinstance(mask, Tensor) else "module"
                 raise InputError(f"masks: the model has no {kind} {name!r}")
     return model
 
@@ -108,14 +108,14 @@ def _apply_history(model: nn.Module, history: Any, args: Sequence[Any], kwargs: 
             raise InputError(f"masks: cannot read the history entry {entry!r}: (module, is_output, indices)") from error
         if name not in modules or not isinstance(getattr(modules[name], "weight", None), Tensor):
             raise InputError(f"masks: the model has no module {name!r} with a weight")
-        number, constants, count = coupled.of(f"{name}.weight", modules[name], outputs)
-        left = alive.setdefault(number, list(range(count)))
-        _check(name, list(indices), len(left))
-        gone = {left[i] for i in indices}
-        alive[number] = [i for i in left if i not in gone]
+        number, constants, count = coupled.parameters_of(f"{name}.weight", modules[name], outputs)
+        remaining = alive.setdefault(number, list(range(count)))
+        _check(name, list(indices), len(remaining))
+        removed = {remaining[i] for i in indices}
+        alive[number] = [i for i in remaining if i not in removed]
         with torch.no_grad():
             for constant, dim in constants:
-                names[constant].index_fill_(dim, torch.tensor(sorted(gone)), 0)
+                names[constant].index_fill_(dim, torch.tensor(sorted(removed)), 0)
     return model
 
 
@@ -142,8 +142,8 @@ class _Coupled:
         for number, keys in enumerate(nx.connected_components(self.graph)):
             self.numbers |= dict.fromkeys(keys, number)
 
-    def of(self, weight: str, module: nn.Module, outputs: bool) -> tuple[int, list[tuple[str, int]], int]:
-        """The set's number, its parameters with their dimensions, and its size."""
+    def parameters_of(self, weight: str, module: nn.Module, outputs: bool) -> tuple[int, list[tuple[str, int]], int]:
+        """Return the number of the set of ``weight``, its parameters with their dimensions, and its size."""
         node = next((n for n in self.program.graph.nodes if n.op == "get_attr" and n.target == weight), None)
         dim = 0 if bool(outputs) != isinstance(module, TRANSPOSED) else 1
         if node is None or (node, dim) not in self.numbers:
@@ -152,9 +152,9 @@ class _Coupled:
             )
         number = self.numbers[node, dim]
         keys = [key for key, n in self.numbers.items() if n == number]
-        if held := next((self.rigid[key] for key in keys if key in self.rigid), None):
+        if operator := next((self.rigid[key] for key in keys if key in self.rigid), None):
             raise InputError(
-                f"masks: the channels of {weight!r} are coupled through {held}; give masks instead of a history"
+                f"masks: the channels of {weight!r} are coupled through {operator}; give masks instead of a history"
             )
-        found = [(str(n.target), d) for n, d in keys if n.op == "get_attr" and isinstance(d, int)]
-        return number, found, int(node.meta["val"].shape[dim])
+        parameters = [(str(n.target), d) for n, d in keys if n.op == "get_attr" and isinstance(d, int)]
+        return number, parameters, int(node.meta["val"].shape[dim])

@@ -18,7 +18,7 @@ from thresher import capture
 from thresher.backends.tvm.importing.converters import registry
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.cli import main as cli
-from thresher.debugging.blame import Blame, blame, lowering_fails, of_lowering, pass_fails
+from thresher.debugging.blame import Blame, blame, blame_lowering, lowering_fails, pass_fails
 from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program
 from thresher.passes import pipelines
@@ -101,7 +101,7 @@ def test_an_operator_that_is_lowered_wrongly(seed: int, monkeypatch) -> None:
     for table in (registry.SEMANTICS, registry.CPU_KERNELS):
         if victim.target in table:
             monkeypatch.setitem(table, victim.target, partial(scaled, table[victim.target]))
-    found = of_lowering(program, "cpu")
+    found = blame_lowering(program, "cpu")
     if found is None:  # a norm takes the factor back
         assert not lowering_fails(program)
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -36,6 +39,17 @@ def test_equal_widths_are_written() -> None:
     with torch.no_grad():
         assert not compare(tree_leaves(model(*args)), tree_leaves(narrow(*args))).exceeds(1e-5)
     assert model.config.intermediate_size == 96
+
+
+def test_the_example_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "interchange.md").read_text()
+    example = re.search(r"## Hugging Face configs\n\n```python\n(.*?)```", page, re.DOTALL)
+    model, args = pruned([32, 32])
+    names = {"thresher": thresher, "model": model, "args": args}
+    exec(example[1], names)  # type: ignore[index]
+    assert names["problems"] == [] and names["config"].intermediate_size == 64
+    with torch.no_grad():
+        assert not compare(tree_leaves(model(*args)), tree_leaves(names["narrow"](*args))).exceeds(1e-5)
 
 
 def test_different_widths_are_reported() -> None:

@@ -1,1 +1,1 @@
-"""From an ONNX file to a torch module."""
+"""ONNX files as torch modules."""

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from thresher.errors import CaptureError
-from thresher.frontend.onnx import quantized, recurrent  # noqa: F401  (each brings its rules)
-from thresher.frontend.onnx.operators import RULES, Node, Unsupported
+from thresher.frontend.onnx.operators import RULES
+from thresher.frontend.onnx.rules import Node, Unsupported
 from thresher.ir.examples import random_example
 
 STANDARD = ("", "ai.onnx")  # domains whose operators are those of the specification
 
 
 def read_onnx(path: str | os.PathLike, fixed: Mapping[str, Any] | None = None) -> OnnxModel:
-    """The model in a file. ``fixed``: inputs that are always these numbers, and no inputs any more (a sampling rate that branches ask for).
+    """Return the model in a file.
+
+    ``fixed``: values of inputs that become constants, by name (a sampling rate that branches depend on).
 
     Raises :class:`CaptureError` where it is no model, or has operators that are not known here, naming them.
     """
@@ -55,13 +57,13 @@ def read_onnx(path: str | os.PathLike, fixed: Mapping[str, Any] | None = None) -
 
 
 def _nodes(graph: Any) -> list[Any]:
-    """All nodes, those of branches too."""
+    """Return all nodes, those of branches too."""
     inner = [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
     return [*graph.node, *(n for g in inner for n in _nodes(g))]
 
 
 class OnnxModel(nn.Module):
-    """A graph of ONNX as a module. Takes its inputs in their order, without those that have a default; gives a tuple, or the only output.
+    """A graph of ONNX as a module. It takes its inputs in order, without those that have a default, and returns a tuple or the only output.
 
     Floating constants are parameters, under the names that the file has for them.
     """
@@ -97,28 +99,28 @@ class OnnxModel(nn.Module):
         self.parameter_names[id(array)] = label
 
     def example(self) -> tuple[Tensor, ...] | None:
-        """Random inputs of the shapes in the file; None where one is not fixed there."""
+        """Return random inputs of the shapes in the file, or None where a size is free there."""
         from onnx import helper
 
-        found = []
+        inputs = []
         for value in self.inputs:
             kind = value.type.tensor_type
             sizes = [d.dim_value for d in kind.shape.dim]
             if not kind.HasField("shape") or any(s <= 0 for s in sizes):
                 return None
             dtype = torch.from_numpy(np.zeros((), helper.tensor_dtype_to_np_dtype(kind.elem_type))).dtype
-            found.append(random_example(sizes, dtype))
-        return tuple(found)
+            inputs.append(random_example(sizes, dtype))
+        return tuple(inputs)
 
     def described(self) -> list[str]:
-        """The inputs with their shapes as the file has them: ``x[batch, 3, 48, ?]``."""
-        found = []
+        """Return the inputs with their shapes as the file has them: ``x[batch, 3, 48, ?]``."""
+        texts = []
         for value in self.inputs:
             sizes = [
                 d.dim_param or (str(d.dim_value) if d.dim_value > 0 else "?") for d in value.type.tensor_type.shape.dim
             ]
-            found.append(f"{value.name}[{', '.join(sizes)}]")
-        return found
+            texts.append(f"{value.name}[{', '.join(sizes)}]")
+        return texts
 
     def forward(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self.inputs):
@@ -131,7 +133,7 @@ class OnnxModel(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
     def tensor(self, value: Any) -> Any:
-        """A value as a tensor: constants as the parameters that they are."""
+        """Return ``value`` as a tensor, a constant as the parameter that it is."""
         if not isinstance(value, np.ndarray):
             return value
         label = self.parameter_names.get(id(value))
@@ -142,50 +144,52 @@ class OnnxModel(nn.Module):
             if proto.op_type == "Constant":
                 continue  # among the arrays
             node = Node.of(proto, self.opset, self.tensor)
-            given = [values[name] if name else None for name in proto.input]
+            inputs = [values[name] if name else None for name in proto.input]
             try:
-                found = self._branch(node, given, values) if proto.op_type == "If" else self._call(node, given, proto)
+                outputs = (
+                    self._branch(node, inputs, values) if proto.op_type == "If" else self._call(node, inputs, proto)
+                )
             except Unsupported as reason:
                 raise CaptureError(f"node {proto.name or proto.output[0]!r} ({proto.op_type}): {reason}") from reason
-            values.update((name, v) for name, v in zip(proto.output, found) if name)
+            values.update((name, v) for name, v in zip(proto.output, outputs) if name)
 
-    def _call(self, node: Node, given: Sequence[Any], proto: Any) -> Sequence[Any]:
+    def _call(self, node: Node, inputs: Sequence[Any], proto: Any) -> Sequence[Any]:
         if proto.op_type == "Identity":
-            return [given[0]]
-        if given and all(v is None or isinstance(v, np.ndarray) for v in given):
-            return self._evaluated(proto, given)
-        found = RULES[proto.op_type](node, *given)
-        found = found if isinstance(found, (tuple, list)) else [found]
-        if len(found) < len(proto.output):
-            raise Unsupported(f"its output {proto.output[len(found)]!r} is asked for")
-        return found
+            return [inputs[0]]
+        if inputs and all(v is None or isinstance(v, np.ndarray) for v in inputs):
+            return self._evaluated(proto, inputs)
+        result = RULES[proto.op_type](node, *inputs)
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        if len(outputs) < len(proto.output):
+            raise Unsupported(f"its output {proto.output[len(outputs)]!r} is asked for")
+        return outputs
 
-    def _branch(self, node: Node, given: Sequence[Any], values: dict[str, Any]) -> Sequence[Any]:
-        if not isinstance(given[0], np.ndarray):
+    def _branch(self, node: Node, inputs: Sequence[Any], values: dict[str, Any]) -> Sequence[Any]:
+        if not isinstance(inputs[0], np.ndarray):
             raise Unsupported("its condition depends on values, not on shapes")
-        graph = node.attributes["then_branch" if bool(given[0]) else "else_branch"]
+        graph = node.attributes["then_branch" if bool(inputs[0]) else "else_branch"]
         inner = dict(values)
         self._run(graph, inner)
         return [inner[o.name] for o in graph.output]
 
-    def _evaluated(self, proto: Any, given: Sequence[Any]) -> Sequence[Any]:
-        """By onnx's reference: NumPy in, NumPy out."""
+    def _evaluated(self, proto: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Return the results of onnx's reference: NumPy in, NumPy out."""
         from onnx.reference import ReferenceEvaluator
 
-        feeds = {name: value for name, value in zip(proto.input, given) if name}
-        found = ReferenceEvaluator(proto, opsets={"": self.opset}).run(None, feeds)
-        return [np.asarray(v) for v in found]
+        feeds = {name: value for name, value in zip(proto.input, inputs) if name}
+        outputs = ReferenceEvaluator(proto, opsets={"": self.opset}).run(None, feeds)
+        return [np.asarray(v) for v in outputs]
 
 
 def _tensors(graph: Any) -> list[Any]:
-    """Initialisers and constants, those of branches too, each named after its value."""
+    """Return initialisers and constants, those of branches too, each named after its value."""
     from onnx import TensorProto, helper, numpy_helper
 
-    found = list(graph.initializer)
+    tensors = list(graph.initializer)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                found += _tensors(attribute.g)
+                tensors += _tensors(attribute.g)
             if node.op_type != "Constant":
                 continue
             value = helper.get_attribute_value(attribute)
@@ -194,5 +198,5 @@ def _tensors(graph: Any) -> list[Any]:
             tensor = TensorProto()
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
-            found.append(tensor)
-    return found
+            tensors.append(tensor)
+    return tensors

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thresher.frontend.onnx.operators import Node, Unsupported, rule
+from thresher.frontend.onnx.rules import Node, Unsupported, rule
 
-State = tuple[Tensor, ...]  # of one direction: what the layer gives comes first
+State = tuple[Tensor, ...]  # of one direction: the output of the layer comes first
 ACTIVATIONS = {"Tanh": torch.tanh, "Relu": torch.relu, "Sigmoid": torch.sigmoid}
 
 
@@ -31,7 +31,7 @@ def lstm(
     c: Any = None,
     p: Any = None,
 ) -> Sequence[Tensor]:
-    """Gates: input, output, forget, cell."""
+    """Return a layer of four gates: input, output, forget, cell (Hochreiter and Schmidhuber 1997)."""
     if p is not None or node.get("activations"):
         raise Unsupported("peepholes or other activations")
 
@@ -45,7 +45,7 @@ def lstm(
 
 @rule("GRU")
 def gru(node: Node, x: Tensor, w: Any, r: Any, b: Any = None, lengths: Any = None, h: Any = None) -> Sequence[Tensor]:
-    """Gates: update, reset, hidden."""
+    """Return a layer of three gates: update, reset, hidden (Cho et al. 2014)."""
     if node.get("activations"):
         raise Unsupported("other activations")
     after = bool(node.get("linear_before_reset", 0))
@@ -65,6 +65,7 @@ def gru(node: Node, x: Tensor, w: Any, r: Any, b: Any = None, lengths: Any = Non
 
 @rule("RNN")
 def rnn(node: Node, x: Tensor, w: Any, r: Any, b: Any = None, lengths: Any = None, h: Any = None) -> Sequence[Tensor]:
+    """Return a layer of one gate, with tanh, relu or the sigmoid."""
     names = node.get("activations") or ["Tanh"]
     kinds = {n.decode() if isinstance(n, bytes) else n for n in names}
     if len(kinds) != 1 or not kinds <= ACTIVATIONS.keys():
@@ -84,7 +85,8 @@ def _unrolled(
     initial: Sequence[Any],
     step: Callable[..., State],
 ) -> Sequence[Tensor]:
-    """``step(gates of the input, gates of the state, state, weight and bias of the state)`` gives the next state."""
+    """Return the outputs of all steps, and the last states. ``step(gates of the input, gates of the state, state, weight and bias of the
+    state)`` returns the next state."""
     if lengths is not None or node.get("clip") or node.get("layout", 0) or node.get("input_forget", 0):
         raise Unsupported("lengths, clipping, coupled gates or another layout")
     w, r = (node.tensor(v) for v in parameters[:2])
@@ -95,11 +97,11 @@ def _unrolled(
     for d in range(directions):
         backwards = d == 1 or node.get("direction", "forward") == "reverse"
         of_input, of_state = bias[d].chunk(2)
-        state, found = tuple(s[d] for s in states), []
-        for place in reversed(range(x.shape[0])) if backwards else range(x.shape[0]):
-            both = F.linear(x[place], w[d], of_input), F.linear(state[0], r[d], of_state)
+        state, steps = tuple(s[d] for s in states), []
+        for index in reversed(range(x.shape[0])) if backwards else range(x.shape[0]):
+            both = F.linear(x[index], w[d], of_input), F.linear(state[0], r[d], of_state)
             state = step(*both, state, r[d], of_state)
-            found.append(state[0])
-        runs.append(torch.stack(found[::-1] if backwards else found))
+            steps.append(state[0])
+        runs.append(torch.stack(steps[::-1] if backwards else steps))
         lasts.append(state)
     return torch.stack(runs, 1), *(torch.stack(last) for last in zip(*lasts))
