@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
+    """Attention and a feed-forward network, each followed by its norm: hidden states [N, L, dim] and an additive mask -> the same shape."""
+
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads

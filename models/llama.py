@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``x`` [..., L, width] with the two halves of its last dimension rotated by the angles of ``cos`` and ``sin`` [L, width]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class Block(nn.Module):
+    """Attention with grouped queries and a gated feed-forward network, each preceded by its norm: [N, L, dim] -> [N, L, dim]."""
+
     def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int):
         super().__init__()
         self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
@@ -25,6 +28,7 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the causal attention of ``x`` [N, L, dim], before the residual addition."""
         batch, tokens, _ = x.shape
         q = rotate(self.q_proj(x).view(batch, tokens, self.heads, self.width).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(batch, tokens, self.kv_heads, self.width).transpose(1, 2), cos, sin)

@@ -13,6 +13,8 @@ def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class InvertedResidual(nn.Module):
+    """A wide depthwise convolution between two narrow 1x1 ones, with a shortcut where the shapes agree."""
+
     def __init__(self, inputs: int, outputs: int, expand: int, stride: int):
         super().__init__()
         hidden = inputs * expand

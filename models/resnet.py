@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
+    """Convolutions 1x1, 3x3 and 1x1 with a shortcut; four times ``width`` channels come out."""
+
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int):
@@ -25,6 +27,8 @@ class Bottleneck(nn.Module):
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut; ``width`` channels come out."""
+
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int):
@@ -72,8 +76,10 @@ class ResNet(nn.Module):
 
 
 def resnet18(**kwargs: int) -> ResNet:
+    """Return a ResNet of 18 layers; the arguments are those of :class:`ResNet`."""
     return ResNet(BasicBlock, [2, 2, 2, 2], **kwargs)
 
 
 def resnet50(**kwargs: int) -> ResNet:
+    """Return a ResNet of 50 layers; the arguments are those of :class:`ResNet`."""
     return ResNet(Bottleneck, [3, 4, 6, 3], **kwargs)

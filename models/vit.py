@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
+    """Attention of several heads: tokens [N, L, dim] -> [N, L, dim]."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -22,6 +24,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and a feed-forward network, each preceded by its norm: [N, L, dim] -> [N, L, dim]."""
+
     def __init__(self, dim: int, heads: int, ratio: int):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)

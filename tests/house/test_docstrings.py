@@ -15,7 +15,6 @@ UNFINISHED = {
     "compiler/analysis",
     "compiler/approximation",
     "compiler/artifact",
-    "compiler/cli",
     "compiler/driver",
     "compiler/ir",
     "compiler/ops",
@@ -25,7 +24,6 @@ UNFINISHED = {
     "compiler/tuning",
     "compiler/verification",
     "backends/batched.py",
-    "models",
 }
 #: Words that a docstring does not begin with: it names what a definition does, not what it is about.
 NOUNS = ("What ", "Whether ", "Of ", "How ", "Where ", "Which ", "Why ")
