@@ -12,7 +12,10 @@ from thresher.runtime.weight_store import Weights
 
 
 class BatchedExecutable(Executable):
-    """``parts``: what is lowered for each size; the rest as for :class:`BatchSplitter`."""
+    """Code for a few sizes of batches, together for any size.
+
+    ``parts`` is the code by the size of the batch; ``batched`` and ``times`` are as for :class:`BatchSplitter`.
+    """
 
     def __init__(self, parts: Mapping[int, Executable], batched: Sequence[bool], times: Mapping[int, float]):
         self.parts = dict(parts)
@@ -32,11 +35,11 @@ class BatchedExecutable(Executable):
         return self.parts[max(self.parts)].constants()
 
     def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:
-        """Of the largest size that the inputs fill."""
+        """Profile the code for the largest size that the inputs fill; return nothing where they fill none."""
         count = self.splitter.count(inputs)
         size = max((s for s in self.parts if s <= count), default=min(self.parts))
-        given = [x[:size] if batched else x for x, batched in zip(inputs, self.splitter.batched)]
-        return self.parts[size].profile(given) if count >= size else []
+        samples = [x[:size] if batched else x for x, batched in zip(inputs, self.splitter.batched)]
+        return self.parts[size].profile(samples) if count >= size else []
 
     def save(self, directory: Path, weights: Weights) -> dict[str, Any]:
         sizes = {}

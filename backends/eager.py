@@ -17,7 +17,7 @@ class EagerExecutable(Executable):
     """A program that torch runs node by node, with constants of its own: those of the captured model are the user's live parameters."""
 
     def __init__(self, program: Program):
-        self.program, self.memory = program.with_own_tensors(), {"weights": constant_bytes(program)}
+        self.program, self.memory = program.detached(), {"weights": constant_bytes(program)}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.program.run(*inputs)

@@ -160,14 +160,14 @@ def _llvm_module(module: Any) -> Any:
     return next((m for m in module.imports if m.kind == "llvm"), None) or _llvm_module(module.imports[0])
 
 
-def own_weights(weights: Sequence[np.ndarray], program: Program, shared_weights: Weights) -> list[np.ndarray]:
+def detached_weights(weights: Sequence[np.ndarray], program: Program, shared_weights: Weights) -> list[np.ndarray]:
     """Return the weights without views of the program's constants, which may be the user's live parameters: training would change them.
 
     A view is replaced by the equal array in ``shared_weights``, else by a copy; equal views by one copy. Packed weights are no views.
     """
     live = {t.untyped_storage().data_ptr() for t in program.constants.values()}
     copies: dict[Any, np.ndarray] = {}
-    own = []
+    detached = []
     for array in weights:
         base: Any = array
         while isinstance(base, np.ndarray):
@@ -177,8 +177,8 @@ def own_weights(weights: Sequence[np.ndarray], program: Program, shared_weights:
             if view not in copies:
                 copies[view] = shared_weights.equal(array)
             array = copies[view]
-        own.append(array)
-    return own
+        detached.append(array)
+    return detached
 
 
 def _check_free_space(directory: Path) -> None:
@@ -215,7 +215,7 @@ class TVMBackend(Backend):
         selector = PlanSelector(lowering_options.records, lowering_options.library)
         lowering_options.progress("importing into TVM")
         imported = import_program(program, resolved, selector, lowering_options)
-        weights = own_weights(imported.weights, program, lowering_options.shared_weights or Weights())
+        weights = detached_weights(imported.weights, program, lowering_options.shared_weights or Weights())
         lowering_options.progress("generating code")
         built = build(imported.module, resolved, selector, imported.origins)
         executable = TVMExecutable(

@@ -1,4 +1,4 @@
-"""What differs between two artifacts: what they take, how they were built, their sizes, their graphs, their results on the same inputs."""
+"""The differences of two artifacts: their inputs, builds, sizes and graphs, and their results on the same inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from thresher.runtime.tensor_spec import TensorSpec
 
 
 def difference(a: Compiled, b: Compiled) -> Iterator[str]:
-    """Lines, from the outside in; none where the two are the same."""
-    taken = [_taken(a), _taken(b)]
-    if taken[0] != taken[1]:
-        yield f"takes {taken[0]} | {taken[1]}"
+    """Yield one line for each difference, from the outside in; none where the two are the same."""
+    inputs = [_inputs(a), _inputs(b)]
+    if inputs[0] != inputs[1]:
+        yield f"takes {inputs[0]} | {inputs[1]}"
     for name in ("target", "backend"):
         one, other = getattr(a.report, name), getattr(b.report, name)
         if one != other:
@@ -32,13 +32,13 @@ def difference(a: Compiled, b: Compiled) -> Iterator[str]:
     for name in dict.fromkeys([*passes[0], *passes[1]]):
         one, other = (p.get(name) for p in passes)
         if one != other:
-            yield f"pass {name}: {_said(one)} | {_said(other)}"
+            yield f"pass {name}: {_outcome(one)} | {_outcome(other)}"
     yield from _graphs(a.text, b.text)
-    if taken[0] == taken[1]:
+    if inputs[0] == inputs[1]:
         yield from _outputs(a, b)
 
 
-def _taken(compiled: Compiled) -> list[str]:
+def _inputs(compiled: Compiled) -> list[str]:
     inputs = compiled.signature.inputs
     return [
         f"{s.name}: {s.dtype} {list(s.shape)}" if isinstance(s, TensorSpec) else f"{s.name} = {s.value!r}"
@@ -46,12 +46,12 @@ def _taken(compiled: Compiled) -> list[str]:
     ]
 
 
-def _said(record: Any) -> str:
+def _outcome(record: Any) -> str:
     return "not run" if record is None else f"{record[0]}, {record[1]} rewrites"
 
 
 def _graphs(a: str, b: str) -> Iterator[str]:
-    """The lines of the graphs that differ, where they come from left out."""
+    """Yield the lines of the graphs that differ, without their origins in the user's code."""
     one, other = ([re.sub(r"  # .*$", "", line) for line in text.splitlines()] for text in (a, b))
     for line in difflib.unified_diff(one, other, lineterm="", n=0):
         if not line.startswith(("---", "+++", "@@")):
@@ -59,7 +59,7 @@ def _graphs(a: str, b: str) -> Iterator[str]:
 
 
 def _outputs(a: Compiled, b: Compiled) -> Iterator[str]:
-    """On the inputs that the first one carries as its proof."""
+    """Yield the outputs that differ on the inputs of the first one's reference run."""
     try:
         one, other = (
             c.signature.with_literals(c.executable.run(c.signature.check(a.reference_run.inputs))) for c in (a, b)
@@ -68,7 +68,7 @@ def _outputs(a: Compiled, b: Compiled) -> Iterator[str]:
         yield f"outputs: not compared ({error})"
         return
     for i, (x, y) in enumerate(zip(one, other)):
-        found = compare([x], [y])
-        if found.reason or found.relative > 0:
+        divergence = compare([x], [y])
+        if divergence.reason or divergence.relative > 0:
             kind = "tensor" if isinstance(x, Tensor) else "literal"
-            yield f"output {i} ({kind}): {found.reason or f'relative difference {found.relative:.1e}'}"
+            yield f"output {i} ({kind}): {divergence.reason or f'relative difference {divergence.relative:.1e}'}"

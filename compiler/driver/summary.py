@@ -36,7 +36,7 @@ def summarize(
     reference_run = ReferenceRun.of(probe, captured.eager(probe), rounding_allowance(program, probe))
     report = _report(captured, build, checks, races, session)
     certificate = build.rewritten.certificate if options.certificate else None
-    certificate = certificate and certificate.with_own_tensors()
+    certificate = certificate and certificate.detached()
     return Compiled(
         program.signature(session.device), build.executable, report, program.text(), reference_run, certificate
     )

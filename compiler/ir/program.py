@@ -157,7 +157,7 @@ class Program:
             list(self.lineage),
         )
 
-    def with_own_tensors(self) -> Program:
+    def detached(self) -> Program:
         """Return a copy whose constants and probe are copies, too: what is one tensor under two names stays one."""
         program = self.clone()
         program.probe = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in self.probe)

@@ -22,12 +22,12 @@ class ReferenceRun:
 
     @staticmethod
     def of(inputs: Sequence[Any], outputs: Sequence[Any], steps: float = 0.0) -> ReferenceRun:
-        """Return a reference run that owns copies of these torch tensors: the user may write into theirs."""
+        """Return a reference run of copies of these torch tensors: the user may write into the originals."""
 
-        def own(values: Sequence[Any]) -> list[Any]:
+        def copied(values: Sequence[Any]) -> list[Any]:
             return [v.detach().clone() if is_tensor(v) else v for v in values]
 
-        return ReferenceRun(own(inputs), own(outputs), steps)
+        return ReferenceRun(copied(inputs), copied(outputs), steps)
 
     def check(self, signature: Signature, run: Callable[[Sequence[Any]], list[Any]]) -> Check:
         """Run the inputs here and compare with the outputs.

@@ -38,7 +38,7 @@ CLAIMS, TENSORS = "certificate.json", "tensors.safetensors"  # the members of th
 
 @dataclass(frozen=True)
 class Reason:
-    """Why indices of a dimension of a value went.
+    """The reason for which indices of a dimension of a value were removed.
 
     ``kind``: ``zero`` or ``constant`` (they are known, by ``rule`` from the arguments ``source`` of ``operator``) or ``unread`` (none of
     the users ``source`` reads them).
@@ -72,7 +72,7 @@ class Certificate:
     steps: list[Step]
 
     def explain(self, value: str, dim: int, index: int, step: int = 0) -> str:
-        """The chain of reasons for one removed index, one line each, down to what needs none."""
+        """Return the chain of reasons for one removed index, one line each, down to the constant that needs none."""
         reasons = {(r.value, r.dim, i): r for r in self.steps[step].reasons for i in r.indices}
         known = {r.value: r for r in self.steps[step].reasons if r.kind != "unread"}
         lines, todo, seen = [], [(value, reasons.get((value, dim, index)))], set()
@@ -87,20 +87,20 @@ class Certificate:
             todo += [(s, known.get(s)) for s in reason.source if reason.kind != "unread"]
         return "\n".join(lines) or f"index {index} of dimension {dim} of {value} was not removed"
 
-    def with_own_tensors(self) -> Certificate:
+    def detached(self) -> Certificate:
         """Return a copy that shares no tensor with the model that was folded: training it on would make the claims wrong."""
         programs: dict[int, Program] = {}
 
-        def own(program: Program) -> Program:
+        def copied(program: Program) -> Program:
             if id(program) not in programs:
-                programs[id(program)] = program.with_own_tensors()
+                programs[id(program)] = program.detached()
             return programs[id(program)]
 
         return Certificate(
             [
                 Step(
-                    own(step.before),
-                    own(step.after),
+                    copied(step.before),
+                    copied(step.after),
                     {name: (mask.clone(), content.clone()) for name, (mask, content) in step.known.items()},
                     {name: mask.clone() for name, mask in step.read.items()},
                     {n: (name, {d: t.clone() for d, t in dims.items()}) for n, (name, dims) in step.kept.items()},
@@ -206,5 +206,5 @@ def _step_from_json(raw: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
 
 
 def indices_of(mask: Tensor) -> tuple[int, ...]:
-    """The places at which a boolean vector is true."""
+    """Return the indices at which a boolean vector is true."""
     return tuple(torch.nonzero(mask).reshape(-1).tolist())

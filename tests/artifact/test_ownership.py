@@ -56,14 +56,14 @@ def test_the_eager_backend_too() -> None:
 def test_packed_weights_are_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from thresher.backends.tvm import backend
 
-    before, after, own_weights = [], [], backend.own_weights
+    before, after, detached_weights = [], [], backend.detached_weights
 
     def watched(weights, *rest):
         before.extend(weights)
-        after.extend(own_weights(weights, *rest))
+        after.extend(detached_weights(weights, *rest))
         return after
 
-    monkeypatch.setattr(backend, "own_weights", watched)
+    monkeypatch.setattr(backend, "detached_weights", watched)
     thresher.compile(Net().eval(), (IDS,), target="cpu", validate="off")
     copied = {a.shape for a, b in zip(before, after, strict=True) if a is not b}
     assert (50, 32) in copied and not any(len(shape) > 2 for shape in copied)
