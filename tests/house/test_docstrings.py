@@ -21,7 +21,6 @@ UNFINISHED = {
     "compiler/testing",
     "compiler/tuning",
     "compiler/verification",
-    "backends/batched.py",
 }
 #: Words that a docstring does not begin with: it names what a definition does, not what it is about.
 NOUNS = ("What ", "Whether ", "Of ", "How ", "Where ", "Which ", "Why ")
