@@ -124,13 +124,22 @@ def test_commands_parse(page: Path) -> None:
             pytest.fail(f"{page.name}: {command}")
 
 
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of every command."""
+    return next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_sentences_have_these_options(page: Path) -> None:
-    subparsers = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     for name, rest in re.findall(r"`thresher ([a-z]+)([^`]*)`", page.read_text()):
-        assert name in subparsers, f"thresher {name}"
+        assert name in subcommands(), f"thresher {name}"
         for option in re.findall(r"(?<!\S)(--?[a-z][\w-]*)", rest):
-            assert option in subparsers[name]._option_string_actions, f"thresher {name} {option}"
+            assert option in subcommands()[name]._option_string_actions, f"thresher {name} {option}"
+
+
+def test_the_first_page_lists_every_command() -> None:
+    listed = re.findall(r"^\| `thresher ([a-z]+)", (ROOT / "docs/index.md").read_text(), flags=re.M)
+    assert sorted(listed) == sorted(subcommands())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
