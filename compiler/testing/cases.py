@@ -19,7 +19,7 @@ Built = tuple[nn.Module, tuple]
 
 @dataclass(frozen=True, init=False)
 class Case:
-    """``build(**sizes)`` makes a module and its inputs; each size is drawn from the values given here.
+    """A model in many sizes: ``build(**sizes)`` makes a module and its inputs, and each size is drawn from the values given here.
 
     ``Case("conv, relu", build, n=(1, 3), channels=(4, 6))``. Weights and inputs are random; the generator is seeded before each build.
     """
@@ -34,7 +34,7 @@ class Case:
         object.__setattr__(self, "sizes", sizes)
 
     def draws(self, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-        """Up to ``count`` different combinations of sizes: the smallest of each, the largest of each, then random ones."""
+        """Return up to ``count`` different combinations of sizes: the first value of each, the last of each, then random ones."""
         every = list(itertools.product(*self.sizes.values()))
         first, last, rest = every[0], every[-1], every[1:-1]
         random.Random(seed).shuffle(rest)
@@ -42,7 +42,7 @@ class Case:
         return (dict(zip(self.sizes, values)) for values in chosen)
 
     def module(self, sizes: dict[str, Any], dtype: torch.dtype | None = None, seed: int = 0) -> Built:
-        """The module in evaluation mode and its inputs; floating ones in ``dtype``."""
+        """Return the module in evaluation mode and its inputs; floating ones in ``dtype``."""
         torch.manual_seed(seed)
         model, args = self.build(**sizes)
         if dtype is not None:
@@ -51,9 +51,11 @@ class Case:
         return model.eval(), tuple(args)
 
     def program(self, sizes: dict[str, Any], dtype: torch.dtype | None = None) -> Program:
+        """Return the captured module. Raises :class:`CaptureError` where it cannot be captured, as in a dtype that it does not have."""
         model, args = self.module(sizes, dtype)
         return capture(model, args)
 
 
 def described(case: Case, sizes: dict[str, Any]) -> str:
+    """Return the name of the case with its sizes, as findings say it."""
     return f"{case.name} ({', '.join(f'{k}={v}' for k, v in sizes.items())})" if sizes else case.name

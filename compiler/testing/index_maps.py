@@ -16,7 +16,7 @@ IndexMap = Callable[..., Any]
 
 
 class IndexMapError(AssertionError):
-    """Two maps differ: the message has sizes and an index where they do."""
+    """Raised where two maps differ; the message has sizes and an index where they do."""
 
 
 def prove_same_map(
@@ -31,7 +31,7 @@ def prove_same_map(
     ``sizes`` lists the values of each size; all combinations for which ``where`` holds are proven. Maps may use + - * // %
     on what they are given. Returns the number of proofs; raises :class:`IndexMapError` with a counterexample.
 
-    Example: reading channel c of a grouped layer, by group and place within it, is reading channel c::
+    Example: reading channel c of a grouped layer, by group and index within it, is reading channel c::
 
         prove_same_map(
             lambda c, groups, width: c,
@@ -44,26 +44,26 @@ def prove_same_map(
 
     proven = 0
     for values in itertools.product(*sizes.values()):
-        given = dict(zip(sizes, values))
-        if not where(**given):
+        chosen = dict(zip(sizes, values))
+        if not where(**chosen):
             continue
-        extents = list(shape(**given))
+        extents = list(shape(**chosen))
         index = [z3.Int(f"i{d}") for d in range(len(extents))]
         solver = z3.Solver()
         solver.add([z3.And(i >= 0, i < extent) for i, extent in zip(index, extents)])
-        one, other = (_tuple(f(*_divisible(index), **given)) for f in (left, right))
+        one, other = (_tuple(f(*_divisible(index), **chosen)) for f in (left, right))
         if len(one) != len(other):
             raise IndexMapError(f"the maps give {len(one)} and {len(other)} indices")
         solver.add(z3.Or([_term(a) != _term(b) for a, b in zip(one, other)]))
         verdict = solver.check()
         if verdict == z3.sat:
             model = solver.model()
-            place = [model.eval(i, model_completion=True).as_long() for i in index]
+            element = [model.eval(i, model_completion=True).as_long() for i in index]
             reads = [[_term(v) if isinstance(v, int) else model.eval(_term(v)) for v in side] for side in (one, other)]
-            raise IndexMapError(f"with {given} the element at {place} is read from {reads[0]} and from {reads[1]}")
+            raise IndexMapError(f"with {chosen} the element at {element} is read from {reads[0]} and from {reads[1]}")
         if verdict != z3.unsat:
             raise IndexMapError(
-                f"z3 cannot decide whether the maps are the same with {given}: {solver.reason_unknown()}"
+                f"z3 cannot decide whether the maps are the same with {chosen}: {solver.reason_unknown()}"
             )
         proven += 1
     if not proven:

@@ -101,8 +101,8 @@ def _constants(node: fx.Node, program: Program) -> Iterator[tuple[str, Change]]:
     value = program.constants[node.target]
     zeros = (value == 0).flatten().nonzero().flatten()
     if len(zeros):
-        place = int(zeros[len(zeros) // 2])
-        yield f"{node.target} has a number where it had a zero", _written(node.name, place, 0.75)
+        index = int(zeros[len(zeros) // 2])
+        yield f"{node.target} has a number where it had a zero", _written(node.name, index, 0.75)
     if value.numel():
         yield f"one number of {node.target} is another one", _written(node.name, value.numel() // 2, -1.25)
     alike = [
@@ -114,11 +114,11 @@ def _constants(node: fx.Node, program: Program) -> Iterator[tuple[str, Change]]:
         yield f"{node.target} is used in the place of {other.target}, too", _left_out(other.name, node.name)
 
 
-def _written(name: str, place: int, number: float) -> Change:
+def _written(name: str, index: int, number: float) -> Change:
     def change(program: Program) -> None:
         target = _find(program, name).target
         value = program.constants[target].detach().clone()
-        value.view(-1)[place] = number
+        value.view(-1)[index] = number
         program.constants[target] = value
 
     return change
@@ -129,9 +129,9 @@ def _written(name: str, place: int, number: float) -> Change:
 
 def _literals(node: fx.Node) -> Iterator[tuple[str, Change]]:
     leaves, _ = pytree.tree_flatten((list(node.args), dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-    for place, value in enumerate(leaves):
+    for index, value in enumerate(leaves):
         for other in _others(value):
-            yield f"{node.name} has {other!r} where it had {value!r}", _argument(node.name, place, other)
+            yield f"{node.name} has {other!r} where it had {value!r}", _argument(node.name, index, other)
 
 
 def _others(value: Any) -> tuple:
@@ -144,12 +144,12 @@ def _others(value: Any) -> tuple:
     return ()
 
 
-def _argument(name: str, place: int, other: Any) -> Change:
+def _argument(name: str, index: int, other: Any) -> Change:
     def change(program: Program) -> None:
         node = _find(program, name)
         whole = (list(node.args), dict(node.kwargs))
         leaves, spec = pytree.tree_flatten(whole, is_leaf=lambda v: isinstance(v, fx.Node))
-        leaves[place] = other
+        leaves[index] = other
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         node.args, node.kwargs = tuple(args), kwargs
 

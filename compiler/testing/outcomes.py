@@ -18,7 +18,7 @@ from thresher.rewriting.registry import make_pass
 
 @dataclass(frozen=True)
 class Outcome:
-    """``before`` and ``after`` are the same program where nothing was changed."""
+    """The programs before and after one pass, the same one where nothing was changed, and what the pass said."""
 
     before: Program
     after: Program
@@ -27,11 +27,12 @@ class Outcome:
 
     @property
     def changed(self) -> bool:
+        """Return whether the pass gave another program back."""
         return self.after is not self.before
 
     @property
     def diff(self) -> str:
-        """The lines of the text form that differ."""
+        """The lines of the text form that differ, as a unified diff."""
         return self.before.diff(self.after)
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ def before_after(
     first: Sequence[str | Pass] = (),
     context: Context | None = None,
 ) -> Outcome:
-    """Apply one pass to a model (or a program), behind the passes ``first``.
+    """Apply one pass to a model (or a program), after the passes ``first``.
 
     Unlike in a build nothing is caught: what the pass raises is raised.
     """

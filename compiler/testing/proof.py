@@ -27,29 +27,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from thresher.approximation.calibration import Calibration
 from thresher.errors import CaptureError, ProgramError
 from thresher.frontend.capture import capture
 from thresher.ir.lineage import unfold
-from thresher.ir.nodes import dtype_of, is_tensor, shape_of
-from thresher.ir.program import Program, Role
+from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Pass, PassResult
 from thresher.rewriting.manager import PassManager
 from thresher.rewriting.registry import make_pass
 from thresher.testing.cases import Case, described
+from thresher.testing.comparisons import (
+    Snapshot,
+    difference,
+    divergence,
+    faults_of_notes,
+    inputs_of,
+    new_precision,
+    signature_change,
+)
 from thresher.testing.near_miss_graphs import near_misses
-from thresher.verification.compare import EXACT_TOLERANCE, compare, first_divergence, probes
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
-TRAINED = 1e-4  # relative: the parameters that come back are rounded to float32
+TRAINING_TOLERANCE = 1e-4  # relative: the parameters that come back are rounded to float32
 ROUNDS = 10  # applications after which a pass must have come to rest
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``check`` is one of the names above; ``where`` the case and its sizes; ``message`` what is wrong."""
+    """One thing that is wrong: ``check`` is one of the names above, ``where`` the case and its sizes, ``message`` says what it is."""
 
     check: str
     where: str
@@ -60,7 +67,7 @@ class Finding:
 
 
 def prove(item: str | Pass, *cases: Case, **options: Any) -> None:
-    """:func:`examine`, and an ``AssertionError`` with all findings if there are any."""
+    """Examine a pass (:func:`examine` has the arguments). Raises :class:`AssertionError` with all findings, if there are any."""
     if findings := examine(item, *cases, **options):
         raise AssertionError("\n".join(map(str, findings)))
 
@@ -137,12 +144,12 @@ class _Trial:
 
     def _apply(self, program: Program, where: str) -> tuple[PassResult | None, list[Finding]]:
         """The result, and what was wrong with the way there."""
-        before = _state(program)
+        before = Snapshot.of(program)
         try:
             result = self.item.apply(program, self.context(program))
         except Exception as error:
             return None, [Finding("raises", where, f"{type(error).__name__}: {error}")]
-        wrong = [Finding("input", where, words) for words in _touched(before, program)]
+        wrong = [Finding("input", where, words) for words in before.changes(program)]
         try:
             result.program.verify()
         except Exception as error:
@@ -154,16 +161,16 @@ class _Trial:
 
     def _judge(self, program: Program, result: PassResult, where: str) -> Iterator[Finding]:
         after = result.program
-        yield from _notes(program, result, where)
+        yield from (Finding("notes", where, fault) for fault in faults_of_notes(program, result))
         if not result.rewrites:
             return
-        if words := _signature_changed(program, after):
+        if words := signature_change(program, after):
             yield Finding("signature", where, words)
             return
-        if words := _precision_changed(program, after):
+        if words := new_precision(program, after):
             yield Finding("precision", where, words)
         again, _ = self._apply(program, where)
-        if again is not None and (words := _differ(after, again.program)):
+        if again is not None and (words := difference(after, again.program)):
             yield Finding("repeatable", where, words)
         if self.item.kind == "exact":
             yield from self._exact(program, after, where)
@@ -172,8 +179,8 @@ class _Trial:
             yield from self._budget(program, after, where)
 
     def _exact(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
-        for check, words, flat in _inputs(program):
-            if differs := _divergence(program, after, flat):
+        for check, words, flat in inputs_of(program):
+            if differs := divergence(program, after, flat):
                 yield Finding(check, where, f"{words}: {differs}")
 
     def _rest(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
@@ -187,7 +194,7 @@ class _Trial:
             after = result.program
         else:
             yield Finding("rest", where, f"after {ROUNDS} applications it still rewrites")
-        if differs := _divergence(program, after, program.probe):
+        if differs := divergence(program, after, program.probe):
             yield Finding("rest", where, f"applied again it is not exact: {differs}")
 
     def _budget(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
@@ -219,7 +226,7 @@ class _Trial:
             return
         original = captured.clone()
         original.constants |= {name: value for name, value in found.items() if name in original.constants}
-        if differs := _divergence(original, trained, captured.probe, TRAINED):
+        if differs := divergence(original, trained, captured.probe, TRAINING_TOLERANCE):
             yield Finding("way back", where, f"trained and unfolded, the original computes something else: {differs}")
 
     # ------------------------------------------------------------------ other captures
@@ -235,9 +242,9 @@ class _Trial:
             yield from (replace(w, check="dtypes", message=f"{w.check}: {w.message}") for w in wrong)
             if result is None or not result.rewrites:
                 continue
-            words = _signature_changed(program, result.program) or _precision_changed(program, result.program)
+            words = signature_change(program, result.program) or new_precision(program, result.program)
             if not words and self.item.kind == "exact":
-                words = _divergence(program, result.program, program.probe)
+                words = divergence(program, result.program, program.probe)
             if words:
                 yield Finding("dtypes", place, words)
 
@@ -255,7 +262,7 @@ class _Trial:
         yield from (replace(w, check="batch", message=f"{w.check}: {w.message}") for w in wrong)
         if result is not None and result.rewrites:
             more = [torch.cat([a, a[:2].flip(0)]) for a in args]
-            if differs := _divergence(program, result.program, more):
+            if differs := divergence(program, result.program, more):
                 yield Finding("batch", where, f"with {len(more[0])} samples instead of {len(args[0])}: {differs}")
 
     def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
@@ -267,11 +274,11 @@ class _Trial:
                 yield Finding("near miss", where, f"where {words}: {one.check}: {one.message}")
             if outcome is None or not outcome.rewrites:
                 continue
-            if _signature_changed(other, outcome.program):
-                yield Finding("near miss", where, f"where {words}: {_signature_changed(other, outcome.program)}")
+            if signature_change(other, outcome.program):
+                yield Finding("near miss", where, f"where {words}: {signature_change(other, outcome.program)}")
                 continue
-            for _, inputs, flat in _inputs(other):
-                if differs := _divergence(other, outcome.program, flat):
+            for _, inputs, flat in inputs_of(other):
+                if differs := divergence(other, outcome.program, flat):
                     yield Finding("near miss", where, f"where {words}: {inputs}: {differs}")
                     break
 
@@ -283,133 +290,3 @@ def _free(model: nn.Module, count: int) -> tuple:
     shapes = tuple({0: batch} for _ in range(count))
     single = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.VAR_POSITIONAL), count)
     return shapes if single >= count else (*shapes[:single], shapes[single:])
-
-
-# ---------------------------------------------------------------------- what is compared
-
-
-def _inputs(program: Program) -> Iterator[tuple[str, str, Sequence[Any]]]:
-    """(check, in words, flat inputs)"""
-    example, random = probes(program)
-    yield "exact", "on the example", example
-    yield "exact", "on random inputs", random
-    yield "exact", "on negative inputs", [_floating(v, lambda t: -t.abs() - 0.5) for v in example]
-    yield "exact", "on zeros", [_floating(v, torch.zeros_like) for v in example]
-    yield "strides", "on inputs with other strides", [_floating(v, _strided) for v in random]
-    tensors = [v for v in example if isinstance(v, Tensor)]
-    if len(tensors) > 1 and len({(t.shape, t.dtype) for t in tensors}) < len(tensors):
-        shared: dict[Any, Tensor] = {}
-        wide = [_floating(v, Tensor.double) for v in example]  # as it is run: a conversion would make copies of it
-        alike = [shared.setdefault((v.shape, v.dtype), v) if isinstance(v, Tensor) else v for v in wide]
-        yield "aliasing", "with one tensor for several inputs", alike
-
-
-def _floating(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _strided(value: Tensor) -> Tensor:
-    """The same numbers, with gaps between them and the dimensions in the other order in memory."""
-    order = list(range(value.dim()))[::-1]
-    gapped = torch.full([*(value.shape[d] for d in order), 2], float("nan"), dtype=value.dtype)[..., 0]
-    return gapped.permute(order).copy_(value)
-
-
-def _divergence(before: Program, after: Program, flat: Sequence[Any], tolerance: float = EXACT_TOLERANCE) -> str:
-    """In words how far two programs are apart in float64; empty where they are equal."""
-    try:
-        wanted = before.run(*flat, dtype=torch.float64)
-    except Exception:  # the model itself cannot be run on this
-        return ""
-    try:
-        found = after.run(*flat, dtype=torch.float64)
-    except Exception as error:
-        return f"the result cannot run: {type(error).__name__}: {error}"
-    difference = compare(wanted, found)
-    if not difference.exceeds(tolerance):
-        return ""
-    node = _first(before, after)
-    return (
-        f"{difference.reason or f'relative error {difference.relative:.1e}'}{f', first at {node.name}' if node else ''}"
-    )
-
-
-def _first(before: Program, after: Program) -> fx.Node | None:
-    try:
-        return first_divergence(before, after, EXACT_TOLERANCE)
-    except Exception:
-        return None
-
-
-def _state(program: Program) -> tuple[str, dict[str, Tensor], dict[str, Role], int]:
-    return (
-        program.text(),
-        {k: v.clone() for k, v in program.constants.items()},
-        dict(program.roles),
-        len(program.lineage),
-    )
-
-
-def _touched(before: tuple[str, dict[str, Tensor], dict[str, Role], int], program: Program) -> Iterator[str]:
-    text, constants, roles, lineage = before
-    if program.text() != text:
-        yield "the graph that it was given has changed"
-    if program.constants.keys() != constants.keys():
-        yield f"it added or removed constants: {sorted(program.constants.keys() ^ constants.keys())}"
-    for name in constants.keys() & program.constants.keys():
-        if not _equal(constants[name], program.constants[name]):
-            yield f"it wrote into the constant {name!r} that it was given"
-    if (program.roles, len(program.lineage)) != (roles, lineage):
-        yield "it changed the roles or the lineage of the program that it was given"
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)))
-
-
-def _signature_changed(before: Program, after: Program) -> str:
-    def described(nodes: Sequence[Any]) -> list[str]:
-        return [f"{dtype_of(n)} {tuple(map(str, shape_of(n)))}" if is_tensor(n) else repr(n) for n in nodes]
-
-    if before.in_spec != after.in_spec or before.out_spec != after.out_spec:
-        return "the structure of its inputs or outputs has changed"
-    for what, old, new in (
-        ("takes", before.placeholders, after.placeholders),
-        ("returns", before.output_nodes, after.output_nodes),
-    ):
-        if described(old) != described(new):
-            return f"it {what} {described(new)} instead of {described(old)}"
-    return ""
-
-
-def _precision_changed(before: Program, after: Program) -> str:
-    def types(program: Program) -> dict[torch.dtype, str]:
-        found = ((dtype_of(n), n.name) for n in program.graph.nodes if is_tensor(n))
-        return {t: name for t, name in found if t.is_floating_point or t.is_complex}
-
-    new = types(after).items() - types(before).items()
-    fresh = {t: name for t, name in new if t not in types(before)}
-    return "; ".join(f"{name} is {t}, a type that was not there" for t, name in fresh.items())
-
-
-def _notes(program: Program, result: PassResult, where: str) -> Iterator[Finding]:
-    names = {n.name for n in program.graph.nodes}
-    differs = _differ(program, result.program)
-    if differs and not result.rewrites:
-        yield Finding("notes", where, f"it says nothing of what it changed: {differs}")
-    if result.rewrites and not differs:
-        yield Finding("notes", where, "it says that it rewrote something, and nothing has changed")
-    for note in (*result.rewrites, *result.refusals):
-        if note.node and note.node not in names:
-            yield Finding("notes", where, f"it speaks of the node {note.node!r}, which the program does not have")
-        if not note.message:
-            yield Finding("notes", where, f"its note on {note.node!r} says nothing")
-
-
-def _differ(a: Program, b: Program) -> str:
-    if not a.structurally_equal(b):
-        return "the graphs differ"
-    for x, y in zip(a.graph.nodes, b.graph.nodes):
-        if x.op == "get_attr" and not _equal(a.constants[x.target], b.constants[y.target]):
-            return f"the constant {x.target!r} differs"
-    return ""

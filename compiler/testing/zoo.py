@@ -18,6 +18,7 @@ from thresher.verification.compare import compare_programs, observe
 
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
+    """Return the same random numbers from 0 to 99 each time, int64 [batch, length]."""
     return torch.randint(0, 100, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
@@ -68,7 +69,10 @@ def mask_channels(
 
 @dataclass(frozen=True)
 class Replayed:
-    """What passes do to one model. ``digest`` is its rewritten graph without names: equal digests, equal graphs."""
+    """A model after passes: whether they changed it, what it costs now, and its error beside the original.
+
+    ``digest`` is the rewritten graph without names: graphs are equal where their digests are.
+    """
 
     changed: bool
     rewrites: int

@@ -18,7 +18,6 @@ UNFINISHED = {
     "compiler/ir",
     "compiler/ops",
     "compiler/rewriting",
-    "compiler/testing",
     "compiler/tuning",
     "compiler/verification",
 }

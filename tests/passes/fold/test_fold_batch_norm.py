@@ -67,7 +67,7 @@ def test_before_and_after() -> None:
 
 REFUSALS = [
     (
-        "the statistics or the affine parameters are not constant",
+        "the statistics or the affine parameters are computed, not constant",
         lambda: (Function(lambda x, mean: F.batch_norm(x, mean, torch.ones(3))), torch.randn(2, 3, 4), torch.randn(3)),
     ),
 ]
