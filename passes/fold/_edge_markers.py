@@ -45,7 +45,7 @@ def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
     markers: list[fx.Node] = []
     while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if e not in done]:
         done.update(edges)
-        analysis, made = analysis.with_adapters(edges)
+        analysis, made = analysis.with_edge_markers(edges)
         markers += made
     return analysis, markers
 
@@ -63,7 +63,7 @@ def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
                 yield source, node, channel
         for key in keys:
             if bool(analysis.kept_dead(key).any()):
-                yield from _edges_of(analysis.blame.get(key), analysis)
+                yield from _edges_of(analysis.holders.get(key), analysis)
 
 
 def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edge]:

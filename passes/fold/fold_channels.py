@@ -300,7 +300,7 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
             key = (node, operator.channel(node))
             count = int(analysis.kept_dead(key).sum())
             if count:
-                held[node, analysis.blame.get(key)] = count, analysis.keep[key].numel()
+                held[node, analysis.holders.get(key)] = count, analysis.keep[key].numel()
     notes = []
     for (node, holder), (count, total) in held.items():
         notes.append(Note.at(node, f"{count} of {total} dead outputs kept: held by {_holder(holder)}"))

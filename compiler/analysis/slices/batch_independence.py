@@ -1,11 +1,11 @@
-"""Whether the samples of a batch are computed each for itself, and the program for a batch of a given size.
+"""Batches whose samples are computed each for itself, and the program for a batch of a given size.
 
 A program with a free first dimension is the same function for every size. Where no sample's result reads another sample, it can be computed
 in pieces of sizes that there is code for, which is faster than code for any size. That is proven, not supposed:
 
 1. the free size is the first dimension of inputs and results and nowhere else in them, and inside the program it is used for shapes only;
 2. for each of the sizes every shape is what it is for any size: a ``squeeze`` means nothing until a batch has one sample;
-3. backward from the results of each sample, by the rows of the operator table, nothing but that sample's inputs is read.
+3. backward from the results of each sample, by the transfer rules, nothing but that sample's inputs is read.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from thresher.ir import fake_results
 from thresher.ir.nodes import is_tensor, shape_of
 from thresher.ir.program import Program
 
-PROBED = 3  # samples: one between two others
-#: Calls that may be told sizes: what they give has that shape, and does not change with it otherwise.
-SHAPED = {
+PROBED_SAMPLES = 3  # one between two others
+#: Calls that may read sizes: the result has that shape, and does not depend on it otherwise.
+SIZE_READERS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.repeat.default, aten.full.default,
     aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.sym_size.int, operator.mul, operator.add, operator.floordiv,
 }  # fmt: skip
 
 
 def free_batch(program: Program) -> str:
-    """The symbol of the only free size, which is the first dimension of some inputs and of all tensor results; "" where there is none."""
+    """Return the symbol of the only free size, if it is the first dimension of some inputs and of all tensor results; else ""."""
     symbols = {s for n in program.placeholders if is_tensor(n) for s in free_symbols(n)}
     if len(symbols) != 1:
         return ""
@@ -43,33 +43,36 @@ def free_batch(program: Program) -> str:
     results = [n for n in program.output_nodes if isinstance(n, fx.Node)]
     if not results or not all(map(is_tensor, results)):
         return ""
-    given = [n for n in program.placeholders if is_tensor(n) and free_symbols(n)]
+    inputs = [n for n in program.placeholders if is_tensor(n) and free_symbols(n)]
     fits = all(
-        len(shape_of(n)) > 0 and str(shape_of(n)[0]) == symbol and not free_symbols(n, 1) for n in (*results, *given)
+        len(shape_of(n)) > 0 and str(shape_of(n)[0]) == symbol and not free_symbols(n, 1) for n in (*results, *inputs)
     )
     return symbol if fits else ""
 
 
 def free_symbols(node: fx.Node, start: int = 0) -> set[str]:
-    """The free sizes among the dimensions of a tensor from ``start`` on."""
+    """Return the free sizes among the dimensions of a tensor from ``start`` on."""
     return {str(d) for d in shape_of(node)[start:] if isinstance(d, torch.SymInt)}
 
 
 def why_samples_interact(program: Program, sizes_of_pieces: Sequence[int] = ()) -> str:
-    """Why a program with a :func:`free_batch` cannot be computed in pieces of these sizes, each sample for itself; "" where it can."""
+    """Return the reason why a program with a :func:`free_batch` cannot be computed in pieces of the given sizes.
+
+    The sentence names the node at which one sample may depend on another or on the size of the batch; "" where each is computed for itself.
+    """
     for node in program.calls():
-        told = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]
-        filled = node.target is aten.full.default and node.args[1] in told
-        if told and (node.target not in SHAPED or filled):
-            return f"{node.name} ({node.target}) is told how large the batch is"
+        batch_sizes = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+        filled = node.target is aten.full.default and node.args[1] in batch_sizes
+        if batch_sizes and (node.target not in SIZE_READERS or filled):
+            return f"{node.name} ({node.target}) reads how large the batch is"
     for size in sizes_of_pieces:
         if other := _other_shape(program, size):
             return f"{other} has another shape for a batch of {size}"
-    small = with_batch(program, PROBED)
+    small = with_batch(program, PROBED_SAMPLES)
     batched = {a.name for a in program.placeholders if is_tensor(a) and free_symbols(a)}
     facts = facts_of_constants(small)
-    for sample in range(PROBED):
-        only = torch.arange(PROBED) == sample
+    for sample in range(PROBED_SAMPLES):
+        only = torch.arange(PROBED_SAMPLES) == sample
         read = read_facts(small, facts, only)
         for node in small.placeholders:
             if node.name in batched and node in read:
@@ -80,7 +83,7 @@ def why_samples_interact(program: Program, sizes_of_pieces: Sequence[int] = ()) 
 
 
 def _other_shape(program: Program, size: int) -> str:
-    """The first node whose shape for a batch of ``size`` is not its shape for any, with the number in the place of the symbol."""
+    """Return the first node whose shape for a batch of ``size`` is not its shape for any, with the number instead of the symbol."""
     fixed = {n.name: n for n in with_batch(program, size).graph.nodes if is_tensor(n)}
 
     def number(dim: int | torch.SymInt) -> int:
@@ -93,8 +96,10 @@ def _other_shape(program: Program, size: int) -> str:
 
 
 def with_batch(program: Program, size: int) -> Program:
-    """The program for a batch of ``size``: same names, same constants, every shape a number. Its probe is that of ``program``, repeated or
-    cut to the size."""
+    """Return the program for a batch of ``size``: same names, same constants, every shape a number.
+
+    Its probe is that of ``program``, repeated or cut to the size.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -129,7 +134,7 @@ def with_batch(program: Program, size: int) -> Program:
 
 
 def _evaluated(node: fx.Node, args: Any, mapping: dict[fx.Node, fx.Node]) -> int:
-    """A size as a number."""
+    """Return a size as a number."""
     if node.target is aten.sym_size.int:
         source, dim = node.args
         return int(mapping[source].meta["val"].shape[dim])
@@ -137,7 +142,7 @@ def _evaluated(node: fx.Node, args: Any, mapping: dict[fx.Node, fx.Node]) -> int
 
 
 def resized(program: Program, flat: Sequence[Any], size: int) -> tuple[Any, ...]:
-    """Flat inputs with ``size`` samples: repeated, or cut."""
+    """Return flat inputs with ``size`` samples: repeated, or cut."""
 
     def one(value: Tensor) -> Tensor:
         return torch.cat([value] * -(-size // max(1, value.shape[0])))[:size].contiguous()

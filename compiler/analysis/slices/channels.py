@@ -23,19 +23,22 @@ from thresher.ir.program import Program
 
 
 def known_facts(program: Program) -> Facts:
-    """What is constant, per node; nodes without an entry have no constant element."""
+    """Return the elements that are constant, by node; a node without an entry has no constant element."""
     facts = facts_of_constants(program)
     for node in program.calls():
         if is_tensor(node):
-            found = rule_of(node).forward(node, facts)
-            if found is not None:
-                facts[node] = found
+            fact = rule_of(node).forward(node, facts)
+            if fact is not None:
+                facts[node] = fact
     return facts
 
 
 def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> dict[fx.Node, Tensor]:
-    """For each tensor node, which of its elements some output depends on. Elements that are known are not computed, so what they
-    depend on is not read for their sake. ``rows``: of the outputs' first dimension, those that count (boolean; default: all)."""
+    """Return for each tensor node which of its elements (narrow, bool) some output depends on; nodes without an entry are not read.
+
+    Elements that are known are not computed, so what they depend on is not read for their sake. ``rows``: the indices of the outputs' first
+    dimension that count (bool; default: all).
+    """
     read: dict[fx.Node, Tensor] = {}
 
     def add(node: fx.Node, wanted: Tensor) -> None:
@@ -55,14 +58,18 @@ def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> di
                     add(source, torch.ones([1] * len(sizes(source)), dtype=torch.bool))
         elif node.op == "call_function" and node in read:
             wanted = read[node] & ~facts[node].mask if node in facts else read[node]
-            for source, part in rule_of(node).backward(node, wanted, facts).items():
-                add(source, part)
+            for source, fact in rule_of(node).backward(node, wanted, facts).items():
+                add(source, fact)
     return read
 
 
 @dataclass
 class ChannelAnalysis:
-    """The facts of a program, the ties between its dimensions, and the largest cut that both allow."""
+    """The facts of a program, the ties between its dimensions, and the largest cut that both allow.
+
+    ``keep`` holds for each key the indices that stay (bool), ``holders`` the operator that holds a key's dead indices. A key that is
+    missing in ``keep`` loses nothing.
+    """
 
     program: Program
     facts: Facts
@@ -75,25 +82,28 @@ class ChannelAnalysis:
         default_factory=dict
     )  # what each call wants although it is dead
     keep: dict[Key, Tensor] = field(default_factory=dict)
-    blame: dict[Key, fx.Node] = field(default_factory=dict)
+    holders: dict[Key, fx.Node] = field(default_factory=dict)
     vanished: bool = False  # some dimension is dead as a whole; one index of it stays
 
     @staticmethod
     def of(program: Program, facts: Facts | None = None) -> ChannelAnalysis:
-        """``facts``: those of the program, where they are known already."""
+        """Analyse a program; ``facts`` are its known facts, where they have been computed."""
         facts = known_facts(program) if facts is None else facts
         analysis = ChannelAnalysis(program, facts, read_facts(program, facts))
         for node in program.graph.nodes:
             if is_tensor(node):
                 analysis._find_live(node)
         for node in program.graph.nodes:
-            analysis._ask(node)
-        analysis._choose()
+            analysis._collect_ties(node)
+        analysis._choose_cut()
         return analysis
 
-    def with_adapters(self, edges: list[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
-        """Put a marker on each edge ``(source, user, dim)`` of the program, and what is found anew then."""
-        found = ChannelAnalysis(
+    def with_edge_markers(self, edges: list[tuple[fx.Node, fx.Node, int]]) -> tuple[ChannelAnalysis, list[fx.Node]]:
+        """Put a marker on each edge ``(source, user, dim)`` of the program, in place.
+
+        Returns the analysis of the program with the markers, and the markers; only what they change is analysed again.
+        """
+        analysis = ChannelAnalysis(
             self.program,
             dict(self.facts),
             dict(self.read),
@@ -103,42 +113,45 @@ class ChannelAnalysis:
             dict(self.rigid),
             dict(self.pins),
         )
-        made: list[fx.Node] = []
+        markers: list[fx.Node] = []
         ends: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         for source, user, dim in edges:
             end = ends.get((source, user), source)
             with self.program.graph.inserting_before(user):
                 marker = self.program.graph.call_function(edge_marker, (end, dim))
             marker.meta = dict(source.meta)
-            if source in found.facts:
-                found.facts[marker] = found.facts[source]
-            found.read[marker] = self.needed(source, user) if end is source else found.read[end]
+            if source in analysis.facts:
+                analysis.facts[marker] = analysis.facts[source]
+            analysis.read[marker] = self.needed(source, user) if end is source else analysis.read[end]
             user.replace_input_with(end, marker)
             ends[source, user] = marker
-            made.append(marker)
-            found._find_live(marker)
-            found._ask(marker)
+            markers.append(marker)
+            analysis._find_live(marker)
+            analysis._collect_ties(marker)
         for user in dict.fromkeys(user for _, user, _ in edges):
-            found._ask(user)
-        found._choose()
-        return found, made
+            analysis._collect_ties(user)
+        analysis._choose_cut()
+        return analysis, markers
 
     def with_ties(self, more: list[Tie]) -> ChannelAnalysis:
-        """The same facts with further ties: a smaller cut."""
+        """Return the analysis with the same facts and further ties: a smaller cut."""
         ties = dict(self.ties)
         for tie in more:
             ties[tie.node] = [*ties.get(tie.node, []), tie]
-        found = replace(self, ties=ties, keep=dict(self.keep), blame=dict(self.blame))
+        analysis = replace(self, ties=ties, keep=dict(self.keep), holders=dict(self.holders))
         if self.vanished:  # the one index that stayed may not be needed any more
-            found.vanished, found.blame = False, {}
-            found._choose()
+            analysis.vanished, analysis.holders = False, {}
+            analysis._choose_cut()
         else:  # what was kept is kept
-            close_all(found._open_ties(), found.keep, found.blame, more)
-        return found
+            close_all(analysis._open_ties(), analysis.keep, analysis.holders, more)
+        return analysis
 
     def padded(self, keys: Iterable[Key], multiples: Sequence[int], slack: float) -> ChannelAnalysis:
-        """A smaller cut: each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live;
-        of the first of ``multiples`` for which that holds."""
+        """Return an analysis with a smaller cut, in which sizes are multiples.
+
+        Each of ``keys`` keeps dead indices up to the next multiple, where these are at most ``slack`` times the live ones; it is a
+        multiple of the first of ``multiples`` for which that holds.
+        """
         wanted: dict[Key, Tensor] = {}
         component = self.components()
         for key in {component[key]: key for key in keys if not self.full(*key)}.values():
@@ -150,13 +163,13 @@ class ChannelAnalysis:
                 wanted[key] = keep.clone().index_fill_(0, (~keep).nonzero().reshape(-1)[:missing], True)
         if not wanted:
             return self
-        analysis = replace(self, keep=self.keep | wanted, blame=dict(self.blame))
+        analysis = replace(self, keep=self.keep | wanted, holders=dict(self.holders))
         ties = analysis._open_ties()
-        close_all(ties, analysis.keep, analysis.blame, [t for t in ties if any(k in wanted for k in t.keys)])
+        close_all(ties, analysis.keep, analysis.holders, [t for t in ties if any(k in wanted for k in t.keys)])
         return analysis
 
     def needed(self, source: fx.Node, user: fx.Node) -> Tensor:
-        """Which elements of ``source`` (narrow) ``user`` needs for what is read of it."""
+        """Return which elements of ``source`` (narrow) ``user`` needs for what is read of it."""
         if user.op == "output" or not is_tensor(user):
             return torch.ones([1] * len(sizes(source)), dtype=torch.bool)
         if user not in self.read:
@@ -165,11 +178,11 @@ class ChannelAnalysis:
         return reduce_to(rule_of(user).backward(user, wanted, self.facts)[source], sizes(source))
 
     def kept_dead(self, key: Key) -> Tensor:
-        """The indices that could go but for a tie."""
+        """Return the indices (bool) that nothing needs and a tie keeps."""
         return ~self.live[key] & self.keep[key]
 
     def components(self) -> dict[Key, int]:
-        """The coupled set of every key, by number."""
+        """Return the number of the coupled set of every key."""
         parent: dict[Key, Key] = {key: key for key in self.keep}
 
         def find(key: Key) -> Key:
@@ -186,12 +199,12 @@ class ChannelAnalysis:
         return {key: numbers.setdefault(find(key), len(numbers)) for key in parent}
 
     def full(self, node: object, dim: int | str) -> bool:
-        """Nothing is cut from this dimension."""
+        """Return whether this dimension keeps all its indices."""
         key = (node, dim)
         return key in self.whole or key not in self.keep or bool(self.keep[key].all())
 
     def count(self, node: fx.Node, dim: int | str) -> int:
-        """How many indices of this dimension are kept."""
+        """Return the number of indices of this dimension that are kept."""
         key = (node, dim)
         return self.keep[key].numel() if key in self.whole else int(self.keep[key].sum())
 
@@ -205,15 +218,17 @@ class ChannelAnalysis:
         ]
 
     def all_ties(self) -> Iterator[Tie]:
+        """Return the ties of all calls."""
         return (tie for ties in self.ties.values() for tie in ties)
 
     def coupling(self) -> nx.Graph:
+        """Return the coupled sets as a graph (:func:`~thresher.analysis.slices.ties.coupling_graph`)."""
         return coupling_graph(self.all_ties())
 
-    # ------------------------------------------------------------------ what the nodes want
+    # ------------------------------------------------------------------ ties and pins
 
     def _find_live(self, node: fx.Node) -> None:
-        """The dimensions of a value: which indices cannot go, whatever the ties allow."""
+        """Find the indices of each dimension of a value that cannot go, whatever the ties allow."""
         shape, computed = shape_of(node), node.op == "call_function" and node in self.read
         wanted = torch.zeros([1] * len(shape), dtype=torch.bool)  # a constant has nothing to say for itself
         if computed:
@@ -231,8 +246,8 @@ class ChannelAnalysis:
             if whole:
                 self.whole.add((node, dim))
 
-    def _ask(self, node: fx.Node) -> None:
-        """The ties of an operator, and the dimensions of its arguments and its result that it does not tie."""
+    def _collect_ties(self, node: fx.Node) -> None:
+        """Collect the ties and pins of an operator, and the dimensions of its arguments and its result that it does not tie."""
         if node.op not in ("call_function", "output"):
             return
         values = [n for n in node.all_input_nodes if is_tensor(n)]
@@ -244,13 +259,13 @@ class ChannelAnalysis:
             tied = {key for tie in self.ties[node] for key in tie.keys}
         self.rigid[node] = [(v, d) for v in values for d in range(len(shape_of(v))) if (v, d) not in tied]
 
-    # ------------------------------------------------------------------ choosing the cut
+    # ------------------------------------------------------------------ the cut
 
     def _open_ties(self) -> list[Tie]:
-        """The ties that have something to say: some index of a dimension of theirs could go."""
+        """Return the ties that can ask for something: some index of one of their dimensions could go."""
         return [tie for tie in self.all_ties() if not all(key in self.whole for key in tie.keys)]
 
-    def _choose(self) -> None:
+    def _choose_cut(self) -> None:
         ties = self._open_ties()
         self.keep = dict(self.live)
         for tie in ties:  # virtual dimensions start empty: only real ones ask for something
@@ -261,14 +276,14 @@ class ChannelAnalysis:
             for key in keys:
                 if key not in self.whole:
                     self.keep[key] = torch.ones_like(self.keep[key])
-                    self.blame[key] = node
+                    self.holders[key] = node
         for wanted in self.pins.values():
             for key, indices in wanted:
                 self.keep[key] = self.keep[key] | indices
-        close_all(ties, self.keep, self.blame)
+        close_all(ties, self.keep, self.holders)
         open_keys = [key for key, vector in self.keep.items() if key not in self.whole and vector.numel()]
         while empty := [key for key in open_keys if not bool(self.keep[key].any())]:
             self.vanished = True
             for key in empty:  # a dimension never vanishes: one index stays
                 self.keep[key] = torch.arange(self.keep[key].numel()) == 0
-            close_all(ties, self.keep, self.blame)
+            close_all(ties, self.keep, self.holders)

@@ -18,14 +18,14 @@ from torch import Tensor, fx
 
 from thresher.ir.nodes import shape_of
 
-BLOCK = 1 << 20  # bytes (or, of what is asked about, elements) that stay in the cache between two steps
+BLOCK_SIZE = 1 << 20  # bytes, or elements, that stay in the cache between two steps
 
 
 @dataclass(frozen=True)
 class Known:
-    """Elements that are constant. ``mask`` and ``content`` are narrow and need not vary along the same dimensions.
+    """The elements of a value that are constant. ``mask`` and ``content`` are narrow and need not vary along the same dimensions.
 
-    The content of a weight is the weight itself, in its own dtype and without a copy; ``value`` is the content in float64.
+    The content of a weight is the weight itself, in its own dtype and without a copy.
     """
 
     mask: Tensor
@@ -33,62 +33,64 @@ class Known:
 
     @property
     def value(self) -> Tensor:
+        """The content in float64, or as it is where it is not floating."""
         return self.content.double() if self.content.is_floating_point() else self.content
 
     @functools.cached_property
     def connections(self) -> Connections:
-        """Which outputs (dimension 0) of a weight depend on which inputs (dimension 1). Asked for again and again, computed once."""
+        """The connections of a weight: from inputs (dimension 1) to outputs (dimension 0). They are computed once."""
         return Connections.of(self.content)
 
     def all(self) -> bool:
+        """Return whether every element is known."""
         return bool(self.mask.all())
 
     def zero(self) -> Tensor:
-        """Where the element is known to be 0 (narrow)."""
+        """Return which elements are known to be 0 (narrow)."""
         return self.mask & (self.content == 0)
 
 
 @dataclass(frozen=True)
 class Connections:
-    """A boolean matrix as bits, eight columns a byte: 1/32 of a float32 weight, and every question is a pass over that."""
+    """The nonzero pattern of a matrix as bits, eight columns a byte: 1/32 of a float32 weight, and a question is one pass over that."""
 
     bits: np.ndarray  # uint8 [rows, columns / 8]
     columns: int
 
     @staticmethod
     def of(weight: Tensor) -> Connections:
-        """Nonzero elements of a weight ``[rows, columns, *taps]``, any tap."""
+        """Return the nonzero elements of a weight ``[rows, columns, *taps]``; an element is nonzero if any of its taps is."""
         packed = []
-        for part in weight.split(max(1, BLOCK // max(1, weight[:1].numel()))):
-            used = part != 0
+        for rows in weight.split(max(1, BLOCK_SIZE // max(1, weight[:1].numel()))):
+            used = rows != 0
             packed.append(np.packbits(used.flatten(2).any(2).numpy() if used.dim() > 2 else used.numpy(), axis=1))
         return Connections(np.concatenate(packed), weight.shape[1])
 
     def rows_from(self, columns: Tensor) -> Tensor:
-        """The rows that are connected to one of ``columns`` (boolean)."""
+        """Return the rows (bool) that are connected to one of ``columns`` (bool)."""
         return torch.from_numpy((self.bits & np.packbits(columns.numpy())).any(1))
 
     def columns_from(self, rows: Tensor) -> Tensor:
-        """The columns that are connected to one of ``rows`` (boolean)."""
+        """Return the columns (bool) that are connected to one of ``rows`` (bool)."""
         joined = np.bitwise_or.reduce(self.bits[rows.numpy()], axis=0)
         return torch.from_numpy(np.unpackbits(joined, count=self.columns).astype(bool))
 
 
 def hint(dim: int | torch.SymInt) -> int:
-    """The size of a dimension in the example; facts never vary along dynamic ones."""
+    """Return the size of a dimension in the example; facts never vary along dynamic ones."""
     if isinstance(dim, torch.SymInt):
-        found = dim.node.hint
-        return int(found) if found is not None else 2
+        example = dim.node.hint
+        return int(example) if example is not None else 2
     return int(dim)
 
 
 def sizes(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node with the example's sizes for dynamic dimensions."""
+    """Return the shape of a node, with the example's sizes for dynamic dimensions."""
     return tuple(hint(d) for d in shape_of(node))
 
 
 def compress(tensor: Tensor) -> Tensor:
-    """The narrow form of a full tensor: each dimension along which it is constant gets size 1."""
+    """Return the narrow form of a tensor: each dimension along which it is constant gets size 1."""
     for dim in range(tensor.dim()):
         if tensor.shape[dim] > 1:
             first = tensor.narrow(dim, 0, 1)
@@ -98,7 +100,7 @@ def compress(tensor: Tensor) -> Tensor:
 
 
 def known(mask: Tensor, value: Tensor) -> Known | None:
-    """A :class:`Known` with both parts compressed, or None where nothing is known."""
+    """Return a :class:`Known` with mask and value compressed, or None where nothing is known."""
     if not bool(mask.any()):
         return None
     mask = compress(mask)
@@ -106,13 +108,16 @@ def known(mask: Tensor, value: Tensor) -> Known | None:
     return Known(mask, compress(torch.where(mask, value, zero)))
 
 
-def of_constant(tensor: Tensor) -> Known:
-    """All elements of a constant are known."""
+def known_constant(tensor: Tensor) -> Known:
+    """Return the fact of a constant: all its elements are known."""
     return Known(torch.ones([1] * tensor.dim(), dtype=torch.bool), tensor.detach())
 
 
 def reduce_to(fact: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The adjoint of broadcasting: "any" over the dimensions in which ``shape`` is smaller than the fact's value."""
+    """Reduce a narrow boolean fact of a value to ``shape``, the shape of an operand that was broadcast to it.
+
+    It is the adjoint of broadcasting: "any" over the dimensions that the operand does not have, or has with size 1.
+    """
     while fact.dim() > len(shape):
         fact = fact.any(0)
     for dim, size in enumerate(shape):
@@ -122,7 +127,7 @@ def reduce_to(fact: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def slices(fact: Tensor, dim: int, size: int, every: bool) -> Tensor:
-    """Per index of ``dim``: does the fact hold for every (or for any) element of the slice. Shape ``[size]``."""
+    """Return for each index of ``dim`` whether the fact holds for every element of its slice, or for any. Shape ``[size]``."""
     others = [d for d in range(fact.dim()) if d != dim and fact.shape[d] != 1]
     if others:
         fact = fact.all(others) if every else fact.any(others)
@@ -130,10 +135,10 @@ def slices(fact: Tensor, dim: int, size: int, every: bool) -> Tensor:
 
 
 def take(tensor: Tensor, indices: dict[int, Tensor]) -> Tensor:
-    """``tensor`` with only the given indices of the given dimensions, in their order.
+    """Return ``tensor`` with only the given indices of the given dimensions, in their order.
 
-    Selecting from one dimension after the other would write, and let the system provide, the memory of each step: block by block only the
-    result is.
+    Selecting from one dimension after the other would write, and let the system provide, the memory of each step. Here it is done block by
+    block, and only the result is allocated whole.
     """
     if len(indices) < 2:
         for dim, index in indices.items():
@@ -141,12 +146,12 @@ def take(tensor: Tensor, indices: dict[int, Tensor]) -> Tensor:
         return tensor
     first, *rest = sorted(indices)
     result = tensor.new_empty([indices[d].numel() if d in indices else size for d, size in enumerate(tensor.shape)])
-    row = tensor.numel() // max(tensor.shape[first], 1) * tensor.element_size()
+    row_bytes = tensor.numel() // max(tensor.shape[first], 1) * tensor.element_size()
     start = 0
-    for block in indices[first].split(max(1, BLOCK // max(row, 1))):
-        part = tensor.index_select(first, block)
+    for block in indices[first].split(max(1, BLOCK_SIZE // max(row_bytes, 1))):
+        selected = tensor.index_select(first, block)
         for dim in rest:
-            part = part.index_select(dim, indices[dim])
-        result.narrow(first, start, block.numel()).copy_(part)
+            selected = selected.index_select(dim, indices[dim])
+        result.narrow(first, start, block.numel()).copy_(selected)
         start += block.numel()
     return result

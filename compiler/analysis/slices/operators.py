@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 import thresher.ops.shrink  # noqa: F401  (registers the operator)
-from thresher.analysis.slices.facts import of_constant
+from thresher.analysis.slices.facts import known_constant
 from thresher.analysis.slices.transfer.attention import Attention, Matmul
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, aten
 from thresher.analysis.slices.transfer.edge_marker import EdgeMarker, edge_marker
@@ -110,10 +110,10 @@ DEFAULT = TransferRule()
 
 
 def rule_of(node: fx.Node) -> TransferRule:
-    """The row of a call: of its operator, or the safe default."""
+    """Return the transfer rule of a call: that of its operator, or the safe default."""
     return TABLE.get(node.target, DEFAULT)
 
 
 def facts_of_constants(program: Program) -> Facts:
-    """What is known before anything runs: all of every constant."""
-    return {n: of_constant(program.constants[n.target]) for n in program.graph.nodes if n.op == "get_attr"}
+    """Return the facts before anything runs: every constant is known whole."""
+    return {n: known_constant(program.constants[n.target]) for n in program.graph.nodes if n.op == "get_attr"}

@@ -1,4 +1,4 @@
-"""Which indices must go together: ties between dimensions of values, and the largest cut that respects them all.
+"""Indices that must go together: ties between dimensions of values, and the largest cut that respects them all.
 
 A *key* is one dimension of one value, ``(node, dim)``, or a virtual one such as ``(node, "group")``. ``keep[key]`` is a boolean vector.
 Ties only ever *add* kept indices, so the fixed point is unique: the most that can be cut.
@@ -20,7 +20,7 @@ Key = tuple[fx.Node, int | str]
 
 @dataclass(eq=False)
 class Tie:
-    """Index ``j`` of the product space of ``right`` is index ``index[j]`` of the product space of ``left``.
+    """A relation between dimensions: index ``j`` of the product space of ``right`` is index ``index[j]`` of the product space of ``left``.
 
     A plain equality of two dimensions is the case of one key on each side and ``index = arange``. A ``view`` that splits channels
     into heads has one key on the left and two on the right; what is kept must then be a product set on both sides.
@@ -35,15 +35,16 @@ class Tie:
 
     @property
     def keys(self) -> tuple[Key, ...]:
+        """All keys of both sides."""
         return self.left + self.right
 
     @property
     def joins(self) -> bool:
-        """Whether the two sides have to do with each other."""
+        """True if the two sides belong to one coupled set."""
         return True
 
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
-        """Grow ``keep`` until both sides agree; returns the keys that grew."""
+        """Grow ``keep`` in place until both sides agree; return the keys that grew."""
         left = _outer([keep[k] for k in self.left], self.left_sizes).reshape(-1)
         both = _outer([keep[k] for k in self.right], self.right_sizes) | left[self.index]
         grown = _grow(keep, self.right, both)
@@ -53,7 +54,7 @@ class Tie:
 
 
 class Equal(Tie):
-    """Two dimensions that keep the same indices. The operator treats all indices alike: both may be permuted."""
+    """A tie of two dimensions that keep the same indices. The operator treats all indices alike: both may be permuted."""
 
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
         a, b = self.left[0], self.right[0]
@@ -67,16 +68,16 @@ class Equal(Tie):
 
 
 def equal(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
-    """Two dimensions that keep the same indices."""
+    """Return the tie of two dimensions of ``size`` that keep the same indices."""
     return Equal(node, (a,), (b,), (size,), (size,), torch.arange(size))
 
 
 class Ordered(Equal):
-    """Two dimensions that keep the same indices in the same order: their places mean something (groups of a norm)."""
+    """A tie of two dimensions that keep the same indices in the same order, as in the groups of a norm."""
 
 
-class Free(Tie):
-    """Two dimensions that the operator can cut as it likes, each for itself."""
+class Independent(Tie):
+    """A tie that asks for nothing: the operator can cut its two dimensions each for itself."""
 
     def close(self, keep: dict[Key, Tensor]) -> list[Key]:
         return []
@@ -87,17 +88,17 @@ class Free(Tie):
 
 
 def ordered(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
-    """Two dimensions that keep the same indices and must not be permuted."""
+    """Return the tie of two dimensions of ``size`` that keep the same indices and must not be permuted."""
     return Ordered(node, (a,), (b,), (size,), (size,), torch.arange(size))
 
 
-def free(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
-    """Two dimensions of ``size`` that have nothing to do with each other and may both be cut."""
-    return Free(node, (a,), (b,), (size,), (size,), torch.empty(0, dtype=torch.long))
+def independent(node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+    """Return the tie of two dimensions of ``size`` that do not depend on each other and may both be cut."""
+    return Independent(node, (a,), (b,), (size,), (size,), torch.empty(0, dtype=torch.long))
 
 
 class Balanced(Tie):
-    """Inputs and outputs of a grouped convolution: every group that stays keeps as many indices as every other, at any positions.
+    """A tie of the inputs and outputs of a grouped convolution: every group that stays keeps as many indices as every other.
 
     The weight is packed anew, group by group, so positions need not agree; counts must. A group whose inputs and outputs are all
     cut goes as a whole. Where a group has too few, its first dead indices stay.
@@ -123,12 +124,15 @@ class Balanced(Tie):
 
 
 def balanced(node: fx.Node, inputs: Key, outputs: Key, in_sizes: tuple[int, int], out_sizes: tuple[int, int]) -> Tie:
-    """Inputs ``[groups, inputs per group]`` and outputs ``[groups, outputs per group]`` of a grouped convolution."""
+    """Return the tie of a grouped convolution's inputs and outputs.
+
+    ``in_sizes`` are (groups, inputs per group), ``out_sizes`` (groups, outputs per group).
+    """
     return Balanced(node, (inputs,), (outputs,), in_sizes, out_sizes, torch.empty(0, dtype=torch.long))
 
 
 def split(node: fx.Node, whole: Key, parts: Sequence[Key], part_sizes: Sequence[int]) -> Tie:
-    """``whole`` is the row-major product of ``parts``."""
+    """Return the tie of ``whole`` to ``parts``, of which it is the row-major product; ``part_sizes`` are the sizes of the parts."""
     total = math.prod(part_sizes)
     return Tie(
         node, (whole,), tuple(parts), (total,), tuple(part_sizes), torch.arange(total).reshape(tuple(part_sizes))
@@ -154,12 +158,12 @@ def _grow(keep: dict[Key, Tensor], keys: tuple[Key, ...], wanted: Tensor) -> lis
 
 
 def close_all(
-    ties: list[Tie], keep: dict[Key, Tensor], blame: dict[Key, fx.Node], first: list[Tie] | None = None
+    ties: list[Tie], keep: dict[Key, Tensor], holders: dict[Key, fx.Node], first: list[Tie] | None = None
 ) -> None:
     """Grow ``keep`` in place to the fixed point of all ties. ``first``: those that may not be closed yet (default: all).
 
-    ``blame`` gets, for each key that grew, the operator at the root of it: the one that is already blamed for a neighbour, or
-    else the one whose tie asked for it.
+    ``holders`` gets, for each key that grew, the operator at the root of it: the one that already holds a neighbour, or else the one whose
+    tie asked for it.
     """
     incident: dict[Key, list[Tie]] = {}
     for tie in ties:
@@ -171,9 +175,9 @@ def close_all(
         tie = queue.popleft()
         queued.discard(tie)
         grown = tie.close(keep)
-        root = next((blame[k] for k in tie.keys if k in blame and k not in grown), tie.node)
+        root = next((holders[k] for k in tie.keys if k in holders and k not in grown), tie.node)
         for key in grown:
-            blame[key] = root
+            holders[key] = root
             for other in incident[key]:
                 if other not in queued:
                     queued.add(other)
@@ -181,9 +185,10 @@ def close_all(
 
 
 def coupling_graph(ties: Iterable[Tie]) -> nx.Graph:
-    """The coupled sets as an inspectable object: vertices are ``(node name, dim)``, edges carry the operator that ties them.
+    """Return the coupled sets as an inspectable graph.
 
-    ``networkx.connected_components`` gives the coupled sets.
+    Vertices are ``(node name, dim)``, edges carry the name of the operator that ties them; ``networkx.connected_components`` gives the
+    sets.
     """
     graph = nx.Graph()
     for tie in ties:

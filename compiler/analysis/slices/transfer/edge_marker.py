@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, reduce_to, sizes
-from thresher.analysis.slices.ties import Tie, equal, free
+from thresher.analysis.slices.ties import Tie, equal, independent
 from thresher.analysis.slices.transfer.base import Facts, TransferRule
 
 
@@ -30,4 +30,4 @@ class EdgeMarker(TransferRule):
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         source, open_dim = node.args
         pairs = [((node, d), (source, d), s) for d, s in enumerate(sizes(node))]
-        return [(free if d == open_dim else equal)(node, *pair) for d, pair in enumerate(pairs)]
+        return [(independent if d == open_dim else equal)(node, *pair) for d, pair in enumerate(pairs)]
