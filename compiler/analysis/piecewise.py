@@ -1,4 +1,4 @@
-"""What a small piece of a graph computes, element by element, as a piecewise linear function of one value.
+"""Piecewise linear functions: a small part of a graph as a function of one value, element by element.
 
     f(x) = slope_i x + offset_i        between breakpoint i and i + 1
 
@@ -23,17 +23,19 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-MOST = 12  # breakpoints
+MAX_BREAKPOINTS = 12
 
 
 class NotPiecewise(Exception):
-    """The graph computes something else."""
+    """An error that says that the graph computes something else."""
 
 
 @dataclass(frozen=True)
 class Piecewise:
-    """``pieces[i]`` = (slope, offset) holds below ``breaks[i]`` and not below ``breaks[i - 1]``. ``degree``: 0, 1, or None for what
-    is 0."""
+    """A piecewise linear function.
+
+    ``pieces[i]`` = (slope, offset) holds below ``breaks[i]`` and not below ``breaks[i - 1]``. ``degree``: 0, 1, or None for what is 0.
+    """
 
     breaks: tuple[float, ...]
     pieces: tuple[tuple[float, float], ...]
@@ -41,32 +43,33 @@ class Piecewise:
 
     @staticmethod
     def number(value: float, degree: int | None) -> Piecewise:
+        """Return a constant function."""
         return Piecewise((), ((0.0, float(value)),), None if value == 0 else degree)
 
     @property
-    def steps(self) -> bool:
-        """Whether it is constant on every piece."""
+    def is_step_function(self) -> bool:
+        """True if the function is constant on every piece."""
         return all(slope == 0 for slope, _ in self.pieces)
 
     def at(self, x: float) -> tuple[float, float]:
-        """The piece around ``x``, which is no breakpoint."""
+        """Return the piece around ``x``, which is no breakpoint."""
         return self.pieces[bisect_right(self.breaks, x)]
 
     def simplified(self) -> Piecewise:
-        """Without breakpoints that separate equal pieces."""
+        """Return the function without breakpoints that separate equal pieces; raise NotPiecewise for more than MAX_BREAKPOINTS."""
         breaks: list[float] = []
         pieces = [self.pieces[0]]
-        for place, piece in zip(self.breaks, self.pieces[1:]):
+        for point, piece in zip(self.breaks, self.pieces[1:]):
             if piece != pieces[-1]:
-                breaks.append(place)
+                breaks.append(point)
                 pieces.append(piece)
-        if len(breaks) > MOST:
+        if len(breaks) > MAX_BREAKPOINTS:
             raise NotPiecewise("too many pieces")
         return Piecewise(tuple(breaks), tuple(pieces), self.degree)
 
 
 def cut(values: list[Piecewise], *more: float) -> list[float]:
-    """A point in every interval between all breakpoints, and ``more`` of them."""
+    """Return a point in every interval between all breakpoints, those in ``more`` too."""
     breaks = sorted({b for v in values for b in v.breaks} | set(more))
     if not breaks:
         return [0.5]
@@ -75,26 +78,26 @@ def cut(values: list[Piecewise], *more: float) -> list[float]:
 
 
 def combine(function: Callable[..., tuple[float, float]], values: list[Piecewise], degree: int | None) -> Piecewise:
-    """``function`` of the pieces (slope, offset), where no two of the values cross."""
+    """Return the function whose pieces are ``function`` of the pieces (slope, offset) of ``values``, no two of which cross."""
     breaks = sorted({b for v in values for b in v.breaks})
     pieces = tuple(function(*(v.at(x) for v in values)) for x in cut(values))
     return Piecewise(tuple(breaks), pieces, degree).simplified()
 
 
 def crossings(a: Piecewise, b: Piecewise) -> list[float]:
-    """Where a - b changes its sign inside a piece."""
-    found = []
+    """Return where a - b changes its sign inside a piece."""
+    points = []
     for x in cut([a, b]):
         (s, o), (t, p) = a.at(x), b.at(x)
         if s != t:
-            found.append((p - o) / (s - t))
-    return found
+            points.append((p - o) / (s - t))
+    return points
 
 
 def choose(
     first: Callable[[float, float], bool], a: Piecewise, b: Piecewise, then: Piecewise, other: Piecewise
 ) -> Piecewise:
-    """``then`` where ``first(a, b)``, else ``other``."""
+    """Return the function that is ``then`` where ``first(a, b)``, else ``other``."""
     values, between = [a, b, then, other], crossings(a, b)
     breaks = sorted({x for v in values for x in v.breaks} | set(between))
 
@@ -106,7 +109,7 @@ def choose(
 
 
 def _same(a: Piecewise, b: Piecewise) -> int | None:
-    """The degree of a sum or a choice."""
+    """Return the degree of a sum or a choice."""
     if a.degree is not None and b.degree is not None and a.degree != b.degree:
         raise NotPiecewise("values that grow with the unit meet others")
     return a.degree if a.degree is not None else b.degree
@@ -116,17 +119,20 @@ ZERO, ONE = Piecewise.number(0, None), Piecewise.number(1, 0)
 
 
 def add(a: Piecewise, b: Piecewise, factor: float = 1.0) -> Piecewise:
+    """Return a + factor b."""
     return combine(lambda p, q: (p[0] + factor * q[0], p[1] + factor * q[1]), [a, b], _same(a, b))
 
 
 def subtract(a: Piecewise, b: Piecewise, factor: float = 1.0) -> Piecewise:
+    """Return a - factor b."""
     return add(a, b, -factor)
 
 
 def multiply(a: Piecewise, b: Piecewise) -> Piecewise:
-    if not a.steps:
+    """Return a b, one of which must be a step function."""
+    if not a.is_step_function:
         a, b = b, a
-    if not a.steps:
+    if not a.is_step_function:
         raise NotPiecewise("a product of two values that both vary")
     degree = None if None in (a.degree, b.degree) else a.degree + b.degree  # type: ignore[operator]
     if degree is not None and degree > 1:
@@ -135,16 +141,20 @@ def multiply(a: Piecewise, b: Piecewise) -> Piecewise:
 
 
 def divide(a: Piecewise, b: Piecewise) -> Piecewise:
-    if b.breaks or not b.steps or b.degree == 1 or b.pieces[0][1] == 0:
+    """Return a / b for a constant b."""
+    if b.breaks or not b.is_step_function or b.degree == 1 or b.pieces[0][1] == 0:
         raise NotPiecewise("a quotient by something that varies")
     return multiply(a, Piecewise.number(1 / b.pieces[0][1], 0))
 
 
 def relu(a: Piecewise) -> Piecewise:
+    """Return max(a, 0)."""
     return choose(operator.gt, a, ZERO, a, ZERO)
 
 
 def compare(first: Callable[[float, float], bool]) -> Callable[[Piecewise, Piecewise], Piecewise]:
+    """Return the function of (a, b) that is 1 where ``first(a, b)``, else 0."""
+
     def of(a: Piecewise, b: Piecewise) -> Piecewise:
         _same(a, b)
         return choose(first, a, b, ONE, ZERO)
@@ -153,39 +163,48 @@ def compare(first: Callable[[float, float], bool]) -> Callable[[Piecewise, Piece
 
 
 def absolute(a: Piecewise) -> Piecewise:
+    """Return |a|."""
     return choose(operator.lt, a, ZERO, add(ZERO, a, -1), a)
 
 
 def sign(a: Piecewise) -> Piecewise:
+    """Return the sign of a: -1, 0 or 1."""
     return choose(operator.lt, a, ZERO, Piecewise.number(-1, 0), choose(operator.gt, a, ZERO, ONE, ZERO))
 
 
 def largest(a: Piecewise, b: Piecewise) -> Piecewise:
+    """Return max(a, b)."""
     return choose(operator.gt, a, b, a, b)
 
 
 def smallest(a: Piecewise, b: Piecewise) -> Piecewise:
+    """Return min(a, b)."""
     return choose(operator.lt, a, b, a, b)
 
 
 def clamp(a: Piecewise, low: Piecewise | None = None, high: Piecewise | None = None) -> Piecewise:
+    """Return min(max(a, low), high); a bound that is None does not count."""
     a = a if low is None else largest(a, low)
     return a if high is None else smallest(a, high)
 
 
 def where(condition: Piecewise, a: Piecewise, b: Piecewise) -> Piecewise:
+    """Return a where the condition is 1, and b where it is 0."""
     return choose(operator.gt, condition, Piecewise.number(0.5, 0), a, b)
 
 
 def both(a: Piecewise, b: Piecewise) -> Piecewise:
+    """Return a and b, of conditions."""
     return where(a, b, ZERO)
 
 
 def soft(a: Piecewise, t: Piecewise) -> Piecewise:
+    """Return the soft threshold, a - min(max(a, -t), t)."""
     return add(a, clamp(a, add(ZERO, t, -1), t), -1)
 
 
 def hard(a: Piecewise, t: Piecewise) -> Piecewise:
+    """Return the hard threshold: a where |a| > t, else 0."""
     return choose(operator.gt, absolute(a), t, a, ZERO)
 
 
@@ -215,19 +234,22 @@ KINKS = OPERATORS.keys() - {
 }  # fmt: skip
 DEFAULTS = {aten.softshrink.default: (0.5,), aten.hardshrink.default: (0.5,), aten.hardtanh.default: (-1.0, 1.0)}
 FACTORS = (aten.mul.Tensor, aten.div.Tensor)  # whose numbers do not grow with the unit
-FREE = ("dtype",)  # keyword arguments that do not matter
+IGNORED_KEYWORDS = ("dtype",)  # keyword arguments that do not matter
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A number, or so many times the unit."""
+    """A number, or a multiple of the unit."""
 
     value: float
     in_units: bool = False
 
 
 def piecewise_of(root: fx.Node, x: fx.Node, leaves: Mapping[fx.Node, Leaf], in_units: bool) -> Piecewise:
-    """The function that ``root`` is of ``x``, by what else it reads. Raises :class:`NotPiecewise`."""
+    """Return ``root`` as a function of ``x``; ``leaves`` are the numbers that it reads besides.
+
+    Raises :class:`NotPiecewise` where it is no such function.
+    """
     grows, not_so = (1, 0) if in_units else (None, None)  # without a unit there is nothing to grow with
     known: dict[fx.Node, Piecewise] = {x: Piecewise((), ((1.0, 0.0),), grows)}
     for node, leaf in leaves.items():
@@ -248,7 +270,7 @@ def piecewise_of(root: fx.Node, x: fx.Node, leaves: Mapping[fx.Node, Leaf], in_u
         if node not in known:
             rule = OPERATORS.get(node.target)
             factor = {"factor": float(node.kwargs["alpha"])} if "alpha" in node.kwargs else {}
-            if rule is None or any(k not in (*FREE, "alpha") for k in node.kwargs) or _truncates(node):
+            if rule is None or any(k not in (*IGNORED_KEYWORDS, "alpha") for k in node.kwargs) or _truncates(node):
                 raise NotPiecewise(f"{node.target}")
             args = (*node.args, *DEFAULTS.get(node.target, ())[len(node.args) - 1 :])
             known[node] = rule(*(literal(a, node) for a in args), **factor)
@@ -258,6 +280,6 @@ def piecewise_of(root: fx.Node, x: fx.Node, leaves: Mapping[fx.Node, Leaf], in_u
 
 
 def _truncates(node: fx.Node) -> bool:
-    """Whether numbers become integers."""
+    """Return whether numbers become integers."""
     dtype = node.kwargs.get("dtype", torch.float32)
     return not (dtype.is_floating_point or dtype is torch.bool)

@@ -1,4 +1,4 @@
-"""Whether a value is never negative, told from what made it."""
+"""Prove from the operators that made a value that it is never negative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IF_ALL_ARE = (
 
 
 def nonnegative(program: Program, node: fx.Node) -> bool:
-    """False where it cannot be told."""
+    """Return whether no element of ``node`` is negative, NaN aside; False where that cannot be proven."""
     value = program.constant(node)
     if value is not None:
         return bool((value >= 0).all())

@@ -64,7 +64,7 @@ def check_outputs(name: str, reference: Sequence[Any], candidate: Sequence[Any],
     """Compare flat outputs of compiled code with their reference.
 
     The tolerance is the largest one of the reference's dtypes, or ``steps`` where that is larger: the error that rounding to whole
-    numbers may make in a quantised model (:func:`thresher.verification.compare.steps`).
+    numbers may make in a quantised model (:func:`thresher.verification.rounding.rounding_allowance`).
     """
     tolerances = [TOLERANCE.get(dtype_name(r.dtype), EXACT_TOLERANCE) for r in reference if is_tensor(r)]
     tolerance = max([*tolerances, EXACT_TOLERANCE, steps])

@@ -1,5 +1,7 @@
-"""What a program costs: operations (a multiply-add counts two, as in ``torch.utils.flop_counter``), bytes of constants, and an estimate of
-its time on a machine."""
+"""The cost of a program: operations, bytes of constants, and an estimate of its time on a machine.
+
+A multiply-add counts as two operations, as in ``torch.utils.flop_counter``.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,10 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
 
 @dataclass(frozen=True)
 class MachineModel:
-    """What a target does in a second: enough to compare arithmetic that is saved with elements that are moved for it. ``MACHINES`` are
-    typical ones; :mod:`thresher.driver.measure_machine` measures the one that is here."""
+    """The speed of a target, as far as it takes to compare arithmetic that is saved with elements that are moved for it.
+
+    ``MACHINES`` are typical ones; :mod:`thresher.driver.measure_machine` measures the one that is here.
+    """
 
     flops: float  # multiply-adds count two
     bandwidth: float  # bytes read or written by a plain elementwise operator
@@ -88,7 +92,7 @@ MACHINES = {"cpu": MachineModel(1e11, 1.2e10, 4e9, 3e-6, 16), "cuda": MachineMod
 
 
 def machine_model(target: str) -> MachineModel:
-    """The typical machine of a kind of target."""
+    """Return the typical machine of a target. Raises :class:`InputError` for an unknown kind."""
     kind = target.partition(":")[0]
     if kind not in MACHINES:
         raise InputError(
@@ -98,67 +102,70 @@ def machine_model(target: str) -> MachineModel:
 
 
 def flops_of(node: fx.Node, program: Program | None = None) -> int:
-    """Operations of one call; 0 for what the field does not count (elementwise, movement, norms). Of attention over lists what is listed:
-    with its ``program`` as it is where the lists are constants, else the most that can be."""
+    """Return the operations of one call; 0 for what the field does not count (elementwise, movement, norms).
+
+    Of attention over lists only what is listed counts: with its ``program`` as it is where the lists are constants, else the most that
+    can be.
+    """
     counter = COUNTERS.get(node.target)
     if counter is None:
         return 0
     return (
-        round(counter(node) * listed_share(node, program))
+        round(counter(node) * listed_fraction(node, program))
         if node.target is ops.sparse_attention.default
         else counter(node)
     )
 
 
-def listed_share(node: fx.Node, program: Program | None) -> float:
-    """The part of the scores that attention over lists computes."""
+def listed_fraction(node: fx.Node, program: Program | None) -> float:
+    """Return the fraction of the scores that attention over lists computes."""
     _, k, _, _, blocks, counts, _, block_k, *_ = arguments(node)
     if blocks is None:
         return 1.0
     columns = -(-sizes(k)[2] // block_k)
     known = program.constant(counts) if program is not None else None
-    most = sizes(blocks)[3] if known is None else float(known.double().mean())
-    return min(1.0, most / columns)
+    listed = sizes(blocks)[3] if known is None else float(known.double().mean())
+    return min(1.0, listed / columns)
 
 
 def count_flops(program: Program) -> int:
-    """Operations of one run on inputs of the example's shapes."""
+    """Return the operations of one run on inputs of the example's shapes."""
     return sum(flops_of(node, program) for node in program.calls() if is_tensor(node))
 
 
 def constant_bytes(program: Program) -> int:
-    """Bytes of all constants at their declared dtypes."""
+    """Return the bytes of all constants at their declared dtypes."""
     return sum(
         program.constants[n.target].numel() * dtype_of(n).itemsize for n in program.graph.nodes if n.op == "get_attr"
     )
 
 
 def seconds_of(node: fx.Node, machine: MachineModel, program: Program | None = None) -> float:
-    """The estimated time of one call: its arithmetic or what it moves, whichever takes longer, and a launch.
+    """Return the estimated time of one call: its arithmetic or what it moves, whichever takes longer, and a launch.
 
-    A pointwise operator behind a value that only it reads becomes part of that kernel: only its other operands have to be read.
+    A pointwise operator after a value that only it reads becomes part of that kernel: only its other operands have to be read.
     """
-    if not is_tensor(node) or node.target in FREE:
+    if not is_tensor(node) or node.target in FREE_OPERATORS:
         return 0.0
-    if _rides(node):
+    if _is_fused(node):
         return sum(_bytes(n) for n in node.all_input_nodes[1:]) / machine.bandwidth
     moved = _bytes(node) + sum(_bytes(n) for n in node.all_input_nodes)
     return max(flops_of(node, program) / machine.flops, moved / machine.bandwidth) + machine.launch
 
 
 def seconds(program: Program, machine: MachineModel) -> float:
-    """The estimated time of one run on inputs of the example's shapes."""
+    """Return the estimated time of one run on inputs of the example's shapes."""
     return sum(seconds_of(node, machine, program) for node in program.calls())
 
 
-FREE = {
+FREE_OPERATORS = {
     getattr(aten, name).default
     for name in ("view", "reshape", "unsqueeze", "squeeze", "detach", "alias", "lift_fresh_copy", "contiguous")
     if hasattr(getattr(aten, name), "default")
 }
 
 
-def _rides(node: fx.Node) -> bool:
+def _is_fused(node: fx.Node) -> bool:
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is ops.shrink.default
     before = node.all_input_nodes[0] if node.all_input_nodes else None
     return pointwise and before is not None and before.op == "call_function" and len(before.users) == 1

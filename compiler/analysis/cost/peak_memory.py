@@ -1,4 +1,4 @@
-"""How much memory a program needs beside its weights when its operators run one after the other."""
+"""The memory that a program needs beside its weights when its operators run one after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIEWS = {
 
 
 def peak_bytes(program: Program) -> int:
-    """The most that values live at one time take, inputs included: what an executor needs that frees each value after its last use.
+    """Return the most bytes that values live at one time take, inputs included, if each value is freed after its last use.
 
     Results of operators that only view an argument take nothing. Dynamic dimensions count with the sizes of the example.
     """

@@ -1,4 +1,4 @@
-"""Products of two computed values, and attention."""
+"""Transfer rules of products of two computed values, and of attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from thresher.ir.nodes import is_tensor
 
 
 def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
-    """Per index that ``a`` and ``b`` are contracted over: a is known 0, b is known 0, both are known (whole slices)."""
+    """Return for each index that ``a`` and ``b`` are contracted over: a is known 0, b is known 0, both are known.
+
+    Each is a boolean vector; an index counts if it holds for its whole slice. ``dim_a`` and ``dim_b`` are negative.
+    """
     at_a, at_b, size = len(sizes(a)) + dim_a, len(sizes(b)) + dim_b, sizes(a)[dim_a]
     none = torch.zeros(size, dtype=torch.bool)
     za = slices(facts[a].zero(), at_a, size, True) if a in facts else none
@@ -24,11 +27,12 @@ def zero_pairs(a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, facts: Facts) -> 
 
 
 class Matmul(TransferRule):
-    """matmul and bmm of two computed values: a [..., M, K] @ b [..., K, N]."""
+    """The rule of matmul and bmm of two computed values: a [..., M, K] @ b [..., K, N]."""
 
     supported = True
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Return both operands; None for a form that is not cut (a vector, or operands of different rank)."""
         a, b = node.args[:2]
         if not is_tensor(a) or not is_tensor(b) or len(sizes(a)) != len(sizes(b)) or len(sizes(a)) < 2:
             return None
@@ -64,6 +68,7 @@ class Matmul(TransferRule):
         return {a: reduce_to(read_a, sizes(a)), b: reduce_to(read_b, sizes(b))}
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie K of both operands, M and N to the result, and each batch dimension that is not broadcast."""
         found = self.operands(node)
         if found is None:
             return []
@@ -81,6 +86,7 @@ class Matmul(TransferRule):
         return result
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        """Pin indices of K at which both are known and none is 0: what they contribute is not carried on."""
         found = self.operands(node)
         if found is None:
             return []
@@ -90,7 +96,7 @@ class Matmul(TransferRule):
 
 
 class Attention(TransferRule):
-    """scaled_dot_product_attention: q [.., H, L, E], k [.., H, S, E], v [.., H, S, F], mask [.., L, S] -> [.., H, L, F].
+    """The rule of scaled_dot_product_attention: q [.., H, L, E], k [.., H, S, E], v [.., H, S, F], mask [.., L, S] -> [.., H, L, F].
 
     A value channel that is the same constant for all keys comes out as that constant, because the weights of a row add to 1.
     A head whose output is known needs neither its queries nor its keys. All keys stay: also a known one has its weight in the sum.
@@ -99,11 +105,12 @@ class Attention(TransferRule):
     supported = True
 
     def parts(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
+        """Return q, k, v and the mask, if there is one."""
         q, k, v = node.args[:3]
         return q, k, v, argument(node, 3, "attn_mask")
 
     def grouped(self, node: fx.Node) -> int:
-        """Query heads per key head (1 unless enable_gqa)."""
+        """Return the number of query heads per key head (1 unless enable_gqa)."""
         q, k = node.args[:2]
         return sizes(q)[-3] // sizes(k)[-3] if len(sizes(q)) > 2 and sizes(k)[-3] else 1
 
@@ -135,6 +142,7 @@ class Attention(TransferRule):
         return read
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the channels of q and k, those of v and the result, and what is left of heads, queries and batch. Keys are not cut."""
         q, k, v, mask = self.parts(node)
         rank, out, causal = len(sizes(node)), sizes(node), bool(argument(node, 5, "is_causal", False))
         found = [
@@ -164,6 +172,7 @@ class Attention(TransferRule):
         return [((q, len(sizes(q)) - 1), both & ~za & ~zb)]
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Write down the scale, which is 1 / sqrt(E) by default, when channels of E go."""
         q = node.args[0]
         last = len(sizes(q)) - 1
         if argument(node, 6, "scale") is None and not plan.full(q, last):
@@ -171,7 +180,7 @@ class Attention(TransferRule):
 
 
 def _merge_heads(fact: Tensor, group: int) -> Tensor:
-    """Facts of query heads -> facts of the key heads they share."""
+    """Return facts of query heads as facts of the key heads they share."""
     if group == 1 or fact.shape[-3] == 1:
         return fact
     return fact.unflatten(-3, (-1, group)).any(-3)

@@ -50,7 +50,7 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
 
 
 class TransferRule:
-    """How facts about slices pass through one operator, and how a call is rewritten when indices of its values are cut.
+    """A rule by which facts about slices pass through one operator, and a call is rewritten when indices of its values are cut.
 
     This base class is the safe default: nothing is known, everything is read, nothing is cut. A rule overrides what it can say more about,
     and is entered for its operators in ``thresher.analysis.slices.operators``. One instance serves all calls of an operator; it keeps no

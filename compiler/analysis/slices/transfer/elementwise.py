@@ -1,4 +1,4 @@
-"""Elementwise operators, and the four that can decide a result without knowing every operand."""
+"""Transfer rules of elementwise operators, four of which can decide a result without knowing every operand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thresher.analysis.slices.transfer.base import Facts, TransferRule, evaluate
 
 
 class Elementwise(TransferRule):
-    """Each element of the result depends on the elements at the same place of the (broadcast) operands."""
+    """The rule of operators whose result depends, element by element, on the elements at the same index of the (broadcast) operands."""
 
     supported = True
 
@@ -38,11 +38,11 @@ class Elementwise(TransferRule):
         return known(mask, value)
 
     def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
-        """Where the result is 0 whatever the unknown operands are."""
+        """Return where the result is 0 for all values of the unknown operands (narrow); None for nowhere."""
         return None
 
     def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
-        """Where the result depends on ``operand`` at all (None: everywhere)."""
+        """Return where the result depends on ``operand`` at all (narrow); None for everywhere."""
         return None
 
     def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
@@ -53,18 +53,19 @@ class Elementwise(TransferRule):
         return result
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        out, found = sizes(node), []
+        """Tie each dimension of an operand that is not broadcast to that of the result."""
+        out, ties = sizes(node), []
         for operand in tensors(node):
             shape = sizes(operand)
             shift = len(out) - len(shape)
             for dim, size in enumerate(shape):
                 if size == out[dim + shift]:
-                    found.append(equal(node, (node, dim + shift), (operand, dim), size))
-        return found
+                    ties.append(equal(node, (node, dim + shift), (operand, dim), size))
+        return ties
 
 
 class Filled(Elementwise):
-    """zeros_like, full_like, zeros, full ...: constant, and only the shape of an argument matters."""
+    """The rule of zeros_like, full_like, zeros, full and others: the result is constant, and reads only the shape of its argument."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         value = evaluate(node, {n: torch.empty(sizes(n)) for n in tensors(node)})
@@ -75,7 +76,7 @@ class Filled(Elementwise):
 
 
 class Product(Elementwise):
-    """``a * b``: zero on either side decides."""
+    """The rule of ``a * b``: the result is 0 if either operand is."""
 
     def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
         zeros = [facts[n].zero() for n in tensors(node) if n in facts]
@@ -90,24 +91,24 @@ class Product(Elementwise):
 
 
 class Sum(Elementwise):
-    """``a + b``: minus infinity on either side decides (an attention mask, a route that is closed)."""
+    """The rule of ``a + b``: the result is -inf if either operand is (an attention mask, a route that is closed)."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
-        found = super().forward(node, facts)
+        fact = super().forward(node, facts)
         closed = None
         for n in tensors(node):
             if n in facts and bool((facts[n].content == -torch.inf).any()):
-                here = facts[n].mask & (facts[n].content == -torch.inf)
-                here = here.reshape([1] * (len(sizes(node)) - here.dim()) + list(here.shape))
-                closed = here if closed is None else closed | here
+                infinite = facts[n].mask & (facts[n].content == -torch.inf)
+                infinite = infinite.reshape([1] * (len(sizes(node)) - infinite.dim()) + list(infinite.shape))
+                closed = infinite if closed is None else closed | infinite
         if closed is None or node.kwargs.get("alpha", 1) != 1:
-            return found
-        mask, value = (torch.zeros_like(closed), torch.tensor(0.0)) if found is None else (found.mask, found.value)
+            return fact
+        mask, value = (torch.zeros_like(closed), torch.tensor(0.0)) if fact is None else (fact.mask, fact.value)
         return known(mask | closed, torch.where(closed, torch.tensor(-torch.inf, dtype=torch.float64), value.double()))
 
 
 class Quotient(Elementwise):
-    """``a / b``: a zero numerator decides."""
+    """The rule of ``a / b``: the result is 0 if the numerator is."""
 
     def absorbed(self, node: fx.Node, facts: Facts) -> Tensor | None:
         numerator = node.args[0]
@@ -122,7 +123,7 @@ class Quotient(Elementwise):
 
 
 class Where(Elementwise):
-    """``where(condition, a, b)``: a known condition picks the operand that matters."""
+    """The rule of ``where(condition, a, b)``: a known condition picks the operand that matters."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         condition, a, b = node.args

@@ -1,8 +1,8 @@
-"""Where the elements of a movement's result come from, factored by dimension.
+"""Index maps of movements: where the elements of a result come from, factored by dimension.
 
-The operator itself is run on coordinates: dimension ``d`` of an argument as a tensor that says, for every element, its place along ``d``.
-What comes out tells which dimensions of the result depend on which of the argument. These groups are independent, so facts pass through
-the operator group by group and stay narrow, however large the value is.
+The operator itself is run on coordinates: for dimension ``d`` of an argument, a tensor that holds each element's index along ``d``. The
+result tells which of its dimensions depend on which of the argument's. These groups are independent, so facts pass through the operator
+group by group and stay narrow, however large the value is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from thresher.analysis.slices.transfer.base import concrete, evaluate
 
 
 @dataclass(frozen=True)
-class Part:
-    """Dimensions ``dims`` of an argument against dimensions ``outs`` of the result: an element at a place of ``outs`` (within the box) is
-    the argument's element at place ``index`` of the flattened ``dims``."""
+class DimensionGroup:
+    """Dimensions ``dims`` of an argument and the dimensions ``outs`` of the result that they are moved to.
+
+    An element at an index of ``outs`` (within the box) is the argument's element at ``index[...]`` of the flattened ``dims``.
+    """
 
     dims: tuple[int, ...]
     outs: tuple[int, ...]
@@ -31,9 +33,10 @@ class Part:
     right_sizes: tuple[int, ...]  # of the whole result
     index: Tensor  # int64, shape: the box along ``outs``
     start: int | None  # where the box begins, if it is smaller than the result
-    covers: bool  # every place of ``dims`` is somewhere in ``index``
+    covers: bool  # every coordinate of ``dims`` is somewhere in ``index``
 
-    def between(self, node: fx.Node, operand: fx.Node) -> Tie:
+    def tie(self, node: fx.Node, operand: fx.Node) -> Tie:
+        """Return the tie between the dimensions of the argument ``operand`` and of the result ``node``."""
         left = tuple((operand, d) for d in self.dims)
         right = tuple((node, e) for e in self.outs)
         if self.start is not None:
@@ -45,47 +48,50 @@ class Part:
 
 @dataclass(frozen=True)
 class Argument:
-    """What one argument gives: a box of the result. ``exact``: the parts say all, nothing else lies in the box."""
+    """One argument's contribution: the box of the result that its elements fill.
+
+    ``groups`` say which of its elements are where in the box; ``exact``: they say it completely, and nothing else lies in the box.
+    """
 
     shape: tuple[int, ...]
     lows: tuple[int, ...]
     highs: tuple[int, ...]
-    parts: tuple[Part, ...]
+    groups: tuple[DimensionGroup, ...]
     exact: bool
 
     def forward(self, fact: Tensor) -> Tensor:
-        """A narrow fact of the argument as one of its box."""
-        moved = _flatten(fact, [p.dims for p in self.parts], [p.left_sizes for p in self.parts])
-        for axis, part in enumerate(self.parts):
+        """Return a narrow fact of the argument as one of its box."""
+        moved = _flatten(fact, [g.dims for g in self.groups], [g.left_sizes for g in self.groups])
+        for axis, group in enumerate(self.groups):
             if moved.shape[axis] > 1:
-                moved = moved.index_select(axis, part.index.reshape(-1))
+                moved = moved.index_select(axis, group.index.reshape(-1))
         return compress(
-            _unflatten(moved, [p.outs for p in self.parts], [p.index.shape for p in self.parts], len(self.lows))
+            _unflatten(moved, [g.outs for g in self.groups], [g.index.shape for g in self.groups], len(self.lows))
         )
 
     def backward(self, wanted: Tensor) -> Tensor:
-        """Which elements of the argument (narrow) the wanted ones of the result are."""
+        """Return which elements of the argument (narrow) the wanted ones of the result are."""
         for e, (low, high) in enumerate(zip(self.lows, self.highs)):
             if wanted.shape[e] > 1:
                 wanted = wanted.narrow(e, low, high - low)
-        tied = {e for part in self.parts for e in part.outs}
+        tied = {e for group in self.groups for e in group.outs}
         for e in range(wanted.dim()):
             if e not in tied and wanted.shape[e] > 1:
                 wanted = wanted.any(e, keepdim=True)
-        moved = _flatten(wanted, [p.outs for p in self.parts], [p.index.shape for p in self.parts])
-        for axis, part in enumerate(self.parts):
-            if moved.shape[axis] > 1 or not part.covers:
-                spread = [part.index.numel() if a == axis else -1 for a in range(moved.dim())]
-                shape = [math.prod(part.left_sizes) if a == axis else size for a, size in enumerate(moved.shape)]
+        moved = _flatten(wanted, [g.outs for g in self.groups], [g.index.shape for g in self.groups])
+        for axis, group in enumerate(self.groups):
+            if moved.shape[axis] > 1 or not group.covers:
+                spread = [group.index.numel() if a == axis else -1 for a in range(moved.dim())]
+                shape = [math.prod(group.left_sizes) if a == axis else size for a, size in enumerate(moved.shape)]
                 read = torch.zeros(shape, dtype=torch.int32)
-                moved = read.index_add_(axis, part.index.reshape(-1), moved.expand(spread).int()) > 0
+                moved = read.index_add_(axis, group.index.reshape(-1), moved.expand(spread).int()) > 0
         return compress(
-            _unflatten(moved, [p.dims for p in self.parts], [p.left_sizes for p in self.parts], len(self.shape))
+            _unflatten(moved, [g.dims for g in self.groups], [g.left_sizes for g in self.groups], len(self.shape))
         )
 
 
 def _flatten(fact: Tensor, groups: Sequence[tuple[int, ...]], group_sizes: Sequence[Sequence[int]]) -> Tensor:
-    """One axis for each group of dimensions, of full size where the fact varies within the group, of size 1 elsewhere."""
+    """Return one axis for each group of dimensions, of full size where the fact varies within the group, of size 1 elsewhere."""
     shape, axes = list(fact.shape), []
     for dims, whole in zip(groups, group_sizes):
         if any(fact.shape[d] > 1 for d in dims):
@@ -100,7 +106,7 @@ def _flatten(fact: Tensor, groups: Sequence[tuple[int, ...]], group_sizes: Seque
 def _unflatten(
     fact: Tensor, groups: Sequence[tuple[int, ...]], group_sizes: Sequence[Sequence[int]], rank: int
 ) -> Tensor:
-    """Back from one axis for each group to ``rank`` dimensions."""
+    """Return one axis for each group as ``rank`` dimensions."""
     shape: list[int] = []
     for axis, whole in enumerate(group_sizes):
         shape += whole if fact.shape[axis] == math.prod(whole) else [1] * len(whole)
@@ -112,17 +118,18 @@ def _unflatten(
 
 @dataclass(frozen=True)
 class Map:
-    """Where all elements of a result of ``shape`` come from, argument by argument."""
+    """The origin of all elements of a result of ``shape``, argument by argument."""
 
     shape: tuple[int, ...]
     arguments: tuple[Argument, ...]
 
     @property
     def exact(self) -> bool:
+        """True if the groups of every argument say completely where its elements are."""
         return all(a.exact for a in self.arguments)
 
     def forward(self, facts: Sequence[Tensor]) -> Tensor:
-        """The narrow fact of the result from those of the arguments."""
+        """Return the narrow fact of the result from those of the arguments."""
         pieces = [a.forward(fact) for a, fact in zip(self.arguments, facts)]
         if len(pieces) == 1:
             return pieces[0]
@@ -137,12 +144,14 @@ class Map:
 
 
 _MAPS: dict[Any, Map] = {}
-_CACHED = 1000  # maps
+_MAX_CACHED = 1000
 
 
 def map_of(node: fx.Node, operands: list[fx.Node], indices: dict[fx.Node, Tensor]) -> Map:
-    """The map of a call from its moved ``operands``; ``indices`` holds the content of its other tensor arguments. Calls of the same
-    operator, shapes and literals share it."""
+    """Return the map of a call from its moved ``operands``; ``indices`` holds the content of its other tensor arguments.
+
+    Calls of the same operator, shapes and literals share it.
+    """
 
     def shown(a: Any) -> Any:
         if isinstance(a, fx.Node) and a in indices:
@@ -151,7 +160,7 @@ def map_of(node: fx.Node, operands: list[fx.Node], indices: dict[fx.Node, Tensor
 
     key = (node.target, tuple(sizes(n) for n in operands), str(fx.node.map_aggregate((node.args, node.kwargs), shown)))
     if key not in _MAPS:
-        if len(_MAPS) >= _CACHED:
+        if len(_MAPS) >= _MAX_CACHED:
             _MAPS.clear()
         _MAPS[key] = Map(sizes(node), tuple(_argument(node, n, operands, indices) for n in operands))
     return _MAPS[key]
@@ -161,14 +170,14 @@ def _argument(node: fx.Node, operand: fx.Node, operands: list[fx.Node], indices:
     shape = sizes(operand)
     others = {n: torch.full((), -1, dtype=torch.int32).expand(sizes(n)) for n in operands if n is not operand}
 
-    def place(d: int) -> Tensor:
-        """For each element of the result, its place along ``d`` of the argument; -1 where it is not of this argument."""
+    def coordinate(d: int) -> Tensor:
+        """For each element of the result, its coordinate along ``d`` of the argument; -1 where it is not of this argument."""
         along = torch.arange(shape[d], dtype=torch.int32) if shape else torch.zeros((), dtype=torch.int32)
         along = along.reshape([-1 if e == d else 1 for e in range(len(shape))]).expand(shape)
         return evaluate(node, {**others, operand: along, **indices})
 
     varying = [d for d, size in enumerate(shape) if size > 1]
-    first = place(varying[0] if varying else 0)
+    first = coordinate(varying[0] if varying else 0)
     lows, highs, exact = [0] * first.dim(), list(first.shape), True
     if others:
         inside = first >= 0
@@ -179,49 +188,55 @@ def _argument(node: fx.Node, operand: fx.Node, operands: list[fx.Node], indices:
             lows[e], highs[e] = int(present[0]), int(present[-1]) + 1
         exact = bool(inside[tuple(slice(a, b) for a, b in zip(lows, highs))].all())
     box = tuple(slice(a, b) for a, b in zip(lows, highs))
-    places = {d: (first if d == varying[0] else place(d))[box] for d in varying}
-    parts = _parts(shape, tuple(first.shape), lows, [b - a for a, b in zip(lows, highs)], places)
-    exact = exact and set(varying) == {d for part in parts for d in part.dims}
-    return Argument(shape, tuple(lows), tuple(highs), tuple(parts), exact)
+    coordinates = {d: (first if d == varying[0] else coordinate(d))[box] for d in varying}
+    groups = _dimension_groups(shape, tuple(first.shape), lows, [b - a for a, b in zip(lows, highs)], coordinates)
+    exact = exact and set(varying) == {d for group in groups for d in group.dims}
+    return Argument(shape, tuple(lows), tuple(highs), tuple(groups), exact)
 
 
-def _parts(
-    shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], box: list[int], places: dict[int, Tensor]
-) -> list[Part]:
-    found: list[Part] = []
-    places = {d: _narrowed(place) for d, place in places.items()}
-    for dims, outs in _groups({d: {e for e, size in enumerate(p.shape) if size > 1} for d, p in places.items()}):
+def _dimension_groups(
+    shape: tuple[int, ...], whole: tuple[int, ...], lows: list[int], box: list[int], coordinates: dict[int, Tensor]
+) -> list[DimensionGroup]:
+    result: list[DimensionGroup] = []
+    coordinates = {d: _narrowed(coordinate) for d, coordinate in coordinates.items()}
+    for dims, outs in _groups({d: {e for e, size in enumerate(p.shape) if size > 1} for d, p in coordinates.items()}):
         left_sizes = tuple(shape[d] for d in dims)
         index = torch.zeros(tuple(box[e] for e in outs), dtype=torch.long)
         for d in dims:
-            index = index * shape[d] + places[d].squeeze([e for e in range(len(whole)) if e not in outs])
+            index = index * shape[d] + coordinates[d].squeeze([e for e in range(len(whole)) if e not in outs])
         hit = torch.zeros(math.prod(left_sizes), dtype=torch.bool).index_fill_(
             0, index.reshape(-1) % math.prod(left_sizes), True
         )
-        part = Part(tuple(dims), tuple(outs), left_sizes, tuple(whole[e] for e in outs), index, None, bool(hit.all()))
+        group = DimensionGroup(
+            tuple(dims), tuple(outs), left_sizes, tuple(whole[e] for e in outs), index, None, bool(hit.all())
+        )
         if len(outs) == 1 and whole[outs[0]] != box[outs[0]]:  # a part of a concatenation
-            found.append(Part(part.dims, part.outs, left_sizes, part.right_sizes, index, lows[outs[0]], part.covers))
-        elif part.right_sizes == tuple(index.shape):
-            found.append(part)
-    tied = {e for part in found for e in part.outs}
+            result.append(
+                DimensionGroup(
+                    group.dims, group.outs, left_sizes, group.right_sizes, index, lows[outs[0]], group.covers
+                )
+            )
+        elif group.right_sizes == tuple(index.shape):
+            result.append(group)
+    tied = {e for group in result for e in group.outs}
     for e, (low, size) in enumerate(zip(lows, box)):  # a part of one index is tied to nothing, and must stay
         if size < whole[e] and e not in tied:
-            nowhere = torch.zeros(size, dtype=torch.long)
-            found.append(Part((), (e,), (), (whole[e],), nowhere, low, True))
-    return found
+            no_source = torch.zeros(size, dtype=torch.long)
+            result.append(DimensionGroup((), (e,), (), (whole[e],), no_source, low, True))
+    return result
 
 
-def _narrowed(place: Tensor) -> Tensor:
-    """``place`` with size 1 along the dimensions in which it does not vary."""
-    for e in range(place.dim()):
-        first = place.narrow(e, 0, 1)
-        if torch.equal(first, place.narrow(e, place.shape[e] - 1, 1)) and bool((place == first).all()):
-            place = first
-    return place
+def _narrowed(coordinate: Tensor) -> Tensor:
+    """Return ``coordinate`` with size 1 along the dimensions in which it does not vary."""
+    for e in range(coordinate.dim()):
+        first = coordinate.narrow(e, 0, 1)
+        if torch.equal(first, coordinate.narrow(e, coordinate.shape[e] - 1, 1)) and bool((coordinate == first).all()):
+            coordinate = first
+    return coordinate
 
 
 def _groups(depends: dict[int, set[int]]) -> list[tuple[list[int], list[int]]]:
-    """Connected components of "argument dimension d depends on result dimensions E"."""
+    """Return the connected components of "argument dimension d depends on result dimensions E"."""
     groups: list[tuple[set[int], set[int]]] = []
     for d, outs in depends.items():
         dims, joined = {d}, set(outs)
@@ -241,8 +256,10 @@ def _is_range(index: Tensor) -> bool:
 
 
 class _Segment(Tie):
-    """A tie in which the result's dimension holds the left side as one of its segments, from ``start`` on. A segment of which nothing is
-    kept asks for nothing: the argument is left out."""
+    """A tie in which the result's dimension holds the left side as one of its segments, from ``start`` on.
+
+    A segment of which nothing is kept asks for nothing: the argument is left out.
+    """
 
     def __init__(self, node, left, right, left_sizes, right_sizes, index, start):
         super().__init__(node, left, right, left_sizes, right_sizes, index)

@@ -1,4 +1,4 @@
-"""Operators that mix elements along some dimensions: pools, reductions, softmax."""
+"""Transfer rules of operators that mix elements along some dimensions: pools, reductions, softmax."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument
 
 
 class Mixing(TransferRule):
-    """Operators that mix the elements along some dimensions of their first argument and treat the others alike.
+    """The rule of operators that mix the elements along some dimensions of their first argument and treat the others alike.
 
-    ``dims(node)`` names the mixed ones; ``removed`` says whether they are gone from the result (a reduction without keepdim).
+    ``dims(node)`` returns the mixed dimensions, and True if they are gone from the result (a reduction without keepdim).
     """
 
     supported = True
@@ -50,15 +50,16 @@ class Mixing(TransferRule):
         return {operand: wanted}
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the dimensions that are not mixed."""
         operand: fx.Node = node.args[0]
         mixed, removed = self.dims(node)
         kept = [d for d in range(len(sizes(operand))) if d not in mixed]
-        places = range(len(kept)) if removed else kept
-        return [equal(node, (node, e), (operand, d), sizes(operand)[d]) for d, e in zip(kept, places)]
+        positions = range(len(kept)) if removed else kept
+        return [equal(node, (node, e), (operand, d), sizes(operand)[d]) for d, e in zip(kept, positions)]
 
 
 class Softmax(Mixing):
-    """What is minus infinity before is 0 after, whatever the rest of its row is (unless all of it is minus infinity)."""
+    """The rule of softmax: -inf becomes 0 for all values of the rest of its row (unless all of the row is -inf)."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand: fx.Node = node.args[0]
@@ -71,14 +72,14 @@ class Softmax(Mixing):
 
 
 def spatial(node: fx.Node) -> tuple[list[int], bool]:
-    """Pools and resizes: the last one, two or three dimensions, as the operator's name says."""
+    """Return the dimensions that pools and resizes mix: the last one, two or three, by the operator's name."""
     digit = re.search(r"(\d)d", str(node.target))
     count, rank = int(digit[1]) if digit else 0, len(sizes(node))
     return list(range(rank - count, rank)), False
 
 
 def along(position: int) -> Callable[[fx.Node], tuple[list[int], bool]]:
-    """softmax, cumsum: the dimension given as an argument stays in the result."""
+    """Return the ``dims`` of softmax and cumsum: they mix the dimension that is their argument at ``position``, which stays."""
 
     def dims(node: fx.Node) -> tuple[list[int], bool]:
         return [node.args[position] % len(sizes(node))], False
@@ -87,7 +88,7 @@ def along(position: int) -> Callable[[fx.Node], tuple[list[int], bool]]:
 
 
 def reduced(node: fx.Node) -> tuple[list[int], bool]:
-    """mean, sum, amax ...: the dimensions given as the second argument, gone unless keepdim."""
+    """Return the dimensions that mean, sum, amax and others reduce: their second argument; they go unless keepdim."""
     rank = len(sizes(node.args[0]))
     dims = argument(node, 1, "dim")
     dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
@@ -100,7 +101,7 @@ def reduced(node: fx.Node) -> tuple[list[int], bool]:
 
 
 def normed(node: fx.Node) -> tuple[list[int], bool]:
-    """linalg_vector_norm: the dimensions given as the third argument, gone unless keepdim."""
+    """Return the dimensions that linalg_vector_norm reduces: its third argument; they go unless keepdim."""
     rank = len(sizes(node.args[0]))
     dims = argument(node, 2, "dim")
     dims = list(range(rank)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)

@@ -1,4 +1,4 @@
-"""Operators that only move elements."""
+"""Transfer rules of operators that only move elements."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from thresher.analysis.slices.transfer.maps import Map, map_of
 
 
 class Movement(TransferRule):
-    """Operators that only move elements: every element of the result is one element of one argument.
+    """The rule of operators whose result consists of elements of their arguments, moved.
 
-    All questions are answered by running the operator itself on coordinates (``maps``), so a row needs only say how its literals
-    change.
+    All questions are answered by running the operator itself on coordinates (``maps``). ``fix(node, plan)`` rewrites the literals of a call
+    when indices are cut; None: no literal depends on a size.
     """
 
     supported = True
@@ -39,40 +39,41 @@ class Movement(TransferRule):
         self.fix = fix
 
     def moved(self, node: fx.Node, facts: Facts) -> list[fx.Node]:
-        """The arguments whose elements are moved (an index is none)."""
+        """Return the arguments whose elements are moved; an index is none."""
         return tensors(node)
 
     def indices(self, node: fx.Node, facts: Facts) -> dict[fx.Node, Tensor] | None:
-        """The content of the other tensor arguments; None where one of them is not constant."""
+        """Return the content of the other tensor arguments; None where one of them is not constant."""
         return {}
 
     def map(self, node: fx.Node, facts: Facts) -> Map | None:
+        """Return where the elements of the result come from; None where an index is not constant."""
         indices = self.indices(node, facts)
         return None if indices is None else map_of(node, self.moved(node, facts), indices)
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operands = self.moved(node, facts)
-        if not any(n in facts for n in operands) or (found := self.map(node, facts)) is None:
+        if not any(n in facts for n in operands) or (movement := self.map(node, facts)) is None:
             return None
         masks = [mask_of(n, facts) for n in operands]
         values = [facts[n].value if n in facts else nothing(n) for n in operands]
-        if found.exact:
-            return known(found.forward(masks), found.forward(values))
+        if movement.exact:
+            return known(movement.forward(masks), movement.forward(values))
         indices = self.indices(node, facts) or {}
         whole = (dict(zip(operands, (t.expand(sizes(n)) for n, t in zip(operands, part)))) for part in (masks, values))
         return known(*(evaluate(node, part | indices) for part in whole))
 
     def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        operands, found = self.moved(node, facts), self.map(node, facts)
-        if found is None:
+        operands, movement = self.moved(node, facts), self.map(node, facts)
+        if movement is None:
             return super().backward(node, wanted, facts)
         result = {n: torch.zeros([1] * len(sizes(n)), dtype=torch.bool) for n in tensors(node)}  # an index is no value
-        if found.exact:
-            return result | {n: a.backward(wanted) for n, a in zip(operands, found.arguments)}
+        if movement.exact:
+            return result | {n: a.backward(wanted) for n, a in zip(operands, movement.arguments)}
         return result | self.sources(node, wanted, operands, self.indices(node, facts) or {})
 
     def sources(self, node: fx.Node, wanted: Tensor, operands: list[fx.Node], indices: dict) -> dict[fx.Node, Tensor]:
-        """Which elements of the operands the wanted ones are, by their numbers."""
+        """Return which elements of the operands the wanted ones are, by numbering all elements."""
         counts = [math.prod(sizes(n)) for n in operands]
         numbers = torch.arange(sum(counts)).split(counts)
         source = evaluate(node, {n: part.reshape(sizes(n)) for n, part in zip(operands, numbers)} | indices)
@@ -81,19 +82,21 @@ class Movement(TransferRule):
         return {n: compress(part.reshape(sizes(n))) for n, part in zip(operands, flat.split(counts))}
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        found = self.map(node, facts)
-        if found is None:
+        """Tie each group of dimensions of an argument to the dimensions of the result that it is moved to."""
+        movement = self.map(node, facts)
+        if movement is None:
             return []
         operands = self.moved(node, facts)
-        return [part.between(node, n) for n, a in zip(operands, found.arguments) for part in a.parts]
+        return [group.tie(node, n) for n, a in zip(operands, movement.arguments) for group in a.groups]
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Rewrite the literals of the call."""
         if self.fix is not None:
             self.fix(node, plan)
 
 
 def fix_sizes(position: int) -> Callable[[fx.Node, Any], None]:
-    """view, reshape, expand: the size literals of cut dimensions."""
+    """Return the ``fix`` of view, reshape and expand: the sizes, their argument at ``position``, become the numbers of kept indices."""
 
     def fix(node: fx.Node, plan: Any) -> None:
         old = list(node.args[position])
@@ -107,7 +110,7 @@ def fix_sizes(position: int) -> Callable[[fx.Node, Any], None]:
 
 
 def fix_slice(node: fx.Node, plan: Any) -> None:
-    """slice: its bounds among the kept indices."""
+    """Rewrite the bounds of a slice as positions among the kept indices."""
     operand = node.args[0]
     dim = argument(node, 1, "dim", 0) % len(sizes(node))
     if plan.full(operand, dim):
@@ -121,7 +124,7 @@ def fix_slice(node: fx.Node, plan: Any) -> None:
 
 
 def fix_squeeze(node: fx.Node, plan: Any) -> None:
-    """squeeze: only what had one index before; a dimension that was cut down to one index stays."""
+    """Squeeze only dimensions that had one index before: one that was cut down to one index stays."""
     before = sizes(node.args[0])
     dims = argument(node, 1, "dim", range(len(before)))
     dims = [dims] if isinstance(dims, int) else dims
@@ -130,7 +133,7 @@ def fix_squeeze(node: fx.Node, plan: Any) -> None:
 
 
 def fix_select(node: fx.Node, plan: Any) -> None:
-    """select: its index among the kept ones."""
+    """Rewrite the index of a select as its position among the kept ones."""
     operand, dim, index = node.args
     dim = dim % len(sizes(operand))
     if not plan.full(operand, dim):
@@ -139,53 +142,58 @@ def fix_select(node: fx.Node, plan: Any) -> None:
 
 
 class Slice(Movement):
-    """slice with a step other than 1 is not cut along its dimension."""
+    """The rule of slice; with a step other than 1 its dimension is not cut."""
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
-        found = super().constraints(node, facts)
+        """Tie as a movement does, but not the sliced dimension if the step is not 1."""
+        ties = super().constraints(node, facts)
         if argument(node, 4, "step", 1) == 1:
-            return found
+            return ties
         dim = argument(node, 1, "dim", 0) % len(sizes(node))
-        return [t for t in found if (node, dim) not in t.keys]
+        return [t for t in ties if (node, dim) not in t.keys]
 
 
 class Roll(Movement):
-    """roll along dimensions: by as many places as kept indices come around the end. Of the flattened value: nothing is cut."""
+    """The rule of roll along dimensions. A roll of the flattened value is not cut."""
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie as a movement does, if dimensions are named."""
         return super().constraints(node, facts) if argument(node, 2, "dims", []) else []
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Roll by the number of kept indices that come around the end."""
         operand, shifts, dims = node.args[0], node.args[1], argument(node, 2, "dims", [])
         keeps = [plan.keep[(operand, dim % len(sizes(operand)))] for dim in dims]
-        places = [int(keep[len(keep) - shift % len(keep) :].sum()) for keep, shift in zip(keeps, shifts)]
-        node.args, node.kwargs = (operand, places, dims), {}
+        shifts_of_kept = [int(keep[len(keep) - shift % len(keep) :].sum()) for keep, shift in zip(keeps, shifts)]
+        node.args, node.kwargs = (operand, shifts_of_kept, dims), {}
 
 
 class Concat(Movement):
-    """cat, stack: an argument of which nothing is kept is left out."""
+    """The rule of cat and stack."""
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
-        out = set()
+        """Leave out the arguments of which nothing is kept."""
+        empty = set()
         for operand, argument_ in zip(tensors(node), map_of(node, tensors(node), {}).arguments):
             spans = zip(argument_.lows, argument_.highs, sizes(node))
             joined = [(e, low, high) for e, (low, high, size) in enumerate(spans) if high - low < size]
             if any(not bool(plan.keep[(node, e)][low:high].any()) for e, low, high in joined):
-                out.add(operand)
-        if out:
-            plan.leave_out(node, out)
+                empty.add(operand)
+        if empty:
+            plan.leave_out(node, empty)
 
 
 class PixelShuffle(Movement):
-    """pixel_shuffle, pixel_unshuffle: whole blocks of channels go. Rows and columns stay, or the blocks would have holes."""
+    """The rule of pixel_shuffle and pixel_unshuffle: whole blocks of channels go."""
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        """Pin rows and columns: without some of them the blocks would have holes."""
         values, rank = (node, node.args[0]), len(sizes(node))
         return [((v, d), torch.ones(sizes(v)[d], dtype=torch.bool)) for v in values for d in (rank - 2, rank - 1)]
 
 
 class Gather(Movement):
-    """index_select by a constant index: the index follows what is kept."""
+    """The rule of index_select by a constant index."""
 
     def moved(self, node: fx.Node, facts: Facts) -> list[fx.Node]:
         return [node.args[0]]
@@ -195,16 +203,17 @@ class Gather(Movement):
         return {index: facts[index].content} if is_constant(index, facts) and index is not node.args[0] else None
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Replace the index by one into what is kept."""
         source, dim, index = node.args
         dim = dim % len(sizes(source))
         if not plan.full(source, dim) or not plan.full(node, dim):
-            place = plan.keep[(source, dim)].long().cumsum(0) - 1
-            kept = place[plan.facts[index].content[plan.keep[(node, dim)]]]
+            position = plan.keep[(source, dim)].long().cumsum(0) - 1
+            kept = position[plan.facts[index].content[plan.keep[(node, dim)]]]
             node.update_arg(2, plan.program.add_constant(kept, str(index.target), like=index))
 
 
 class Written(TransferRule):
-    """index_put along one dimension (a cache of keys): along the others each element comes from its own place. Nothing is cut."""
+    """The rule of index_put along one dimension (a cache of keys). Nothing is cut; along the other dimensions elements stay apart."""
 
     def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
         x, indices, values = node.args[:3]
@@ -217,7 +226,7 @@ class Written(TransferRule):
 
 
 class Pad(Movement):
-    """constant_pad_nd: padded dimensions are never cut, the others pass."""
+    """The rule of constant_pad_nd: padded dimensions are not cut, the others pass."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand, fill = node.args[0], argument(node, 2, "value", 0) or 0
@@ -232,6 +241,7 @@ class Pad(Movement):
         return known(mask, torch.nn.functional.pad(whole(value), amounts, value=fill))
 
     def padded(self, node: fx.Node) -> set[int]:
+        """Return the padded dimensions."""
         amounts, rank = list(node.args[1]), len(sizes(node))
         return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
 
@@ -242,6 +252,7 @@ class Pad(Movement):
         return {operand: wanted}
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the dimensions that are not padded."""
         operand: fx.Node = node.args[0]
         padded = self.padded(node)
         return [equal(node, (node, d), (operand, d), s) for d, s in enumerate(sizes(operand)) if d not in padded]

@@ -1,4 +1,4 @@
-"""Norms over channels: a constant channel may go, and the statistics keep counting it.
+"""Transfer rules of norms over channels: a constant channel may go, and the statistics keep counting it.
 
 layer_norm and rms_norm over the last dimension, group_norm over groups of dimension 1, and their forms with channels already
 gone (``thresher.ops.norms``). A channel goes where its input is one known number and its output is known or unread: then nothing
@@ -27,8 +27,10 @@ ops = torch.ops.thresher
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a norm is given, whatever its spelling. Group g holds ``widths[g]`` of ``count`` channels; those that are gone add up to
-    ``totals[g]``, their squares to ``squares[g]``."""
+    """The parameters of a norm, whatever its spelling.
+
+    Group g holds ``widths[g]`` of ``count`` channels; those that are gone add up to ``totals[g]``, their squares to ``squares[g]``.
+    """
 
     weight: fx.Node | None
     bias: fx.Node | None
@@ -40,38 +42,43 @@ class Parameters:
 
 
 class Norm(TransferRule):
-    """What the norms share. ``channel`` is the dimension whose indices are the channels."""
+    """The base of the rules of norms. The indices of dimension ``channel(node)`` are the channels."""
 
     supported = True
 
     def channel(self, node: fx.Node) -> int:
+        """Return the dimension whose indices are the channels."""
         raise NotImplementedError
 
     def tie(self, node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+        """Return the tie of two dimensions of channels."""
         return equal(node, a, b, size)
 
     def parameters(self, node: fx.Node) -> Parameters | None:
-        """None for a form that is not cut along its channels."""
+        """Return the parameters of a call; None for a form that is not cut along its channels."""
         raise NotImplementedError
 
     def mixed(self, node: fx.Node) -> list[int]:
-        """The dimensions that the statistics run over."""
+        """Return the dimensions that the statistics run over."""
         raise NotImplementedError
 
     def affine(self, node: fx.Node) -> list[fx.Node]:
+        """Return the weight and the bias, those that there are."""
         found = self.parameters(node)
         return [n for n in (found.weight, found.bias) if n is not None] if found is not None else []
 
     def usable(self, node: fx.Node, facts: Facts) -> bool:
+        """Return whether the call is cut along its channels: its form is known, and weight and bias are constants."""
         return self.parameters(node) is not None and all(is_constant(n, facts) for n in self.affine(node))
 
     def per_channel(self, node: fx.Node, values: Tensor) -> Tensor:
+        """Return a vector of one number per channel, narrow."""
         shape = [1] * len(sizes(node))
         shape[self.channel(node)] = -1
         return values.reshape(shape)
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
-        """A channel whose weight is 0 is its bias; where all that is normalised together is known, so is the result."""
+        """Return what is known: a channel of weight 0 is its bias, and the result is known where all that is normalised together is."""
         operand: fx.Node = node.args[0]
         if not self.usable(node, facts):
             return None
@@ -89,7 +96,7 @@ class Norm(TransferRule):
         return known(mask, value) if mask is not None else None
 
     def known_together(self, node: fx.Node, mask: Tensor) -> Tensor:
-        """Where everything that enters the same statistics is known."""
+        """Return where everything that enters the same statistics is known (narrow)."""
         for dim in self.mixed(node):
             mask = mask.all(dim, keepdim=True)
         return mask
@@ -102,6 +109,7 @@ class Norm(TransferRule):
         return result
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the dimensions that are not normalised, and the channels to those of weight and bias."""
         operand: fx.Node = node.args[0]
         apart = [d for d in range(len(sizes(node))) if d not in self.mixed(node)]
         found = [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in apart]
@@ -113,12 +121,12 @@ class Norm(TransferRule):
         return found
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
-        """Only a channel that is one number can be carried on as one."""
+        """Pin the channels that are not one number: only one number can be carried on."""
         operand: fx.Node = node.args[0]
         return [((operand, self.channel(node)), ~self.numbers(node, facts)[0])] if self.usable(node, facts) else []
 
     def numbers(self, node: fx.Node, facts: Facts) -> tuple[Tensor, Tensor]:
-        """Which channels of the input are one known number, and which (float64)."""
+        """Return which channels of the input are one known number (bool), and the numbers (float64), both of shape [C]."""
         operand: fx.Node = node.args[0]
         channel, count = self.channel(node), sizes(node)[self.channel(node)]
         value = torch.zeros(count, dtype=torch.float64)
@@ -133,6 +141,7 @@ class Norm(TransferRule):
         return whole, first.reshape(-1).expand(count)
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Count what is cut in the parameters."""
         operand, channel = node.args[0], self.channel(node)
         p = self.parameters(node)
         if p is None or plan.full(operand, channel):
@@ -156,17 +165,19 @@ class Norm(TransferRule):
         )
 
     def write(self, node: fx.Node, plan: Any, p: Parameters) -> None:
+        """Write the call with the parameters ``p``."""
         raise NotImplementedError
 
 
 class LayerNorm(Norm):
-    """layer_norm and rms_norm; only those over the last dimension alone are cut along it.
+    """The rule of layer_norm and rms_norm; only those over the last dimension alone are cut along it.
 
     rms_norm needs no operator of its own: with k of N channels left, mean(x^2) over N is k/N times that over k, so the weight takes
     sqrt(N/k) and epsilon takes N/k and the squares of what is gone.
     """
 
     def channel(self, node: fx.Node) -> int:
+        """Return the last dimension."""
         return len(sizes(node)) - 1
 
     def mixed(self, node: fx.Node) -> list[int]:
@@ -205,15 +216,20 @@ class LayerNorm(Norm):
 
 
 class GroupNorm(Norm):
-    """group_norm: x [N, C, ...], G groups of C/G channels; instance norm is the case G = C. Whole groups go without a trace."""
+    """The rule of group_norm: x [N, C, ...], G groups of C/G channels; instance norm is the case G = C.
+
+    Whole groups go without a trace.
+    """
 
     def channel(self, node: fx.Node) -> int:
+        """Return dimension 1."""
         return 1
 
     def mixed(self, node: fx.Node) -> list[int]:
         return list(range(1, len(sizes(node))))
 
     def tie(self, node: fx.Node, a: Key, b: Key, size: int) -> Tie:
+        """Return a tie that keeps the order of channels, which says to which group each belongs."""
         return ordered(node, a, b, size)
 
     def parameters(self, node: fx.Node) -> Parameters | None:

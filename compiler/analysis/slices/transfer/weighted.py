@@ -1,4 +1,4 @@
-"""Linear layers, convolutions and embeddings: operators with a constant weight."""
+"""Transfer rules of operators with a constant weight: linear layers, convolutions and embeddings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument
 
 
 class Weighted(TransferRule):
-    """What linear and the convolutions share: ``out[o] = bias[o] + sum_i weight[o, i] * x[i]`` with a constant weight.
+    """The base of linear and the convolutions: ``out[o] = bias[o] + sum_i weight[o, i] * x[i]`` with a constant weight.
 
     A row of the weight that is zero wherever its input is unknown makes the output channel known; a column that is zero for all
-    wanted rows makes the input channel unread; a known input channel that is cut leaves a term behind, which goes into the
-    bias, or, where padding shows (the term differs at the border), into a bias map that is added after the operator.
+    wanted rows makes the input channel unread; a known input channel that is cut leaves a term, which goes into the bias, or, where padding
+    shows (the term differs at the border), into a bias map that is added after the operator.
     """
 
     supported = True
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Add what the known inputs that are cut contributed."""
         term = self.left_behind(node, plan)
         if term is None:
             return
@@ -36,10 +37,11 @@ class Weighted(TransferRule):
             plan.add_after(node, term)
 
     def channel(self, node: fx.Node) -> int:
+        """Return the dimension whose indices are the channels."""
         raise NotImplementedError
 
     def left_behind(self, node: fx.Node, plan: Any) -> Tensor | None:
-        """The (narrow) sum of what the cut, known input channels contributed to the kept outputs; None where it is 0."""
+        """Return the (narrow) sum that the known inputs that are cut contributed to the kept outputs; None where it is 0."""
         operand: fx.Node = node.args[0]
         fact, channel = plan.facts.get(operand), self.channel(node)
         if fact is None or plan.full(operand, channel):
@@ -58,19 +60,20 @@ class Weighted(TransferRule):
         return term if bool(term.any()) else None
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """The operator without its bias on a narrow float64 input; the narrow result, right for the output channels in ``rows``."""
+        """Return the operator without its bias on a narrow float64 input: narrow, and right for the output channels in ``rows``."""
         raise NotImplementedError
 
 
 def _nonzero_along(x: Tensor, dim: int) -> Tensor:
-    """The indices of ``dim`` at which some element is not 0."""
+    """Return the indices of ``dim`` at which some element is not 0."""
     return slices(x != 0, dim, x.shape[dim], every=False).nonzero().reshape(-1)
 
 
 class Linear(Weighted):
-    """``aten.linear``: x [..., I], weight [O, I], bias [O]."""
+    """The rule of ``aten.linear``: x [..., I], weight [O, I], bias [O]."""
 
     def channel(self, node: fx.Node) -> int:
+        """Return the last dimension."""
         return len(sizes(node)) - 1
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -103,6 +106,7 @@ class Linear(Weighted):
         return result
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie inputs and outputs to the weight and the bias, and every other dimension of x to the result."""
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return []
@@ -115,8 +119,10 @@ class Linear(Weighted):
 
 
 def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """``across`` (a vector of connections to a vector of what they reach) for every row of a narrow fact whose last dimension has ``size``
-    indices."""
+    """Apply ``across`` to every row of a narrow fact whose last dimension has ``size`` indices.
+
+    ``across`` turns a vector of connections into a vector of what they reach. Equal rows are computed once.
+    """
     rows = sources.expand(*sources.shape[:-1], size).reshape(-1, size)
     if len(rows) > 1:  # few are different: the class token, and the rest
         packed = np.packbits(rows.numpy(), axis=1)
@@ -127,7 +133,7 @@ def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> 
 
 
 class Convolution(Weighted):
-    """1-d to 3-d, strided, dilated, grouped, depthwise, and transposed.
+    """The rule of convolutions: 1-d to 3-d, strided, dilated, grouped, depthwise, and transposed.
 
     weight: [O, I/groups, *k]; transposed: [I, O/groups, *k]. Whole groups go, and the same number of channels of every other group,
     at whatever positions: the weight is packed anew.
@@ -137,23 +143,26 @@ class Convolution(Weighted):
         self.rank, self.transposed = dims + 2, transposed
 
     def channel(self, node: fx.Node) -> int:
+        """Return dimension 1."""
         return 1
 
     def groups(self, node: fx.Node) -> int:
+        """Return the number of groups."""
         return argument(node, 6, "groups", 1)
 
     def usable(self, node: fx.Node, facts: Facts) -> bool:
+        """Return whether the input has a batch dimension, and weight and bias are constants."""
         constants = [node.args[1], argument(node, 2, "bias")]
         batched = len(sizes(node.args[0])) == self.rank
         return batched and all(n is None or is_constant(n, facts) for n in constants)
 
     def by_group(self, weight: Tensor, groups: int) -> Tensor:
-        """The weight as [groups, outputs per group, inputs per group, *k]."""
+        """Return the weight as [groups, outputs per group, inputs per group, *k]."""
         weight = weight.reshape(groups, -1, *weight.shape[1:])
         return weight.transpose(1, 2) if self.transposed else weight
 
     def connections(self, node: fx.Node, facts: Facts) -> Tensor:
-        """[groups, O/groups, I/groups]: whether any tap of the weight is nonzero."""
+        """Return whether any tap of the weight is nonzero, bool [groups, O/groups, I/groups]."""
         used = facts[node.args[1]].connections
         bits = torch.from_numpy(np.unpackbits(used.bits, axis=1, count=used.columns).astype(bool))
         return self.by_group(bits, self.groups(node))
@@ -174,11 +183,12 @@ class Convolution(Weighted):
         return compress(term if kept is None else self.spread(term, kept, rows.numel()))
 
     def spread(self, term: Tensor, kept: Tensor, count: int) -> Tensor:
-        """``term`` of the kept channels, with zeros for the others, as a value of this operator."""
+        """Return ``term`` of the kept channels, with zeros for the others, as a value of this operator."""
         whole = torch.zeros(term.shape[0], count, *term.shape[2:], dtype=term.dtype).index_copy_(1, kept, term)
         return whole.reshape([*whole.shape, *[1] * (self.rank - whole.dim())])
 
     def padded(self, node: fx.Node) -> bool:
+        """Return whether the input is padded."""
         padding = argument(node, 4, "padding", 0)
         return padding != "valid" and (padding == "same" or any([padding] if isinstance(padding, int) else padding))
 
@@ -209,6 +219,7 @@ class Convolution(Weighted):
         return result
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the channels to the weight and the bias; those of a grouped convolution are balanced between groups."""
         if not self.usable(node, facts):
             return []
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
@@ -221,13 +232,14 @@ class Convolution(Weighted):
         return [*found, equal(node, (x, 1), (weight, i), inputs), equal(node, (node, 1), (weight, o), outputs)]
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
+        """Add what the known inputs that are cut contributed, and lay out the weight of a grouped convolution anew."""
         super().narrow(node, plan)  # first: it still needs the old number of groups
         groups = self.groups(node)
         if groups > 1 and not (plan.full(node.args[0], 1) and plan.full(node, 1)):
             self.repack(node, plan, groups)
 
     def repack(self, node: fx.Node, plan: Any, groups: int) -> None:
-        """A weight of its own with the kept channels of every kept group, and the new number of groups."""
+        """Give the call a weight with the kept channels of every kept group, and the new number of groups."""
         inputs, outputs = (plan.keep[key].reshape(groups, -1) for key in ((node.args[0], 1), (node, 1)))
         live = inputs.any(1).nonzero().reshape(-1)
         rows, columns = (k[live].nonzero()[:, 1].reshape(len(live), -1) for k in (outputs, inputs))
@@ -242,7 +254,7 @@ class Convolution(Weighted):
 
 
 class Embedding(TransferRule):
-    """weight [V, D], indices [...] -> [..., D]: the vocabulary stays, the width can go."""
+    """The rule of embedding: weight [V, D], indices [...] -> [..., D]. The vocabulary stays, the width can go."""
 
     supported = True
 
@@ -259,23 +271,25 @@ class Embedding(TransferRule):
         return super().backward(node, wanted, facts) | {node.args[1]: wanted.any(-1)}
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the width of the result to that of the table."""
         last = len(sizes(node)) - 1
         return [equal(node, (node, last), (node.args[0], 1), sizes(node)[last])]
 
 
 class Bilinear(TransferRule):
-    """``aten.bilinear``: x1 [..., I], x2 [..., J], weight [O, I, J], bias [O]. Of a known input channel only zeros go."""
+    """The rule of ``aten.bilinear``: x1 [..., I], x2 [..., J], weight [O, I, J], bias [O]. Of known input channels only zeros go."""
 
     supported = True
 
     def parts(self, node: fx.Node, facts: Facts) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None] | None:
+        """Return both inputs, the weight and the bias; None where the parameters are not constant, or the inputs are one value."""
         x1, x2, weight = node.args[:3]
         bias = argument(node, 3, "bias")
         usable = is_constant(weight, facts) and (bias is None or is_constant(bias, facts)) and x1 is not x2
         return (x1, x2, weight, bias) if usable else None
 
     def live(self, x: fx.Node, facts: Facts) -> Tensor:
-        """Which channels are not known to be 0."""
+        """Return which channels are not known to be 0."""
         size, last = sizes(x)[-1], len(sizes(x)) - 1
         return ~slices(facts[x].zero(), last, size, True) if x in facts else torch.ones(size, dtype=torch.bool)
 
@@ -301,6 +315,7 @@ class Bilinear(TransferRule):
         return result
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie inputs and outputs to the weight and the bias, and every other dimension of the inputs to the result."""
         found = self.parts(node, facts)
         if found is None:
             return []
@@ -312,7 +327,7 @@ class Bilinear(TransferRule):
         return ties + ([equal(node, (node, last), (bias, 0), rows)] if bias is not None else [])
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
-        """A constant other than 0 would leave a linear layer behind: it stays."""
+        """Pin known channels that are not 0: cut, each would leave a linear layer in the other input."""
         found = self.parts(node, facts)
         if found is None:
             return []
