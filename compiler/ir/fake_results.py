@@ -1,4 +1,4 @@
-"""What a call yields: its shapes and dtypes, by a run on fake tensors, once for each kind of call.
+"""The result of a call: its shapes and dtypes, by a run on fake tensors, once for each kind of call.
 
 The layers of a network repeat, and passes ask again and again: a call with the same operator, the same literals and arguments of the
 same shape, stride and dtype yields what it did the last time. Calls with dynamic shapes are run every time.
@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def result_of(node: fx.Node, mode: FakeTensorMode) -> Any:
-    """The fake result of ``node`` for the metadata of its arguments; an error of the operator where it does not fit them."""
+    """Return the fake result of ``node`` for the metadata of its arguments. Raises the operator's error where it does not fit them."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return _remembered(mode, node.target, args, kwargs)
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor:
-    """A contiguous fake tensor."""
+    """Return a contiguous fake tensor."""
     return _remembered(mode, torch.empty, (list(shape),), {"dtype": dtype})
 
 
@@ -34,10 +34,10 @@ def _remembered(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> An
     except _Dynamic:
         key = None
     with mode, torch.no_grad():
-        found = (target if key is not None else SYMBOLIC.get(target, target))(*args, **kwargs)
+        result = (target if key is not None else SYMBOLIC.get(target, target))(*args, **kwargs)
     if key is not None:
-        memory[key] = found
-    return found
+        memory[key] = result
+    return result
 
 
 #: What is run instead where sizes are symbols: the operator's own kernel asks for their numbers, which fixes them for all of the program.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FoldedModule(fx.GraphModule):
-    """What :func:`thresher.rewrite` returns. It takes and returns what the original model does.
+    """The module that :func:`thresher.rewrite` returns. It takes and returns what the original model does.
 
     ``program`` is what it was made from; ``certificate`` (:class:`~thresher.verification.certificate.Certificate`, or None) proves the
     fold; ``ledger`` lists what each approximate pass spent of the budget (:class:`~thresher.approximation.ledger.Spent`).

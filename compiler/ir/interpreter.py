@@ -1,4 +1,4 @@
-"""Running a graph in torch, node by node: the reference that everything else is compared with."""
+"""Run a graph in torch, node by node: the reference that everything else is compared with."""
 
 from __future__ import annotations
 

@@ -21,14 +21,17 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Restore:
-    """``back(values)`` gives the constants that the constants ``made`` were computed from."""
+    """A step of the way back: ``back(values)`` gives the constants that the constants ``made`` were computed from."""
 
     made: tuple[str, ...]
     back: Callable[[Values], Values]
 
 
 def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]) -> Restore:
-    """``new`` holds some elements of ``old`` at other places: ``move`` is what was done to ``old``. The others come from ``original``."""
+    """Return the step back for a constant ``new`` that holds some elements of ``old`` at other indices.
+
+    ``move`` is what was done to ``old``. The elements that ``new`` does not hold come from ``original``.
+    """
 
     def back(values: Values) -> Values:
         index = move(torch.arange(original.numel()).reshape(original.shape)).reshape(-1)
@@ -43,9 +46,9 @@ def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]
 
 
 def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: Values, current: Values) -> Values:
-    """The state of the original model: ``original`` with what ``current``, the constants of the small program, now say.
+    """Return the state of the original model: ``original`` with the values of ``current``, the constants of the small program.
 
-    ``initial`` is what the constants were when the program was made.
+    ``initial`` are these constants when the program was made.
 
     Raises:
         ProgramError: naming the constants that changed since and have no way back to the original's parameters.
@@ -55,13 +58,13 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
     for restore in reversed(list(lineage)):
         if not all(name in values for name in restore.made):
             continue
-        found = restore.back(values)
+        restored = restore.back(values)
         touched = open_ends & set(restore.made)
         for name in restore.made:
             values.pop(name)
         open_ends -= touched
-        values |= found
-        open_ends |= set(found) if touched else set()
+        values |= restored
+        open_ends |= set(restored) if touched else set()
     if lost := sorted(open_ends - original.keys()):
         raise ProgramError(
             f"these parameters changed, but nothing in the original model corresponds to them: {', '.join(lost[:5])}; "

@@ -1,4 +1,4 @@
-"""Reading the nodes of a graph: what they yield, and where in the user's code they come from."""
+"""Read the nodes of a graph: what they yield, and where in the user's code they come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
 def module_path(node: fx.Node) -> str:
-    """The dotted path of the module that produced ``node``, or the node's name where none is known."""
+    """Return the dotted path of the module that produced ``node``, or the node's name where none is known."""
     stack = node.meta.get("nn_module_stack")
     paths = [entry[0] for entry in stack.values()] if stack else []
     path = paths[-1] if paths else ""
@@ -23,7 +23,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost ``File "...", line N`` outside torch that led to ``node``, or an empty string."""
+    """Return the innermost ``File "...", line N`` outside torch that led to ``node``, or an empty string."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [line for line in lines if line.startswith("File ")]
     foreign = (TORCH_FOLDER, GENERATED_FILE)
@@ -31,27 +31,27 @@ def source_line(node: fx.Node) -> str:
 
 
 def copy_origin(target: fx.Node, source: fx.Node) -> None:
-    """Let ``target`` say that it comes from the same place of the user's code as ``source``."""
+    """Give ``target`` the origin of ``source`` in the user's code."""
     for key in ORIGIN_KEYS:
         if key in source.meta:
             target.meta[key] = source.meta[key]
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether ``node`` is a graph node that stands for one tensor."""
+    """Return whether ``node`` is a graph node that stands for one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 
 def shape_of(node: fx.Node) -> tuple:
-    """The shape of a tensor node; dynamic dimensions are ``SymInt``."""
+    """Return the shape of a tensor node; dynamic dimensions are ``SymInt``."""
     return tuple(node.meta["val"].shape)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:
-    """The declared dtype of a tensor node."""
+    """Return the declared dtype of a tensor node."""
     return node.meta["val"].dtype
 
 
 def getitem_users(node: fx.Node) -> dict[int, fx.Node]:
-    """The ``getitem`` nodes of a call with several results, by index."""
+    """Return the ``getitem`` nodes of a call with several results, by index."""
     return {user.args[1]: user for user in node.users if user.target is operator.getitem}

@@ -1,4 +1,4 @@
-"""Reading the text form back (:mod:`thresher.ir.printer` writes it): the structure, with random constants of the written shapes.
+"""Read the text form back (:mod:`thresher.ir.printer` writes it): the structure, with random constants of the written shapes.
 
 It evaluates literals only, never code.
 """
@@ -39,7 +39,7 @@ LINE = re.compile(r"\s*%(?P<name>\w+) = (?P<body>.*) : (?P<type>[^:#]*?)(?:  # .
 
 
 def find_operator(name: str) -> Any:
-    """The callable behind an operator name written by :func:`operator_name`."""
+    """Return the operator of a name written by :func:`operator_name`. Raises :class:`ProgramError` where there is none."""
     if name in BUILTINS:
         return BUILTINS[name]
     parts = name.split(".")
@@ -51,7 +51,7 @@ def find_operator(name: str) -> Any:
 
 
 def parse(text: str) -> Program:
-    """The program that ``text`` describes: same structure, random constants of the written shapes and dtypes.
+    """Return the program that ``text`` describes: same structure, random constants of the written shapes and dtypes.
 
     Raises :class:`ProgramError` naming the line that cannot be read.
     """

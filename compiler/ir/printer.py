@@ -1,4 +1,4 @@
-"""The text form of a program: one line a node, made to be read, compared and (structurally) read back.
+"""Write the text form of a program: one line a node, to be read, compared and (structurally) read back.
 
     program tiny {
       %x = input : f32[1, 3, 8, 8]
@@ -54,7 +54,7 @@ def render(graph: fx.Graph, name: str = "model", canonical: bool = False) -> str
 
 
 def operator_name(target: Any) -> str:
-    """``aten.conv2d.default`` for operator overloads, the plain name for Python builtins such as ``getitem``."""
+    """Return ``aten.conv2d.default`` for operator overloads, the plain name for Python builtins such as ``getitem``."""
     return str(target) if isinstance(target, torch._ops.OpOverload) else target.__name__
 
 

@@ -35,7 +35,7 @@ from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec, dtype_name
 
 
 class Role(enum.Enum):
-    """What a constant is to the model."""
+    """The role of a constant in the model."""
 
     PARAMETER = "parameter"  #: training changes it
     BUFFER = "buffer"  #: fixed: a buffer of the model, or an index or a table that a pass made
@@ -44,7 +44,7 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Original:
-    """What is remembered of the model as it was captured.
+    """The model as it was captured.
 
     ``state`` is its ``state_dict`` (for the way back); ``parameter_count`` the elements of its parameters, shared ones once.
     """
@@ -71,10 +71,12 @@ class Program:
 
     @property
     def placeholders(self) -> list[fx.Node]:
+        """The inputs, one node for each leaf of the user's structure."""
         return [n for n in self.graph.nodes if n.op == "placeholder"]
 
     @property
     def output(self) -> fx.Node:
+        """The output node."""
         return next(n for n in reversed(self.graph.nodes) if n.op == "output")
 
     @property
@@ -83,17 +85,17 @@ class Program:
         return list(self.output.args[0])
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
-        """Every ``call_function`` node, or only those of the given operators."""
+        """Return every ``call_function`` node, or only those of the given operators."""
         return (n for n in self.graph.nodes if n.op == "call_function" and (not targets or n.target in targets))
 
     def constant(self, node: Any) -> Tensor | None:
-        """The constant behind a ``get_attr`` node; None for anything else."""
+        """Return the constant of a ``get_attr`` node; None for anything else."""
         return self.constants[node.target] if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def parameter_count(self) -> int:
         """Return the elements of all floating-point constants but derived ones (whose bytes do count)."""
-        found = (t for name, t in self.constants.items() if self.role(name) is not Role.DERIVED)
-        return sum(t.numel() for t in found if t.is_floating_point())
+        counted = (t for name, t in self.constants.items() if self.role(name) is not Role.DERIVED)
+        return sum(t.numel() for t in counted if t.is_floating_point())
 
     def role(self, name: str) -> Role:
         """Return what the constant ``name`` is to the model; a constant nobody gave a role is a parameter."""
@@ -104,7 +106,7 @@ class Program:
         return {n for n, t in self.constants.items() if t.is_floating_point() and self.role(n) is Role.PARAMETER}
 
     def signature(self, device: str) -> Signature:
-        """What the program takes and returns, for a module that runs on ``device``."""
+        """Return the names, shapes and dtypes of inputs and outputs, for a module that runs on ``device``."""
         inputs = tuple(
             TensorSpec(n.name, dtype_name(dtype_of(n)), tuple(dimension(d) for d in shape_of(n)))
             if is_tensor(n)
@@ -117,10 +119,11 @@ class Program:
     # ------------------------------------------------------------------ running
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """The leaves of a call, checked against the structure that was captured."""
+        """Return the leaves of a call. Raises :class:`InputError` where its structure is not the captured one."""
         return tree_of(self.in_spec).flatten_call(args, kwargs or {})
 
     def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
+        """Return the user's structure of flat outputs."""
         return pytree.tree_unflatten(list(leaves), self.out_spec)
 
     def run(
@@ -140,7 +143,7 @@ class Program:
     # ------------------------------------------------------------------ editing
 
     def clone(self) -> Program:
-        """A copy whose graph can be edited freely; constant tensors are shared and must never be written in place."""
+        """Return a copy whose graph can be edited freely; constant tensors are shared and must never be written in place."""
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -197,6 +200,7 @@ class Program:
         return node
 
     def fresh_name(self, name: str) -> str:
+        """Return ``name``, or with a number after it where a constant has this name."""
         taken, candidate, i = self.constants, name, 0
         while candidate in taken:
             i += 1
@@ -210,7 +214,7 @@ class Program:
     def insert_call(
         self, before: fx.Node, target: Any, args: tuple, kwargs: dict | None = None, like: fx.Node | None = None
     ) -> fx.Node:
-        """A new call before ``before``, with metadata: the shapes by a fake run, the origin of ``like``."""
+        """Insert a call before ``before`` and return it, with metadata: its shape by a fake run, the origin of ``like``."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs or {})
         copy_origin(node, like if like is not None else before)
@@ -241,7 +245,7 @@ class Program:
         return self
 
     def rounded(self) -> Program:
-        """The program with every constant at the dtype its node declares: what is lowered, saved and counted."""
+        """Return the program with every constant at the dtype its node declares: what is lowered, saved and counted."""
         result = self.clone()
         for node in result.graph.nodes:
             if node.op == "get_attr":
@@ -250,6 +254,7 @@ class Program:
 
     @property
     def fake_mode(self) -> FakeTensorMode:
+        """The mode of the fake tensors in the metadata."""
         for node in self.graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, FakeTensor):
@@ -284,18 +289,18 @@ class Program:
         mode = self.fake_mode
         for node in self.graph.nodes:
             if node.op == "get_attr" and self.constants[node.target].shape != shape_of(node):
-                found, said = tuple(self.constants[node.target].shape), shape_of(node)
-                raise ProgramError(f"constant {node.target!r} has shape {found}, but its node says {said}")
+                shape, declared = tuple(self.constants[node.target].shape), shape_of(node)
+                raise ProgramError(f"constant {node.target!r} has shape {shape}, but its node says {declared}")
             if node.op != "call_function":
                 continue
-            said = node.meta.get("val")
+            declared = node.meta.get("val")
             try:
-                found = fake_results.result_of(node, mode)
+                result = fake_results.result_of(node, mode)
             except Exception as error:
                 raise ProgramError(f"node {node.name} ({node.target}) does not fit its arguments: {error}") from error
-            if found is not said and _signature(found) != _signature(said):
+            if result is not declared and _signature(result) != _signature(declared):
                 raise ProgramError(
-                    f"node {node.name} ({node.target}) has metadata {_signature(said)}, but yields {_signature(found)}"
+                    f"node {node.name} ({node.target}) has metadata {_signature(declared)}, but yields {_signature(result)}"
                 )
 
     # ------------------------------------------------------------------ showing
@@ -306,11 +311,11 @@ class Program:
         return render(self.graph, self.name, canonical)
 
     def diff(self, other: Program) -> str:
-        """A unified diff of the two text forms; empty where they are structurally equal."""
+        """Return a unified diff of the two text forms; empty where they are structurally equal."""
         return "\n".join(difflib.unified_diff(self.text().splitlines(), other.text().splitlines(), lineterm="", n=1))
 
     def structurally_equal(self, other: Program) -> bool:
-        """Same operators, arguments, shapes and constants' shapes, node names aside."""
+        """Return whether operators, arguments, shapes and constants' shapes are the same, node names aside."""
         return self.text(canonical=True) == other.text(canonical=True)
 
 

@@ -1,4 +1,4 @@
-"""One way to define an operator that stays whole in a captured graph; its gradients come from running the reference again."""
+"""Define operators that stay whole in a captured graph; their gradients come from running the reference again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
 def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """``thresher::name``, or ``name`` with a namespace of its own.
+    """Define the operator ``thresher::name``, or ``name`` where it has a namespace.
 
-    ``reference`` computes it in plain torch on any device; ``fake`` gives empty tensors of the result's shapes.
+    Args:
+        name: of the operator.
+        schema: its arguments and results in torch's notation.
+        reference: computes it in plain torch on any device, differentiably.
+        fake: returns empty tensors of the results' shapes and dtypes.
     """
     full = name if "::" in name else f"thresher::{name}"
     REFERENCES[full] = reference
@@ -24,24 +28,24 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     torch.library.register_fake(full)(fake)
 
     def keep(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+        ctx.positions = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        inputs, wanted = list(ctx.others), [i for i in ctx.places if ctx.needs_input_grad[i]]
-        for i, x in zip(ctx.places, ctx.saved_tensors):
+        inputs, wanted = list(ctx.others), [i for i in ctx.positions if ctx.needs_input_grad[i]]
+        for i, x in zip(ctx.positions, ctx.saved_tensors):
             inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[i])
         with torch.enable_grad():
             result = reference(*inputs)
         results = result if isinstance(result, tuple) else (result,)
         pairs = [(r, g) for r, g in zip(results, grads) if r.requires_grad and g is not None]
-        found: list[Any] = [None] * len(inputs)
+        gradients: list[Any] = [None] * len(inputs)
         if wanted and pairs:
-            outputs, given = zip(*pairs)
-            asked = [inputs[i] for i in wanted]
-            for i, g in zip(wanted, torch.autograd.grad(outputs, asked, given, allow_unused=True)):
-                found[i] = g
-        return tuple(found)
+            outputs, output_gradients = zip(*pairs)
+            sources = [inputs[i] for i in wanted]
+            for i, g in zip(wanted, torch.autograd.grad(outputs, sources, output_gradients, allow_unused=True)):
+                gradients[i] = g
+        return tuple(gradients)
 
     torch.library.register_autograd(full, backward, setup_context=keep)

@@ -1,4 +1,4 @@
-"""``thresher::kth_largest(x, k)``: the k-th largest of each row along the last dimension, which is kept.
+"""``thresher::kth_largest(x, k)``: the k-th largest element of each row, x [..., N] -> [..., 1].
 
 With ``thresher::shrink`` it is top-k. NaN counts as the largest, as in ``torch.topk``.
 """

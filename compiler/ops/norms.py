@@ -6,6 +6,11 @@ With N channels of which those in K are there and the others were the constants 
     var  = (sum_K (x - mean)^2 + sum c^2 - 2 mean sum c + (N - |K|) mean^2) / N
 
 so three numbers stand for what is gone: ``count`` = N, ``total`` = sum c, ``square`` = sum c^2.
+
+    thresher::layer_norm    x [..., C], over the last dimension       Layer normalization, Ba et al., 2016
+    thresher::group_norm    x [N, C, ...], over groups of channels    Group normalization, Wu and He, 2018
+
+Group g of group_norm holds ``widths[g]`` of the C channels that are there; weight and bias are [C] or None.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``thresher::pyramid_lists``: selected groups of blocks as they are, all others as means.
 
-Keys of a pyramid are [K, M K]: ``columns`` blocks of keys, and behind them ``columns / factor`` blocks of means, one for each group of
+Keys of a pyramid are [K, M K]: ``columns`` blocks of keys, and after them ``columns / factor`` blocks of means, one for each group of
 ``factor`` blocks. A row of lists that names groups becomes one over this pyramid,
 
     {factor g + 0 .. factor g + factor - 1 : g listed} + {columns + g : g not listed}
@@ -22,7 +22,7 @@ SCHEMA = "(Tensor blocks, Tensor counts, Tensor means, int factor, int columns) 
 
 
 def length(most: int, factor: int, columns: int) -> int:
-    """Of the longest list."""
+    """Return the length of the longest list that can come out."""
     return min(most, columns // factor) * (factor - 1) + columns // factor
 
 

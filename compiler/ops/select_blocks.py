@@ -30,7 +30,7 @@ SCHEMA = (
 
 
 def block_means(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
-    """[B, H, L, E] -> the mean of each block of rows, [B, H, blocks, E]; of those that are ``valid`` (bool, [B, 1, L])."""
+    """Return the mean of each block of rows: x [B, H, L, E] -> [B, H, blocks, E]; only ``valid`` rows (bool [B, 1, L]) count."""
     there = torch.ones_like(x[..., :1]) if valid is None else valid.unsqueeze(-1).to(x.dtype).expand_as(x[..., :1])
     pad = (0, 0, 0, -x.shape[2] % block)
     total = torch.nn.functional.pad(x * there, pad).unflatten(2, (-1, block)).sum(3)
@@ -40,7 +40,7 @@ def block_means(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
 def block_scores(
     q: Tensor, k: Tensor, keys: Tensor | None, block_q: int, block_k: int, scale: float, causal: bool
 ) -> Tensor:
-    """[B, H, query blocks, key blocks]; -inf where a block may not be listed."""
+    """Return the scores of blocks, [B, H, query blocks, key blocks]; -inf where a block may not be listed."""
     valid = None if keys is None else keys[:, 0]
     means = block_means(k, block_k, valid).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (block_means(q, block_q) * scale) @ means.mT
@@ -54,7 +54,7 @@ def block_scores(
 
 
 def listed(scores: Tensor, forced: Tensor, keep: Tensor, mass: Tensor) -> Tensor:
-    """Boolean [B, H, query blocks, key blocks]: what is listed."""
+    """Return which blocks are listed, bool [B, H, query blocks, key blocks]."""
     possible = scores > -math.inf
     weights = torch.where(possible, scores, -1e30).softmax(-1)
     ranked = torch.where(forced & possible, math.inf, scores).argsort(dim=-1, descending=True, stable=True)
@@ -65,7 +65,7 @@ def listed(scores: Tensor, forced: Tensor, keep: Tensor, mass: Tensor) -> Tensor
 
 
 def in_best_groups(coarse: Tensor, groups: Tensor, group: int, columns: int) -> Tensor:
-    """Boolean [B, H, query blocks, columns]: which blocks are in the best groups, by ``coarse`` [B, H, query blocks, all groups]."""
+    """Return which blocks are in the best groups, bool [B, H, query blocks, columns]; ``coarse``: [B, H, query blocks, all groups]."""
     order = coarse.argsort(dim=-1, descending=True, stable=True)
     rank = torch.arange(coarse.shape[-1], device=coarse.device)
     best = torch.zeros_like(coarse, dtype=torch.bool)

@@ -28,11 +28,11 @@ SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? blocks, Tensor? counts, int block_q, int block_k, float scale, "
     "bool causal=False, float? softcap=None, float? skip=None) -> Tensor"
 )
-DENSE = (64, 64)  # block_q and block_k where there are no lists
+DENSE_BLOCKS = (64, 64)  # block_q and block_k where there are no lists
 
 
 def block_mask(blocks: Tensor, counts: Tensor, columns: int) -> Tensor:
-    """Lists of key blocks [.., rows, most] and their lengths [.., rows] -> bool [.., rows, columns]."""
+    """Return lists of key blocks [.., rows, longest] with their lengths [.., rows] as a mask, bool [.., rows, columns]."""
     listed = torch.arange(blocks.shape[-1], device=blocks.device) < counts.unsqueeze(-1)
     place = torch.where(listed, blocks.long(), columns)
     grid = torch.zeros(*blocks.shape[:-1], columns + 1, dtype=torch.bool, device=blocks.device)
@@ -40,14 +40,17 @@ def block_mask(blocks: Tensor, counts: Tensor, columns: int) -> Tensor:
 
 
 def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [.., rows, columns] -> lists of the True columns, ascending, int32 [.., rows, most], and their lengths, int32 [.., rows]."""
+    """Return the True columns of a mask, bool [.., rows, columns], as ascending lists with their lengths.
+
+    The lists are int32 [.., rows, longest], their lengths int32 [.., rows].
+    """
     counts = mask.sum(-1)
     most = max(1, int(counts.max()))
     return mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most].int(), counts.int()
 
 
 def arguments(node: fx.Node) -> list[Any]:
-    """The twelve arguments of a call, with defaults."""
+    """Return the twelve arguments of a call, with defaults."""
     names = [a.name for a in node.target._schema.arguments]
     defaults = [a.default_value for a in node.target._schema.arguments]
     given = [*node.args, *defaults[len(node.args) :]]
@@ -86,7 +89,7 @@ def _reference(
 def masked_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, softcap: float | None
 ) -> Tensor:
-    """[B, H, L, S], -inf where masked; queries and keys have as many heads."""
+    """Return the scores [B, H, L, S], -inf where masked; queries and keys have as many heads."""
     scores = (q * scale) @ k.mT
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     if mask is not None:
@@ -98,12 +101,12 @@ def masked_scores(
 
 
 def _spread(grid: Tensor, block_q: int, block_k: int, rows: int, keys: int) -> Tensor:
-    """[.., query blocks, key blocks] -> [.., queries, keys]"""
+    """Return a grid [.., query blocks, key blocks] as [.., queries, keys]."""
     return grid.repeat_interleave(block_q, -2)[..., :rows, :].repeat_interleave(block_k, -1)[..., :keys]
 
 
 def negligible(scores: Tensor, block_q: int, block_k: int, skip: float) -> Tensor:
-    """bool [.., query blocks, key blocks]: all scores are more than ``skip`` under the top so far."""
+    """Return which blocks have only scores more than ``skip`` under the row's top so far, bool [.., query blocks, key blocks]."""
     pad = (0, -scores.shape[-1] % block_k, 0, -scores.shape[-2] % block_q)
     padded = torch.nn.functional.pad(scores.detach(), pad, value=-math.inf)
     tops = padded.unflatten(-1, (-1, block_k)).amax(-1)

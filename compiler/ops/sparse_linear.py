@@ -18,7 +18,7 @@ from thresher.ops.define import define
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As it is."""
+    """Return x W^T + b: the value of a layer that skips zeros is that of the dense one."""
     return F.linear(x, weight, bias)
 
 

@@ -6,13 +6,13 @@
     thresher::token_sides      who may be merged into whom
 
 A *size* is the number of tokens of the input that a token stands for; padding has size 0, so it adds nothing to a mean, and the attention
-behind it, to whose scores log(size) is added, does not see it (proportional attention: ToMe, Bolya et al., 2023). The order of the tokens
-is kept, and those that are protected keep their places at the front.
+after it, to whose scores log(size) is added, does not see it (proportional attention: ToMe, Bolya et al., 2023). The order of the tokens
+is kept, and those that are protected keep their positions at the front.
 
 *Sides*: 0 may go, 1 stays and may take in others, 2 stays as it is. ``match_tokens`` gives every token of side 0 its most similar one of
 side 1, by ``similar`` [B, N, N], and merges (or, with ``drop``, removes) the ``count`` of them that are most similar, padding first.
 
-    alternate   even and odd places                                     (ToMe)
+    alternate   even and odd positions                                    (ToMe)
     lowest      the ``count`` tokens of least score against the rest    (DiffRate, Chen et al., 2023; Zero-TPrune, Wang et al., 2024)
     energy      the 2 ``count`` tokens of highest score, in turn        (PiToMe, Tran et al., 2024)
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from thresher.ops.define import define
 
 GOES, TAKES, STAYS = 0, 1, 2
-FIRST, NEVER = 3e38, -3e38  # before and behind all scores
+FIRST, NEVER = 3e38, -3e38  # above and below all scores
 KINDS = ("alternate", "lowest", "energy")
 
 
@@ -37,13 +37,13 @@ def _reduce(x: Tensor, size: Tensor, assign: Tensor, count: int) -> Tensor:
     weights = torch.where(assign >= 0, size, 0.0).to(x.dtype)
     place = assign.clamp(min=0)
     total = x.new_zeros(x.shape[0], count).scatter_add(1, place, weights)
-    share = torch.where(assign >= 0, _shares(weights, total, assign, count), 0.0)
+    fraction = torch.where(assign >= 0, _slot_fractions(weights, total, assign, count), 0.0)
     index = place.unsqueeze(-1).expand(-1, -1, x.shape[2])
-    return x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, index, x * share.unsqueeze(-1))
+    return x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, index, x * fraction.unsqueeze(-1))
 
 
-def _shares(weights: Tensor, total: Tensor, assign: Tensor, count: int) -> Tensor:
-    """size_i / sum of the slot; where all of a slot are padding, equal parts."""
+def _slot_fractions(weights: Tensor, total: Tensor, assign: Tensor, count: int) -> Tensor:
+    """Return size_i / sum of the slot; where all of a slot are padding, equal fractions."""
     here = (assign >= 0).to(weights.dtype)
     members = torch.zeros_like(total).scatter_add(1, assign.clamp(min=0), here).gather(1, assign.clamp(min=0))
     whole = total.gather(1, assign.clamp(min=0))
@@ -61,8 +61,8 @@ def _restore(x: Tensor, assign: Tensor, dim: int) -> Tensor:
 
 def _match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) -> tuple[Tensor, Tensor, Tensor]:
     best, partner = similar.masked_fill((side != TAKES).unsqueeze(1), NEVER).max(-1)
-    worth = torch.where(size > 0, best, FIRST).masked_fill(side != GOES, NEVER)  # padding first, whatever it is like
-    going = rank(worth) < count
+    score = torch.where(size > 0, best, FIRST).masked_fill(side != GOES, NEVER)  # padding first, whatever it is like
+    going = rank(score) < count
     slot = (~going).long().cumsum(1) - 1
     assign = torch.where(going, -1 if drop else slot.gather(1, partner), slot)
     left = size.shape[1] - count
@@ -71,10 +71,10 @@ def _match(similar: Tensor, size: Tensor, side: Tensor, count: int, drop: bool) 
 
 
 def rank(scores: Tensor) -> Tensor:
-    """The place of each element among its row in falling order; of equal ones the first comes first."""
+    """Return the rank of each element in its row in falling order, from 0 on; of equal ones the first comes first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.zeros_like(order).scatter(-1, order, places)
+    ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, ranks)
 
 
 def _sides(scores: Tensor, size: Tensor, kind: str, count: int, protected: int, every: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The base of approximate passes: what they share is the search for what the budget allows (:mod:`thresher.approximation.search`)."""
+"""The base of approximate passes: they share the search for what the budget allows (:mod:`thresher.approximation.search`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of a pass: what it is given, what it gives back, and what it promises.
+"""The contract of a pass: its arguments, its result, and its promises.
 
 A pass is a frozen dataclass with a class-level ``name``; its fields are its options, on the command line too
 (``"fold-channels{strict=true}"``). ``apply`` takes a program and returns a new one with a note for every rewrite and every
@@ -29,7 +29,7 @@ Kind = Literal["exact", "approximate"]
 
 @dataclass(frozen=True)
 class Note:
-    """One rewrite or one refusal: the node's name, the path of its module, a sentence, and the line of the user's code."""
+    """A rewrite or a refusal: the node's name, the path of its module, a sentence, and the line of the user's code."""
 
     node: str
     module: str
@@ -64,9 +64,9 @@ class SkippedZeros:
 
 @dataclass
 class PassResult:
-    """What a pass gives back.
+    """The result of a pass.
 
-    ``rewrites`` is empty where nothing changed; ``program`` is then the one that was given. ``refusals`` are the places that the pass
+    ``rewrites`` is empty where nothing changed; ``program`` is then the one that was passed in. ``refusals`` are the sites that the pass
     looked at and left alone, each with its reason. The rest is for the report: ``certificate`` proves a fold, ``spent`` is what an
     approximate pass spent of the budget, ``zeros`` are the layers whose zeros were looked at.
     """
@@ -81,7 +81,7 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may look at besides the program.
+    """The information that a pass may use besides the program.
 
     ``target``: as in :func:`thresher.compile`. ``progress`` is called with a message before what takes long. ``machine``: the speed of the
     target; default: a typical one. ``calibration`` and ``budget_fraction`` are for approximate passes: the samples, and the fraction of the
@@ -100,16 +100,16 @@ class Context:
         object.__setattr__(self, "machine", self.machine or machine_model(self.target))
 
     def break_even(self, layer: Layer) -> BreakEven:
-        """Return what ``layer`` takes dense and skipping zeros, and so from which density on it stays dense."""
+        """Return the seconds that ``layer`` takes dense and skipping zeros, and so its break-even density."""
         return estimated(layer, self.machine) if self.find_break_even is None else self.find_break_even(layer)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of all passes. A subclass is a frozen dataclass that sets ``name`` and implements :meth:`apply`.
+    """The base of all passes. A subclass is a frozen dataclass that sets ``name`` and implements :meth:`apply`.
 
     Attributes:
-        name: by which the pass is asked for, in words joined by hyphens.
+        name: of the pass, in lower case, joined by hyphens.
         requires: names of the passes that must run before it.
         kind: ``exact``: the result computes the same function, which is checked in float64 (1e-9 relative); ``approximate``: see
             :class:`~thresher.rewriting.approximate_pass.ApproximatePass`.

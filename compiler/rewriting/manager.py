@@ -1,7 +1,7 @@
-"""The manager: it runs passes in order and holds them to their contract.
+"""Run passes in order, and hold them to their contract.
 
-It checks order, well-formedness and meaning after each pass, goes back to the program before a pass that fails, times passes, and dumps
-what they do.
+The manager checks order, well-formedness and meaning after each pass, goes back to the program before a pass that fails, times passes, and
+dumps what they do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from thresher.verification.compare import (
 
 @dataclass
 class PassRecord:
-    """What the report says of one pass.
+    """The report's entry for one pass.
 
     ``error`` is the relative float64 error where it was measured; ``failure`` says why a pass was reverted.
     """
@@ -53,23 +53,23 @@ class PassRecord:
 
 @dataclass
 class Applied:
-    """One pass that ran (or was skipped): its record, and its result where it gave one."""
+    """A pass that ran (or was skipped): its record, and its result where it gave one."""
 
     record: PassRecord
     result: PassResult | None = None
 
     @property
     def changed(self) -> bool:
-        """Whether the pass changed the program, and the change was kept."""
+        """True if the pass changed the program, and the change was kept."""
         return self.record.status == "changed"
 
 
 @dataclass
 class PassManager:
-    """Runs passes in order.
+    """A sequence of passes, and after :meth:`run` what became of each.
 
     ``verify="each"`` compares the meaning in float64 after every pass that changed something; ``"final"`` (the default) once at
-    the end, and only if that fails runs again with ``"each"`` to find and revert the guilty one; ``"off"`` checks
+    the end, and only if that fails runs again with ``"each"`` to find and revert the pass that failed; ``"off"`` checks
     well-formedness only. Approximate passes are measured by themselves; exact ones after them preserve what they left.
 
     After :meth:`run`, ``applied`` has an entry for every pass, and ``exact`` is the program before the first approximate one.
@@ -82,7 +82,7 @@ class PassManager:
 
     @property
     def records(self) -> list[PassRecord]:
-        """What the report says of each pass."""
+        """The report's entry for each pass."""
         return [a.record for a in self.applied]
 
     @property
@@ -93,7 +93,7 @@ class PassManager:
 
     @property
     def ledger(self) -> list[Spent]:
-        """What each approximate pass that was kept spent of the budget."""
+        """The spending of each approximate pass that was kept."""
         return [a.result.spent for a in self.applied if a.changed and a.result and a.result.spent]
 
     @property

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-WORDS = {"true": True, "false": False, "none": None, "inf": float("inf"), "nan": float("nan")}
-PLAIN = re.compile(r"[A-Za-z_][\w./ +-]*")
+NAMED_VALUES = {"true": True, "false": False, "none": None, "inf": float("inf"), "nan": float("nan")}
+UNQUOTED = re.compile(r"[A-Za-z_][\w./ +-]*")
 
 
 def write_options(values: Mapping[str, Any]) -> str:
@@ -48,8 +48,8 @@ def _items(text: str) -> Iterator[str]:
 
 
 def _written(value: Any) -> str:
-    plain = isinstance(value, str) and PLAIN.fullmatch(value) and value.strip() == value and _read(value) == value
-    return value if plain else repr(value)
+    unquoted = isinstance(value, str) and UNQUOTED.fullmatch(value) and value.strip() == value and _read(value) == value
+    return value if unquoted else repr(value)
 
 
 def _read(raw: str) -> Any:
@@ -61,8 +61,8 @@ def _read(raw: str) -> Any:
 
 
 def _value(tree: ast.expr) -> Any:
-    if isinstance(tree, ast.Name) and tree.id.lower() in WORDS:
-        return WORDS[tree.id.lower()]
+    if isinstance(tree, ast.Name) and tree.id.lower() in NAMED_VALUES:
+        return NAMED_VALUES[tree.id.lower()]
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
         return -_value(tree.operand)
     if isinstance(tree, ast.Tuple):

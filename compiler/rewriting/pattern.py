@@ -1,4 +1,4 @@
-"""Pattern, check, rewrite.
+"""Match patterns that are written like ordinary code.
 
 A rule's ``pattern`` is ordinary Python over ATen calls; it is traced once. ``match`` walks backward from each node that could
 be the pattern's result. A pattern parameter matches any node or literal, the same one wherever it is used again; addition and
@@ -24,7 +24,7 @@ COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.mini
 
 @dataclass(frozen=True)
 class Match:
-    """What a pattern found: its anchor (the node that is replaced), its parameters and the nodes inside."""
+    """A match of a pattern: its anchor (the node that is replaced), the values of its parameters, and the nodes inside."""
 
     anchor: fx.Node
     bound: dict[str, Any]
@@ -41,16 +41,16 @@ def _trace(pattern: Callable) -> fx.Graph:
 
 
 def matches(program: Program, pattern: Callable) -> Iterator[Match]:
-    """Every place of ``program`` where ``pattern`` fits, in graph order. Do not edit the graph while iterating."""
+    """Yield every match of ``pattern`` in ``program``, in graph order. Do not edit the graph while iterating."""
     root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]
     for node in program.calls(root.target):
-        found = match_at(node, pattern)
-        if found is not None:
-            yield found
+        match = match_at(node, pattern)
+        if match is not None:
+            yield match
 
 
 def match_at(node: fx.Node, pattern: Callable) -> Match | None:
-    """The match of ``pattern`` whose result is ``node``, or None."""
+    """Return the match of ``pattern`` whose result is ``node``, or None."""
     root: fx.Node = next(n for n in reversed(_trace(pattern).nodes) if n.op == "output").args[0]
     bound = _match(root, node, {})
     if bound is None:
@@ -62,7 +62,7 @@ def match_at(node: fx.Node, pattern: Callable) -> Match | None:
 
 
 def _match(pattern: Any, value: Any, bound: dict[fx.Node, Any]) -> dict[fx.Node, Any] | None:
-    """``bound`` extended by what makes ``pattern`` equal ``value``, or None."""
+    """Return ``bound`` extended by what makes ``pattern`` equal ``value``, or None."""
     if not isinstance(pattern, fx.Node):
         return bound if _equal_literals(pattern, value) else None
     if pattern in bound:

@@ -1,4 +1,4 @@
-"""Passes by name. Built-in and third-party passes are one thing: entry points of the group ``thresher.passes``, loaded when asked for."""
+"""Find passes by name. Built-in and third-party ones are entry points of the group ``thresher.passes``, loaded when asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REGISTRY: dict[str, type[Pass]] = {}
 
 
 def register_pass(cls: type[Pass]) -> type[Pass]:
-    """Class decorator: make a pass available by its name, in this process.
+    """Make a pass available by its name, in this process; a class decorator.
 
     Raises :class:`PassError` where the class has no name, is no frozen dataclass, or has the name of another pass.
     """

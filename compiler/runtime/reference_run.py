@@ -14,7 +14,10 @@ from thresher.runtime.tensor_spec import is_tensor
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """Flat example inputs and the outputs of the eager model for them. ``steps``: see :func:`thresher.verification.rounding.rounding_allowance`."""
+    """Flat example inputs and the outputs of the eager model for them.
+
+    ``steps``: see :func:`thresher.verification.rounding.rounding_allowance`.
+    """
 
     inputs: list[Any]
     outputs: list[Any]

@@ -1,4 +1,4 @@
-"""``Tune``: how much to measure, and where the records go. What is measured is up to the backend, but for one plan: ``TorchKernel``."""
+"""The options of tuning: how much to measure, and where the records go. Each backend decides itself what it measures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from thresher.errors import InputError
 
 @dataclass(frozen=True)
 class Remote:
-    """A device behind a TVM RPC tracker (``python -m tvm.exec.rpc_tracker``, ``python -m tvm.exec.rpc_server --tracker=... --key=...``)."""
+    """A device at a TVM RPC tracker (``python -m tvm.exec.rpc_tracker``, ``python -m tvm.exec.rpc_server --tracker=... --key=...``)."""
 
     host: str
     port: int
@@ -25,14 +25,14 @@ def _torch_version() -> str:
 
 @dataclass(frozen=True)
 class TorchKernel:
-    """The plan of a site that torch computes. What another version of torch would take is not known."""
+    """The plan of a site that torch computes. It holds torch's version: the time of another version is not known."""
 
     torch: str = field(default_factory=_torch_version)
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Measure the plans of every kernel and build with the fastest.
+    """A request to measure the plans of every kernel and to build with the fastest.
 
     Args:
         trials: plans per workload, at least 2 and at most 32; the one that would be built without tuning is always among them.
@@ -41,7 +41,10 @@ class Tune:
         again: measure workloads that have a record, too.
         remote: measure on this device instead of here.
         search: schedules that MetaSchedule tries for every kernel that has no plans of ours (minutes for a model); 0: none.
-        min_speedup: a plan must beat the untuned one by this fraction, on samples of its own, to be recorded.
+        min_speedup: a plan must beat the untuned one by this fraction, on a second measurement, to be recorded.
+
+    Raises:
+        InputError: for a number out of its range.
     """
 
     trials: int = 16

@@ -1,4 +1,4 @@
-"""What tuning measured: for a target, the fastest plan of every workload. One SQLite file, safe for several processes.
+"""The records of tuning: for a target, the fastest plan of every workload. One SQLite file, safe for several processes.
 
     default file    $THRESHER_CACHE/records.sqlite, else ~/.cache/thresher/records.sqlite
     shipped         records.jsonl of a backend: read where the file has nothing
@@ -26,14 +26,17 @@ SCHEMA = """create table if not exists records (
     target text not null, workload text not null, plan text not null,
     microseconds real not null, rule_microseconds real not null, measured real not null,
     primary key (target, workload))"""
-PATIENCE = 60.0  # seconds to wait for another process that writes
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process that writes
 
 
 @dataclass(frozen=True)
 class Record:
-    """``target`` names the machine and the versions (:meth:`Backend.fingerprint`); ``plan`` is empty where none was faster than what is
-    built without a record; ``microseconds`` of the plan, and of what is built without, both medians of the same run; ``measured`` in
-    seconds since 1970."""
+    """The fastest plan of one workload on one target.
+
+    ``target`` names the machine and the versions (:meth:`Backend.fingerprint`); ``plan`` is empty where none was faster than what is
+    built without a record. ``microseconds`` is the time of the plan, ``rule_microseconds`` that of what is built without it, both
+    medians of the same run; ``measured`` is in seconds since 1970.
+    """
 
     target: str
     workload: str
@@ -44,15 +47,16 @@ class Record:
 
     @staticmethod
     def now(target: str, workload: str, plan: str, microseconds: float, rule_microseconds: float) -> Record:
+        """Return a record that is measured now."""
         return Record(target, workload, plan, microseconds, rule_microseconds, time.time())
 
     def untuned(self) -> Record:
-        """The same workload, its plan withdrawn."""
+        """Return the record of the same workload with its plan withdrawn."""
         return Record.now(self.target, self.workload, "", self.rule_microseconds, self.rule_microseconds)
 
 
 def default_path() -> Path:
-    """Where records are kept unless another file is named."""
+    """Return the path of the records unless another file is named."""
     cache = (
         os.environ.get("THRESHER_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
@@ -67,11 +71,11 @@ class Records:
         self.path = Path(path) if path is not None else default_path()
 
     def plans(self, target: str) -> dict[str, str]:
-        """workload -> plan, for one target."""
+        """Return the plan of each workload, for one target. Raises :class:`RecordsError` where the file cannot be used."""
         return {r.workload: r.plan for r in self.all() if r.target == target}
 
     def all(self) -> list[Record]:
-        """Every record, in the order of target and workload."""
+        """Return every record, in the order of target and workload."""
         if not self.path.exists():
             return []
         with self._open() as database:
@@ -79,23 +83,23 @@ class Records:
             return [Record(*row) for row in database.execute(f"select {names} from records order by target, workload")]
 
     def put(self, records: Iterable[Record]) -> int:
-        """Write records; one that is older than what stands is left out. Returns how many were written."""
+        """Write records, but none that is older than what stands; return how many were written."""
         names = [f.name for f in fields(Record)]
-        news = ", ".join(f"{n} = excluded.{n}" for n in names[2:])
+        updates = ", ".join(f"{n} = excluded.{n}" for n in names[2:])
         with self._open() as database:
             database.executemany(
                 f"insert into records ({', '.join(names)}) values ({', '.join(f':{n}' for n in names)}) "
-                f"on conflict (target, workload) do update set {news} where excluded.measured >= records.measured",
+                f"on conflict (target, workload) do update set {updates} where excluded.measured >= records.measured",
                 [asdict(r) for r in records],
             )
             return database.total_changes
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """One transaction."""
+        """Open the database for one transaction."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, timeout=PATIENCE)
+            database = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)
             try:
                 with database:
                     database.execute(SCHEMA)
@@ -109,13 +113,13 @@ class Records:
 
 
 def write_lines(records: Iterable[Record], path: str | Path) -> None:
-    """As JSON lines: to read, to keep under version control, to send."""
+    """Write records as JSON lines: to read, to keep under version control, to send."""
     write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in records))
 
 
 def read_lines(path: str | Path) -> list[Record]:
-    """What :func:`write_lines` wrote. Raises :class:`RecordsError` naming the line that is none."""
-    found = []
+    """Return the records of a file that :func:`write_lines` wrote. Raises :class:`RecordsError` naming the line that is none."""
+    records = []
     kinds: dict[str, Any] = {f.name: float if f.type == "float" else str for f in fields(Record)}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
@@ -125,5 +129,5 @@ def read_lines(path: str | Path) -> list[Record]:
                 raise ValueError(f"unknown {', '.join(values)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordsError(f"{path}, line {number} is no tuning record: {error}") from error
-        found.append(record)
-    return found
+        records.append(record)
+    return records

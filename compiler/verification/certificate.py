@@ -67,7 +67,7 @@ class Step:
 
 @dataclass
 class Certificate:
-    """The steps of a fold, in order."""
+    """The proof of a fold: its steps, in order."""
 
     steps: list[Step]
 

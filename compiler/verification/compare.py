@@ -27,7 +27,7 @@ LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOL
 
 @dataclass
 class Observed:
-    """A program's outputs on its probes: what a later version of it is compared with."""
+    """A program with its outputs on its probes, for comparison with a later version of it."""
 
     program: Program
     probes: list[tuple] = field(default_factory=list)
@@ -35,7 +35,10 @@ class Observed:
 
 
 def probes(program: Program, seed: int = 0) -> list[tuple]:
-    """The user's example, and a random one of the same shapes whose rows differ in scale by powers of four."""
+    """Return two lists of flat inputs: the user's example, and a random one of the same shapes.
+
+    The columns of the random one differ in scale by powers of four; integers are the example's, in another order.
+    """
     generator = torch.Generator().manual_seed(seed)
     random = tuple(_random_like(v, generator) for v in program.probe)
     return [program.probe, random]
@@ -66,7 +69,7 @@ def observe(program: Program) -> Observed:
 
 
 def compare_programs(before: Observed, after: Program) -> Divergence:
-    """The worst float64 divergence of ``after`` over the probes of ``before``."""
+    """Return the worst float64 divergence of ``after`` over the probes of ``before``."""
     found = [
         compare(expected, after.run(*flat, dtype=torch.float64))
         for flat, expected in zip(before.probes, before.outputs)
@@ -75,7 +78,7 @@ def compare_programs(before: Observed, after: Program) -> Divergence:
 
 
 def first_divergence(before: Program, after: Program, tolerance: float) -> fx.Node | None:
-    """The first node of ``after`` whose value differs from that of the node with its name and shape in ``before``."""
+    """Return the first node of ``after`` whose value differs from that of the node with its name and shape in ``before``; else None."""
     values: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""An independent check of a fold's certificate: it imports torch and the graph IR, nothing of the optimiser.
+"""Check a fold's certificate independently: this module imports torch and the graph IR, nothing of the optimiser.
 
 The claims of a step are an inductive invariant: *each value of the new program equals the kept part of the old one wherever it is read, and
 known elements have the content that is claimed*. It holds for the inputs; that every operator carries it on is checked operator by
@@ -31,7 +31,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a successful check looked at."""
+    """The extent of a successful check: how many steps, values and removed indices there were."""
 
     steps: int
     values: int
@@ -39,9 +39,12 @@ class Verdict:
 
 
 def verify(certificate: Certificate, seed: int = 0) -> Verdict:
-    """Check every step; raises :class:`ProgramError` naming the step, the value and the claim that does not hold.
+    """Check every step of a certificate.
 
     Integers and booleans may be indices, so they are not random: their claims are checked on the values of one run, that of the probe.
+
+    Raises:
+        ProgramError: naming the step, the value and the claim that does not hold.
     """
     checked = removed = 0
     previous: Program | None = None
@@ -95,7 +98,7 @@ class _Check:
     # ------------------------------------------------------------------ the invariant
 
     def run(self) -> int:
-        """Check all values and outputs; returns how many values."""
+        """Check all values and outputs; return the number of values."""
         count = 0
         self._inputs()
         for node in self.step.before.calls():
@@ -245,22 +248,22 @@ class _Check:
             return _double(self.step.before.constants[node.target])
         return _call(node, lambda source: self._old(source, arguments))
 
-    def _new(self, node: fx.Node, seeds: dict[fx.Node, Tensor], what: str) -> Any:
+    def _new(self, node: fx.Node, seeds: dict[fx.Node, Tensor], purpose: str) -> Any:
         """The new program's value of ``node``, from ``seeds`` and constants alone."""
         if node in seeds:
             return seeds[node]
         if node.op == "get_attr":
             return _double(self.step.after.constants[node.target])
         if node.op == "placeholder":
-            raise ProgramError(f"the new program reads input {node.name} {what}, where the old one does not")
-        value = _call(node, lambda source: self._new(source, seeds, what))
+            raise ProgramError(f"the new program reads input {node.name} {purpose}, where the old one does not")
+        value = _call(node, lambda source: self._new(source, seeds, purpose))
         seeds[node] = value
         return value
 
     # ------------------------------------------------------------------ reasons
 
     def reasons(self) -> int:
-        """Every removed index has a reason that agrees with the claims; returns how many were removed."""
+        """Check that every removed index has a reason that agrees with the claims; return the number of removed indices."""
         given: dict[tuple[str, int], set[int]] = {}
         for reason in self.step.reasons:
             node = self.before.get(reason.value)

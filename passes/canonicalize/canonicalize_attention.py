@@ -19,7 +19,7 @@ from torch import fx
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program, Role
-from thresher.ops.sparse_attention import DENSE
+from thresher.ops.sparse_attention import DENSE_BLOCKS
 from thresher.passes.canonicalize._attention_scores import (
     CONVERSIONS,
     LAYOUTS,
@@ -198,7 +198,7 @@ class _Edit:
             mask,
             None,
             None,
-            *DENSE,
+            *DENSE_BLOCKS,
             scores.scale,
             False,
             scores.softcap,
