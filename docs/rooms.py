@@ -8,6 +8,7 @@ A room is a folder of ``compiler/``, or one of ``passes/``, ``backends/`` and ``
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def modules() -> dict[str, Path]:
     return files
 
 
+@functools.cache
 def imports() -> nx.DiGraph:
     """Return a graph with an edge from every module to each module of this project that its text imports, in functions too."""
     files, graph = modules(), nx.DiGraph()

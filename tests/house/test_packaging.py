@@ -1,31 +1,27 @@
-"""What pyproject.toml says of the package is what there is: a folder that it forgets is missing once Thresher is installed."""
+"""pyproject.toml names every folder of the package and all its data: what it forgets is missing once Thresher is installed."""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from rooms import FOLDERS, ROOT
+
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-PLACES = {
-    "thresher": "compiler",
-    "thresher.passes": "passes",
-    "thresher.backends": "backends",
-    "thresher.models": "models",
-}
 
 
 def packages() -> dict[str, Path]:
-    found = {}
-    for package, place in PLACES.items():
-        for file in (ROOT / place).rglob("*.py"):
-            parts = file.parent.relative_to(ROOT / place).parts
-            found[".".join([package, *parts])] = file.parent
-    return found
+    """Return the folder of every package by its dotted name."""
+    folders = {}
+    for top, package in FOLDERS.items():
+        for file in (ROOT / top).rglob("*.py"):
+            parts = file.parent.relative_to(ROOT / top).parts
+            folders[".".join([package, *parts])] = file.parent
+    return folders
 
 
 def test_every_folder_is_a_package() -> None:
-    assert SETUPTOOLS["package-dir"] == PLACES
+    assert SETUPTOOLS["package-dir"] == {package: folder for folder, package in FOLDERS.items()}
     assert set(SETUPTOOLS["packages"]) == set(packages())
 
 
