@@ -123,6 +123,8 @@ class Backend(ABC):
     Attributes:
         name: by which ``compile(backend=...)`` finds it: the name of its entry point.
         tunable: it implements :meth:`fingerprint`, :meth:`tune` and, if records come with it, :meth:`shipped`.
+        specializes: the driver runs the specialising pipeline before :meth:`lower`, so the backend must know the operators that these
+            passes insert; a program with a free batch dimension is lowered once for each of a few batch sizes.
 
     A *target* is a text that names a machine: ``cpu`` or ``cuda...`` and, after a colon, what the backend defines. :meth:`lower`
     raises :class:`BackendError` for one that it does not know.
@@ -130,6 +132,7 @@ class Backend(ABC):
 
     name: ClassVar[str] = ""
     tunable: ClassVar[bool] = False
+    specializes: ClassVar[bool] = False
 
     @abstractmethod
     def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:

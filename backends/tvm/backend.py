@@ -208,6 +208,7 @@ class TVMBackend(Backend):
 
     name: ClassVar[str] = "tvm"
     tunable: ClassVar[bool] = True
+    specializes: ClassVar[bool] = True
 
     def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
         """Lower for ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""

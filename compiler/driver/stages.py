@@ -210,7 +210,7 @@ def lower_program(
             session.target, session.progress, session.machine, calibration, find_break_even=session.break_even
         )
         specialized = programs
-        if session.backend.name == "tvm":
+        if session.backend.specializes:
             specialized = {size: managers[size].run(p, context).rounded() for size, p in programs.items()}
         largest = managers[max(managers)]
         executable = _execute(rewritten.program, specialized, lowering_options, session)
@@ -227,7 +227,7 @@ def lower_again(build: Build, lowering_options: LoweringOptions, session: Sessio
 def _programs(program: Program, options: CompileOptions, session: Session) -> tuple[dict[int, Program], str]:
     """Return the program itself (0), or, where its batch is free and no sample reads another, the program for each batch size; and why
     not, where a free batch is kept."""
-    if session.backend.name != "tvm" or not options.batch_sizes or not free_batch(program):
+    if not session.backend.specializes or not options.batch_sizes or not free_batch(program):
         return {0: program}, ""
     interaction = why_samples_interact(program, options.batch_sizes)
     if interaction:
