@@ -8,6 +8,7 @@ Writes benchmarks/results/folding-*.json with the machine and the versions. *Eff
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
@@ -126,11 +127,14 @@ def pruned(amount: float, x: tuple) -> nn.Module:
 
 
 def main() -> int:
-    what = sys.argv[1] if len(sys.argv) > 1 else "speed"
-    rows = {"speed": speed, "gain": gain}[what]()
+    parts = {"speed": speed, "gain": gain}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="speed", choices=parts)
+    part = parser.parse_args().part
+    rows = parts[part]()
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     versions = {p: version(p) for p in ("thresher", "torch", "apache-tvm")}
-    path = HERE / "results" / f"folding-{what}.json"
+    path = HERE / "results" / f"folding-{part}.json"
     path.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
     return 0
 
