@@ -66,9 +66,9 @@ class Llama(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         frequency = 10000.0 ** (-torch.arange(0, self.width, 2, device=ids.device, dtype=torch.float32) / self.width)
-        angle = torch.cat([place[:, None] * frequency] * 2, -1)
+        angle = torch.cat([position[:, None] * frequency] * 2, -1)
         x = self.embed(ids)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.blocks:

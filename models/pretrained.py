@@ -87,8 +87,8 @@ def news(length: int, count: int, batch: int = 1) -> list[tuple[Tensor, Tensor]]
     ends = torch.tensor([[start], [end]]).expand(2, len(texts))[..., None]
     texts = torch.cat([ends[0], texts, ends[1]], 1)
     mask = torch.ones_like(texts)
-    for place in range(1, batch):
-        mask[place::batch, length * (batch - place) // batch :] = 0
+    for row in range(1, batch):
+        mask[row::batch, length * (batch - row) // batch :] = 0
     return [(texts[i * batch : (i + 1) * batch], mask[i * batch : (i + 1) * batch]) for i in range(count)]
 
 

@@ -62,8 +62,8 @@ class ResNet(nn.Module):
         for stage, depth in enumerate(depths):
             blocks = []
             for index in range(depth):
-                made = block(inputs, width << stage, 2 if stage and not index else 1)
-                blocks.append(made)
+                layer = block(inputs, width << stage, 2 if stage and not index else 1)
+                blocks.append(layer)
                 inputs = (width << stage) * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

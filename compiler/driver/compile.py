@@ -101,12 +101,12 @@ def build(
     """Return the compiled model: the stages of :func:`compile`, in a session of the caller's."""
     captured = capture_model(model, args, kwargs, options, session)
     calibration = calibration_of(captured.program, options.calibration, options.budget)
-    made, widths = build_widths(captured, lowering_options_of(options, session), calibration, options, session)
-    made, approximation = keep_approximation_if_faster(made, calibration, options, session)
-    made, tuning = tune_kernels(made, options.tune, session) if isinstance(options.tune, Tune) else (made, {})
-    made, checks = validate_build(made, captured, calibration, options, session)
+    build, widths = build_widths(captured, lowering_options_of(options, session), calibration, options, session)
+    build, approximation = keep_approximation_if_faster(build, calibration, options, session)
+    build, tuning = tune_kernels(build, options.tune, session) if isinstance(options.tune, Tune) else (build, {})
+    build, checks = validate_build(build, captured, calibration, options, session)
     races = {"widths": widths, "approximation": approximation, "tuning": tuning}
-    return summarize(captured, made, checks, races, options, session)
+    return summarize(captured, build, checks, races, options, session)
 
 
 def lower(

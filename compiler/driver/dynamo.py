@@ -72,13 +72,13 @@ thresher_backend.reset = clear  # type: ignore[attr-defined]
 
 def identity(item: str | Pass) -> str:
     """Return a text that stands for a pass: where it is defined, its options and its source. A pass that was edited is another one."""
-    made = make_pass(item)
-    cls = type(made)
+    instance = make_pass(item)
+    cls = type(instance)
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):  # it was typed in
         source = str(id(cls))
-    return f"{cls.__module__}.{cls.__qualname__} {made!r} {hashlib.sha256(source.encode()).hexdigest()}"
+    return f"{cls.__module__}.{cls.__qualname__} {instance!r} {hashlib.sha256(source.encode()).hexdigest()}"
 
 
 class _Graph:
@@ -189,8 +189,8 @@ def _bound(
 
 def _name(node: fx.Node) -> str:
     """``l_self_modules_layers_modules_0_parameters_weight_`` -> ``layers_0_weight``"""
-    words = re.sub(r"_(modules|parameters|buffers)_", "_", node.name.strip("_"))
-    return re.sub(r"^l_(self|fn)_", "", words)
+    path = re.sub(r"_(modules|parameters|buffers)_", "_", node.name.strip("_"))
+    return re.sub(r"^l_(self|fn)_", "", path)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -21,9 +21,9 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Restore:
-    """A step of the way back: ``back(values)`` gives the constants that the constants ``made`` were computed from."""
+    """A step of the way back: ``back(values)`` gives the constants from which those named ``constants`` were computed."""
 
-    made: tuple[str, ...]
+    constants: tuple[str, ...]
     back: Callable[[Values], Values]
 
 
@@ -56,11 +56,11 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
     values = dict(current)
     open_ends = {name for name, value in current.items() if not torch.equal(value, initial[name])}
     for restore in reversed(list(lineage)):
-        if not all(name in values for name in restore.made):
+        if not all(name in values for name in restore.constants):
             continue
         restored = restore.back(values)
-        touched = open_ends & set(restore.made)
-        for name in restore.made:
+        touched = open_ends & set(restore.constants)
+        for name in restore.constants:
             values.pop(name)
         open_ends -= touched
         values |= restored

@@ -34,9 +34,9 @@ DENSE_BLOCKS = (64, 64)  # block_q and block_k where there are no lists
 def block_mask(blocks: Tensor, counts: Tensor, columns: int) -> Tensor:
     """Return lists of key blocks [.., rows, longest] with their lengths [.., rows] as a mask, bool [.., rows, columns]."""
     listed = torch.arange(blocks.shape[-1], device=blocks.device) < counts.unsqueeze(-1)
-    place = torch.where(listed, blocks.long(), columns)
+    index = torch.where(listed, blocks.long(), columns)
     grid = torch.zeros(*blocks.shape[:-1], columns + 1, dtype=torch.bool, device=blocks.device)
-    return grid.scatter(-1, place, True)[..., :columns]
+    return grid.scatter(-1, index, True)[..., :columns]
 
 
 def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def arguments(node: fx.Node) -> list[Any]:
     """Return the twelve arguments of a call, with defaults."""
     names = [a.name for a in node.target._schema.arguments]
     defaults = [a.default_value for a in node.target._schema.arguments]
-    given = [*node.args, *defaults[len(node.args) :]]
-    return [node.kwargs.get(name, value) for name, value in zip(names, given)]
+    values = [*node.args, *defaults[len(node.args) :]]
+    return [node.kwargs.get(name, value) for name, value in zip(names, values)]
 
 
 def _reference(

@@ -35,10 +35,10 @@ KINDS = ("alternate", "lowest", "energy")
 
 def _reduce(x: Tensor, size: Tensor, assign: Tensor, count: int) -> Tensor:
     weights = torch.where(assign >= 0, size, 0.0).to(x.dtype)
-    place = assign.clamp(min=0)
-    total = x.new_zeros(x.shape[0], count).scatter_add(1, place, weights)
+    slot = assign.clamp(min=0)
+    total = x.new_zeros(x.shape[0], count).scatter_add(1, slot, weights)
     fraction = torch.where(assign >= 0, _slot_fractions(weights, total, assign, count), 0.0)
-    index = place.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    index = slot.unsqueeze(-1).expand(-1, -1, x.shape[2])
     return x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, index, x * fraction.unsqueeze(-1))
 
 
@@ -53,9 +53,9 @@ def _slot_fractions(weights: Tensor, total: Tensor, assign: Tensor, count: int) 
 def _restore(x: Tensor, assign: Tensor, dim: int) -> Tensor:
     shape = [1] * x.dim()
     shape[0], shape[dim] = assign.shape
-    place = assign.clamp(min=0).reshape(shape).expand(*x.shape[:dim], assign.shape[1], *x.shape[dim + 1 :])
+    index = assign.clamp(min=0).reshape(shape).expand(*x.shape[:dim], assign.shape[1], *x.shape[dim + 1 :])
     return torch.where(
-        assign.reshape(shape) >= 0, x.gather(dim, place), torch.zeros((), dtype=x.dtype, device=x.device)
+        assign.reshape(shape) >= 0, x.gather(dim, index), torch.zeros((), dtype=x.dtype, device=x.device)
     )
 
 
@@ -80,18 +80,18 @@ def rank(scores: Tensor) -> Tensor:
 def _sides(scores: Tensor, size: Tensor, kind: str, count: int, protected: int, every: int) -> Tensor:
     if kind not in KINDS:
         raise ValueError(f"thresher::token_sides: unknown kind {kind!r}; one of {', '.join(KINDS)}")
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(size)
-    fixed = place < protected
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(size)
+    fixed = position < protected
     if every:
-        fixed = fixed | ((place - protected) % every == 0)
+        fixed = fixed | ((position - protected) % every == 0)
     if kind == "alternate":
-        side = (place - protected) % 2
+        side = (position - protected) % 2
     elif kind == "lowest":
         side = torch.where(rank(torch.where(size > 0, -scores, FIRST).masked_fill(fixed, NEVER)) < count, GOES, TAKES)
     else:
         first = rank(torch.where(size > 0, scores, FIRST).masked_fill(fixed, NEVER))
         side = torch.where(first < 2 * count, first % 2, STAYS)
-    return side.masked_fill(fixed, TAKES).masked_fill(place < protected, STAYS)
+    return side.masked_fill(fixed, TAKES).masked_fill(position < protected, STAYS)
 
 
 define(

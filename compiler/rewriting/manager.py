@@ -88,8 +88,8 @@ class PassManager:
     @property
     def certificate(self) -> Certificate | None:
         """The proof of the last fold that was kept; None where nothing was folded."""
-        found = [a.result.certificate for a in self.applied if a.changed and a.result and a.result.certificate]
-        return found[-1] if found else None
+        certificates = [a.result.certificate for a in self.applied if a.changed and a.result and a.result.certificate]
+        return certificates[-1] if certificates else None
 
     @property
     def ledger(self) -> list[Spent]:

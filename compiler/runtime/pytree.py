@@ -164,8 +164,8 @@ LEAF = PyTree()
 
 
 def _mismatch(path: tuple[Any, ...], expected: str) -> InputError:
-    place = path[0] + "".join(f"[{key!r}]" for key in path[1:])
-    return InputError(f"{place} must be {expected}: the model was captured with another structure")
+    location = path[0] + "".join(f"[{key!r}]" for key in path[1:])
+    return InputError(f"{location} must be {expected}: the model was captured with another structure")
 
 
 def _from_json(raw: dict[str, Any]) -> PyTree:

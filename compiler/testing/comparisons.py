@@ -58,10 +58,10 @@ def divergence(before: Program, after: Program, flat: Sequence[Any], tolerance: 
     except Exception:  # the model itself cannot be run on this
         return ""
     try:
-        found = after.run(*flat, dtype=torch.float64)
+        outputs = after.run(*flat, dtype=torch.float64)
     except Exception as error:
         return f"the result cannot run: {type(error).__name__}: {error}"
-    measured = compare(wanted, found)
+    measured = compare(wanted, outputs)
     if not measured.exceeds(tolerance):
         return ""
     node = _first(before, after)
@@ -128,8 +128,8 @@ def new_precision(before: Program, after: Program) -> str:
     """Return the nodes of ``after`` whose floating-point or complex dtype occurs nowhere in ``before``; empty where there are none."""
 
     def types(program: Program) -> dict[torch.dtype, str]:
-        found = ((dtype_of(n), n.name) for n in program.graph.nodes if is_tensor(n))
-        return {t: name for t, name in found if t.is_floating_point or t.is_complex}
+        dtypes = ((dtype_of(n), n.name) for n in program.graph.nodes if is_tensor(n))
+        return {t: name for t, name in dtypes if t.is_floating_point or t.is_complex}
 
     new = types(after).items() - types(before).items()
     fresh = {t: name for t, name in new if t not in types(before)}

@@ -46,8 +46,8 @@ def near_misses(
     region = _region(program, around)
     steps = [step for node in program.graph.nodes if node in region for step in _steps(node, program)]
     random.Random(seed).shuffle(steps)
-    made = ((words, _changed(program, change)) for words, change in steps)
-    return itertools.islice(((words, other) for words, other in made if other is not None), limit)
+    variants = ((description, _changed(program, change)) for description, change in steps)
+    return itertools.islice(((description, other) for description, other in variants if other is not None), limit)
 
 
 def _changed(program: Program, change: Change) -> Program | None:
@@ -66,10 +66,10 @@ def _changed(program: Program, change: Change) -> Program | None:
 
 def _region(program: Program, around: Collection[str]) -> set[fx.Node]:
     nodes = {n for n in program.graph.nodes if n.op != "output"}
-    found = {n for n in nodes if n.name in around} or nodes
+    region = {n for n in nodes if n.name in around} or nodes
     for _ in range(REACH):
-        found |= {m for n in found for m in (*n.all_input_nodes, *n.users) if m.op != "output"}
-    return found
+        region |= {m for n in region for m in (*n.all_input_nodes, *n.users) if m.op != "output"}
+    return region
 
 
 def _steps(node: fx.Node, program: Program) -> Iterator[tuple[str, Change]]:

@@ -68,10 +68,10 @@ def refused(
     context: Context | None = None,
 ) -> Outcome:
     """Assert that a pass leaves a model alone; with ``match``, that one of its refusals says so (a regular expression)."""
-    found = before_after(item, model, args, first, context)
-    if found.changed:
-        raise AssertionError(f"{make_pass(item)} should have refused, and rewrote:\n{found.diff}")
-    said = [n.message for n in found.refusals]
-    if match and not any(re.search(match, message) for message in said):
-        raise AssertionError(f"{make_pass(item)} refused, but no refusal matches {match!r}: {said}")
-    return found
+    outcome = before_after(item, model, args, first, context)
+    if outcome.changed:
+        raise AssertionError(f"{make_pass(item)} should have refused, and rewrote:\n{outcome.diff}")
+    messages = [n.message for n in outcome.refusals]
+    if match and not any(re.search(match, message) for message in messages):
+        raise AssertionError(f"{make_pass(item)} refused, but no refusal matches {match!r}: {messages}")
+    return outcome

@@ -96,14 +96,14 @@ def examine(
     Returns: one finding for each check and case that failed, the first one found.
     """
     chosen = make_pass(item)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for case in cases:
         trial = _Trial(chosen, case, list(first), context or (lambda program: Context()), seed)
         seen: dict[str, Finding] = {}
         for finding in trial.run(draws, misses, dtypes):
             seen.setdefault(finding.check, finding)
-        found += seen.values()
-    return found
+        findings += seen.values()
+    return findings
 
 
 @dataclass
@@ -149,7 +149,7 @@ class _Trial:
             result = self.item.apply(program, self.context(program))
         except Exception as error:
             return None, [Finding("raises", where, f"{type(error).__name__}: {error}")]
-        wrong = [Finding("input", where, words) for words in before.changes(program)]
+        wrong = [Finding("input", where, message) for message in before.changes(program)]
         try:
             result.program.verify()
         except Exception as error:
@@ -164,14 +164,14 @@ class _Trial:
         yield from (Finding("notes", where, fault) for fault in faults_of_notes(program, result))
         if not result.rewrites:
             return
-        if words := signature_change(program, after):
-            yield Finding("signature", where, words)
+        if message := signature_change(program, after):
+            yield Finding("signature", where, message)
             return
-        if words := new_precision(program, after):
-            yield Finding("precision", where, words)
+        if message := new_precision(program, after):
+            yield Finding("precision", where, message)
         again, _ = self._apply(program, where)
-        if again is not None and (words := difference(after, again.program)):
-            yield Finding("repeatable", where, words)
+        if again is not None and (message := difference(after, again.program)):
+            yield Finding("repeatable", where, message)
         if self.item.kind == "exact":
             yield from self._exact(program, after, where)
             yield from self._rest(program, after, where)
@@ -179,9 +179,9 @@ class _Trial:
             yield from self._budget(program, after, where)
 
     def _exact(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
-        for check, words, flat in inputs_of(program):
+        for check, inputs, flat in inputs_of(program):
             if differs := divergence(program, after, flat):
-                yield Finding(check, where, f"{words}: {differs}")
+                yield Finding(check, where, f"{inputs}: {differs}")
 
     def _rest(self, program: Program, after: Program, where: str) -> Iterator[Finding]:
         for _ in range(ROUNDS):
@@ -218,14 +218,14 @@ class _Trial:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
             trained.constants[name] = value * (1 + 0.01 * noise)
         try:
-            found = unfold(state, after.lineage, small.constants, trained.constants)
+            unfolded = unfold(state, after.lineage, small.constants, trained.constants)
         except ProgramError:
             return
         except Exception as error:
             yield Finding("way back", where, f"unfolding raises {type(error).__name__}: {error}")
             return
         original = captured.clone()
-        original.constants |= {name: value for name, value in found.items() if name in original.constants}
+        original.constants |= {name: value for name, value in unfolded.items() if name in original.constants}
         if differs := divergence(original, trained, captured.probe, TRAINING_TOLERANCE):
             yield Finding("way back", where, f"trained and unfolded, the original computes something else: {differs}")
 
@@ -233,20 +233,20 @@ class _Trial:
 
     def _dtypes(self, sizes: dict[str, Any], where: str, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
         for dtype in dtypes:
-            place = f"{where} in {str(dtype).removeprefix('torch.')}"
+            variant = f"{where} in {str(dtype).removeprefix('torch.')}"
             try:
                 program = self._prepared(self.case.program(sizes, dtype))
             except CaptureError:  # the model has no such type
                 continue
-            result, wrong = self._apply(program, place)
+            result, wrong = self._apply(program, variant)
             yield from (replace(w, check="dtypes", message=f"{w.check}: {w.message}") for w in wrong)
             if result is None or not result.rewrites:
                 continue
-            words = signature_change(program, result.program) or new_precision(program, result.program)
-            if not words and self.item.kind == "exact":
-                words = divergence(program, result.program, program.probe)
-            if words:
-                yield Finding("dtypes", place, words)
+            message = signature_change(program, result.program) or new_precision(program, result.program)
+            if not message and self.item.kind == "exact":
+                message = divergence(program, result.program, program.probe)
+            if message:
+                yield Finding("dtypes", variant, message)
 
     def _batch(self, sizes: dict[str, Any], where: str) -> Iterator[Finding]:
         """Captured with the first dimension of all inputs free, where the model allows that; run with two more samples."""
@@ -268,18 +268,18 @@ class _Trial:
     def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
         if self.item.kind != "exact":
             return
-        for words, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
+        for change, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
             outcome, wrong = self._apply(other, where)
             for one in wrong:
-                yield Finding("near miss", where, f"where {words}: {one.check}: {one.message}")
+                yield Finding("near miss", where, f"where {change}: {one.check}: {one.message}")
             if outcome is None or not outcome.rewrites:
                 continue
             if signature_change(other, outcome.program):
-                yield Finding("near miss", where, f"where {words}: {signature_change(other, outcome.program)}")
+                yield Finding("near miss", where, f"where {change}: {signature_change(other, outcome.program)}")
                 continue
             for _, inputs, flat in inputs_of(other):
                 if differs := divergence(other, outcome.program, flat):
-                    yield Finding("near miss", where, f"where {words}: {inputs}: {differs}")
+                    yield Finding("near miss", where, f"where {change}: {inputs}: {differs}")
                     break
 
 

@@ -90,7 +90,7 @@ def replay(
     "Which models changed?" is ``{name for name in zoo if replay(new)[name] != replay(old)[name]}``.
     """
 
-    found = {}
+    replayed = {}
     for name, build in zoo.items():
         torch.manual_seed(0)
         model, args = build()
@@ -100,7 +100,7 @@ def replay(
         after = manager.run(program)
         rewrites = sum(len(r.rewrites) for r in manager.records)
         error = compare_programs(observe(program), after).relative
-        found[name] = Replayed(
+        replayed[name] = Replayed(
             after is not program,
             rewrites,
             after.parameter_count(),
@@ -108,4 +108,4 @@ def replay(
             error,
             after.text(canonical=True),
         )
-    return found
+    return replayed

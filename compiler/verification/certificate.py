@@ -141,7 +141,7 @@ class Certificate:
             )
         with new_zip(path) as package:
             package.writestr(CLAIMS, json.dumps({"format": FORMAT, "steps": steps}))
-            package.writestr(TENSORS, save_tensors(tensors.found))
+            package.writestr(TENSORS, save_tensors(tensors.by_name))
         return path
 
     @staticmethod
@@ -162,15 +162,15 @@ class _Tensors:
     """Each tensor once, under a number."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}
         self.alive: list[Tensor] = []  # an id is only good while its tensor lives
 
     def add(self, tensor: Tensor) -> str:
         if id(tensor) not in self.names:
             self.alive.append(tensor)
-            self.names[id(tensor)] = name = str(len(self.found))
-            self.found[name] = tensor.detach().cpu().contiguous().clone()
+            self.names[id(tensor)] = name = str(len(self.by_name))
+            self.by_name[name] = tensor.detach().cpu().contiguous().clone()
         return self.names[id(tensor)]
 
 

@@ -70,11 +70,11 @@ def observe(program: Program) -> Observed:
 
 def compare_programs(before: Observed, after: Program) -> Divergence:
     """Return the worst float64 divergence of ``after`` over the probes of ``before``."""
-    found = [
+    divergences = [
         compare(expected, after.run(*flat, dtype=torch.float64))
         for flat, expected in zip(before.probes, before.outputs)
     ]
-    return max(found, key=lambda d: (bool(d.reason), d.relative))
+    return max(divergences, key=lambda d: (bool(d.reason), d.relative))
 
 
 def first_divergence(before: Program, after: Program, tolerance: float) -> fx.Node | None:

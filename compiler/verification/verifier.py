@@ -138,11 +138,11 @@ class _Check:
         for argument, value in arguments.items():
             if argument.name in self.step.kept:
                 seeds[self.after[self.step.kept[argument.name][0]]] = self._part(argument, value)
-        found = self._new(self.after[self.step.kept[node.name][0]], seeds, f"for {node.name}")
+        actual = self._new(self.after[self.step.kept[node.name][0]], seeds, f"for {node.name}")
         expected, relevant = self._part(node, result), self._part(node, wanted)
-        if found.shape != expected.shape:
-            raise ProgramError(f"{node.name} is kept as {tuple(expected.shape)}, but there it is {tuple(found.shape)}")
-        if not _agree(found[relevant], expected[relevant]):
+        if actual.shape != expected.shape:
+            raise ProgramError(f"{node.name} is kept as {tuple(expected.shape)}, but there it is {tuple(actual.shape)}")
+        if not _agree(actual[relevant], expected[relevant]):
             raise ProgramError(f"{node.name} ({node.target}) has another value in the new program")
 
     def _outputs(self) -> None:
@@ -211,24 +211,24 @@ class _Check:
 
     def _values(self, node: fx.Node, positive: bool) -> dict[fx.Node, Tensor]:
         """A value for every argument; those that are one value in the new program are equal."""
-        found: dict[fx.Node, Tensor] = {}
+        values: dict[fx.Node, Tensor] = {}
         stands: dict[str, Tensor] = {}
         for argument in self._arguments(node):
             value = self._consistent(argument, positive)
             if argument.name in self.step.kept:
                 value = stands.setdefault(self.step.kept[argument.name][0], value)
-            found[argument] = value
-        return found
+            values[argument] = value
+        return values
 
     def _arguments(self, node: fx.Node) -> list[fx.Node]:
         """Tensor arguments that are no constants, those of calls with several results included."""
-        found: list[fx.Node] = []
+        arguments: list[fx.Node] = []
         for source in node.all_input_nodes:
             if is_tensor(source):
-                found += [source] if source.op != "get_attr" else []
+                arguments += [source] if source.op != "get_attr" else []
             else:
-                found += self._arguments(source)
-        return list(dict.fromkeys(found))
+                arguments += self._arguments(source)
+        return list(dict.fromkeys(arguments))
 
     def _scrambled(self, node: fx.Node, value: Tensor) -> Tensor:
         """``value`` with other content where it is neither known nor read."""
@@ -264,7 +264,7 @@ class _Check:
 
     def reasons(self) -> int:
         """Check that every removed index has a reason that agrees with the claims; return the number of removed indices."""
-        given: dict[tuple[str, int], set[int]] = {}
+        justified: dict[tuple[str, int], set[int]] = {}
         for reason in self.step.reasons:
             node = self.before.get(reason.value)
             if node is None or str(node.target) != reason.operator:
@@ -280,12 +280,12 @@ class _Check:
                 raise ProgramError(f"the reason for {reason.value} names values that it has nothing to do with")
             if not bool(claimed.index_select(reason.dim, torch.tensor(reason.indices)).all()):
                 raise ProgramError(f"the reason for {reason.value} ({reason.kind}) does not agree with the claims")
-            given.setdefault((reason.value, reason.dim), set()).update(reason.indices)
+            justified.setdefault((reason.value, reason.dim), set()).update(reason.indices)
         removed = 0
         for name, (_, dims) in self.step.kept.items():
             for dim, kept in dims.items():
                 gone = set(range(self._shape(self.before[name])[dim])) - set(kept.tolist())
-                if missing := gone - given.get((name, dim), set()):
+                if missing := gone - justified.get((name, dim), set()):
                     raise ProgramError(
                         f"no reason is given why {sorted(missing)[:5]} of dimension {dim} of {name} went"
                     )
@@ -308,14 +308,14 @@ def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         return node.target(*args, **kwargs)
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
+def _agree(actual: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding, NaN and infinities in the same places."""
-    if not found.is_floating_point():
-        return bool((found == expected).all())
+    if not actual.is_floating_point():
+        return bool((actual == expected).all())
     finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(found)):
+    if not torch.equal(finite, torch.isfinite(actual)):
         return False
     if not bool(finite.any()):
         return True
     scale = max(float(expected[finite].abs().max()), 1.0)
-    return float((found - expected)[finite].abs().max()) <= TOLERANCE * scale
+    return float((actual - expected)[finite].abs().max()) <= TOLERANCE * scale

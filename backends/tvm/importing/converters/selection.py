@@ -52,10 +52,10 @@ def pyramid_lists(importer: Importer, node: fx.Node) -> Any:
             """Return blocks [..][c // factor] factor + c % factor, and after those the means of groups that are not listed."""
             row, c = i[:-1], i[-1]
             fine = counts[row] * factor
-            own = te.all(c < fine, at == c // factor)
+            selected = te.all(c < fine, at == c // factor)
             skipped = te.all(c >= fine, at < counts[row], again[(*row, at)] - at <= c - fine)
             value = chosen[(*row, at)] * factor + tirx.Cast("int32", c % factor)
-            return te.sum(tirx.Select(own, value, tirx.Cast("int32", skipped)), axis=at)
+            return te.sum(tirx.Select(selected, value, tirx.Cast("int32", skipped)), axis=at)
 
         return te.compute((*lead, longest), one, name="entries")
 
@@ -166,8 +166,8 @@ class _Composed:
             possible = count[b, j] > self.number(0)
             if self.causal:
                 possible = tirx.all(possible, j * block_k <= i * self.block_q + self.block_q - 1)
-            own = tirx.Cast(self.wide, te.min((i + 1) * self.block_q, self.rows) - i * self.block_q)
-            value = product[b, h, i, j] * self.number(self.scale) / own / te.max(count[b, j], self.number(1))
+            rows = tirx.Cast(self.wide, te.min((i + 1) * self.block_q, self.rows) - i * self.block_q)
+            value = product[b, h, i, j] * self.number(self.scale) / rows / te.max(count[b, j], self.number(1))
             return tirx.Select(possible, value, self.number(MASKED_SCORE))
 
         return te.compute(product.shape, one, name="score")

@@ -101,10 +101,10 @@ def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
             name="partner",
         )
 
-    def worth(own: te.Tensor, sides: te.Tensor, top: te.Tensor) -> te.Tensor:
+    def worth(sizes: te.Tensor, sides: te.Tensor, top: te.Tensor) -> te.Tensor:
         def element(b: Any, i: Any) -> Any:
             first, never = (tirx.const(v, top.dtype) for v in (FIRST, NEVER))
-            there = tirx.Select(own[b, i] > tirx.const(0, own.dtype), top[b, i], first)
+            there = tirx.Select(sizes[b, i] > tirx.const(0, sizes.dtype), top[b, i], first)
             return tirx.Select(sides[b, i] == GOES, there, never)
 
         return te.compute((batch, n), element, name="worth")
@@ -119,11 +119,11 @@ def _match_anywhere(importer: Importer, node: fx.Node) -> Any:
 
         return te.compute((batch, n), element, name="assign")
 
-    def summed(own: te.Tensor, result: te.Tensor) -> te.Tensor:
-        i, zero = axis(n, "i"), tirx.const(0, own.dtype)
+    def summed(sizes: te.Tensor, result: te.Tensor) -> te.Tensor:
+        i, zero = axis(n, "i"), tirx.const(0, sizes.dtype)
         return te.compute(
             (batch, n - count),
-            lambda b, j: te.sum(tirx.Select(result[b, i] == j, own[b, i], zero), axis=i),
+            lambda b, j: te.sum(tirx.Select(result[b, i] == j, sizes[b, i], zero), axis=i),
             name="sizes",
         )
 
@@ -198,8 +198,8 @@ def reduce_tokens(importer: Importer, node: fx.Node) -> Any:
         zero, one = tirx.const(0, size.dtype), tirx.const(1, size.dtype)
 
         def share(b: Any, j: Any, i: Any) -> Any:
-            own = tirx.Select(total[b, j] > zero, size[b, i] / total[b, j], one / members[b, j])
-            return tirx.Select(assign[b, i] == j, own, zero)
+            fraction = tirx.Select(total[b, j] > zero, size[b, i] / total[b, j], one / members[b, j])
+            return tirx.Select(assign[b, i] == j, fraction, zero)
 
         return te.compute((batch, count, n), share, name="matrix")
 

@@ -34,14 +34,14 @@ class Plan:
 
 def plans(m: int, n: int, k: int, batch: int, machine: CpuInfo, limit: int = 1) -> list[Plan]:
     """Return the ``limit`` most promising plans for ``batch`` products ``[m, k] x [k, n]``; the first is the estimate's choice."""
-    found = []
+    candidates = []
     for t, tile in enumerate(tiles(m, n, k, machine)[: 1 if limit == 1 else 4]):
         rule = _run(-(-m // tile.rows), batch, tile, k, machine)
         runs = (
             [rule] if limit == 1 else list(dict.fromkeys((rule, max(1, rule // 2), min(2 * rule, -(-m // tile.rows)))))
         )
-        found += [(t + i, t, Plan(tile.rows, tile.vectors, run)) for i, run in enumerate(runs)]
-    return [plan for *_, plan in sorted(found, key=lambda f: f[:2])[:limit]]
+        candidates += [(t + i, t, Plan(tile.rows, tile.vectors, run)) for i, run in enumerate(runs)]
+    return [plan for *_, plan in sorted(candidates, key=lambda f: f[:2])[:limit]]
 
 
 def pack(right: Callable[..., Any], lead: Sequence[int], n: int, k: int, columns: int) -> te.Tensor:

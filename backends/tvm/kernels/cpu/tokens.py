@@ -28,7 +28,7 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
     with function() as builder:
         similar, size = argument("similar", (batch, n, n)), argument("size", (batch, n))
         side, assign = (argument(name, (batch, n), "int64") for name in ("side", "assign"))
-        sizes, own = argument("sizes", (batch, n - count)), argument("own", (batch, n))
+        sizes, keeps = argument("sizes", (batch, n - count)), argument("own", (batch, n))
         worth, partner = buffer(batch * n), buffer(batch * n, "int64")
         going, slot = buffer(batch * n, "int64"), buffer(batch * n, "int64")
         with T.parallel(batch * n) as at:
@@ -57,7 +57,7 @@ def match(batch: int, tokens: int, count: int, drop: bool) -> tirx.PrimFunc:
                 at = b * n + i
                 taken = i64(-1) if drop else slot[b * n + partner[at]]
                 store(assign, tirx.Select(going[at] == 1, taken, slot[at]), b, i)
-                store(own, T.cast(going[at] == 0, "float32"), b, i)
+                store(keeps, T.cast(going[at] == 0, "float32"), b, i)
                 with T.If(assign[b, i] >= 0), T.Then():
                     store(sizes, sizes[b, assign[b, i]] + size[b, i], b, assign[b, i])
     return builder.get()

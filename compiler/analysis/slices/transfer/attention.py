@@ -39,10 +39,10 @@ class Matmul(TransferRule):
         return a, b
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
-        found = self.operands(node)
-        if found is None:
+        operands = self.operands(node)
+        if operands is None:
             return None
-        a, b = found
+        a, b = operands
         if (a in facts and facts[a].all() and not bool(facts[a].content.any())) or (
             b in facts and facts[b].all() and not bool(facts[b].content.any())
         ):
@@ -58,10 +58,10 @@ class Matmul(TransferRule):
         return known(mask, torch.zeros([1] * len(sizes(node)), dtype=torch.float64))
 
     def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        found = self.operands(node)
-        if found is None:
+        operands = self.operands(node)
+        if operands is None:
             return super().backward(node, wanted, facts)
-        a, b = found
+        a, b = operands
         za, zb, _ = zero_pairs(a, -1, b, -2, facts)
         read_a = wanted.any(-1, keepdim=True) & ~zb
         read_b = wanted.any(-2, keepdim=True) & ~za.reshape(-1, 1)
@@ -69,10 +69,10 @@ class Matmul(TransferRule):
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         """Tie K of both operands, M and N to the result, and each batch dimension that is not broadcast."""
-        found = self.operands(node)
-        if found is None:
+        operands = self.operands(node)
+        if operands is None:
             return []
-        a, b = found
+        a, b = operands
         rank, out = len(sizes(node)), sizes(node)
         result = [equal(node, (a, rank - 1), (b, rank - 2), sizes(a)[-1])]
         result += [
@@ -87,10 +87,10 @@ class Matmul(TransferRule):
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         """Pin indices of K at which both are known and none is 0: what they contribute is not carried on."""
-        found = self.operands(node)
-        if found is None:
+        operands = self.operands(node)
+        if operands is None:
             return []
-        a, b = found
+        a, b = operands
         za, zb, both = zero_pairs(a, -1, b, -2, facts)
         return [((a, len(sizes(a)) - 1), both & ~za & ~zb)]
 
@@ -145,26 +145,26 @@ class Attention(TransferRule):
         """Tie the channels of q and k, those of v and the result, and what is left of heads, queries and batch. Keys are not cut."""
         q, k, v, mask = self.parts(node)
         rank, out, causal = len(sizes(node)), sizes(node), bool(argument(node, 5, "is_causal", False))
-        found = [
+        ties = [
             equal(node, (q, rank - 1), (k, rank - 1), sizes(q)[-1]),
             equal(node, (node, rank - 1), (v, rank - 1), out[-1]),
         ]
         if not causal:
-            found.append(equal(node, (node, rank - 2), (q, rank - 2), out[-2]))
+            ties.append(equal(node, (node, rank - 2), (q, rank - 2), out[-2]))
         for d in range(rank - 2):
-            found.append(equal(node, (node, d), (q, d), out[d]))
+            ties.append(equal(node, (node, d), (q, d), out[d]))
             group = self.grouped(node) if d == rank - 3 else 1
             for operand in (k, v):
                 if group > 1:
-                    found.append(split(node, (node, d), ((operand, d), (node, "query")), (out[d] // group, group)))
+                    ties.append(split(node, (node, d), ((operand, d), (node, "query")), (out[d] // group, group)))
                 elif sizes(operand)[d] == out[d]:
-                    found.append(equal(node, (node, d), (operand, d), out[d]))
+                    ties.append(equal(node, (node, d), (operand, d), out[d]))
         if mask is not None and not causal:
             shift = rank - len(sizes(mask))
             for d, size in enumerate(sizes(mask)[:-1]):
                 if size > 1 and size == out[d + shift]:
-                    found.append(equal(node, (node, d + shift), (mask, d), size))
-        return found
+                    ties.append(equal(node, (node, d + shift), (mask, d), size))
+        return ties
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         q, k, _, _ = self.parts(node)

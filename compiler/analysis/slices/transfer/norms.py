@@ -64,8 +64,8 @@ class Norm(TransferRule):
 
     def affine(self, node: fx.Node) -> list[fx.Node]:
         """Return the weight and the bias, those that there are."""
-        found = self.parameters(node)
-        return [n for n in (found.weight, found.bias) if n is not None] if found is not None else []
+        parameters = self.parameters(node)
+        return [n for n in (parameters.weight, parameters.bias) if n is not None] if parameters is not None else []
 
     def usable(self, node: fx.Node, facts: Facts) -> bool:
         """Return whether the call is cut along its channels: its form is known, and weight and bias are constants."""
@@ -112,13 +112,13 @@ class Norm(TransferRule):
         """Tie the dimensions that are not normalised, and the channels to those of weight and bias."""
         operand: fx.Node = node.args[0]
         apart = [d for d in range(len(sizes(node))) if d not in self.mixed(node)]
-        found = [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in apart]
+        ties = [equal(node, (node, d), (operand, d), sizes(node)[d]) for d in apart]
         if self.usable(node, facts):
             channel = self.channel(node)
             count = sizes(node)[channel]
-            found.append(self.tie(node, (node, channel), (operand, channel), count))
-            found += [self.tie(node, (node, channel), (n, 0), count) for n in self.affine(node)]
-        return found
+            ties.append(self.tie(node, (node, channel), (operand, channel), count))
+            ties += [self.tie(node, (node, channel), (n, 0), count) for n in self.affine(node)]
+        return ties
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         """Pin the channels that are not one number: only one number can be carried on."""
@@ -209,9 +209,9 @@ class LayerNorm(Norm):
         name = str(p.weight.target) if p.weight is not None else f"{node.name}_weight"
         weight = plan.program.add_constant(old * root, name, dtype_of(node), like=node)
         if p.weight is not None:
-            made, original = str(weight.target), plan.program.constants[name]
+            target, original = str(weight.target), plan.program.constants[name]
             plan.program.lineage.append(moved(name, name, original, partial(plan.cut, p.weight)))
-            plan.program.lineage.append(Restore((made,), lambda values: {name: values[made] / root}))
+            plan.program.lineage.append(Restore((target,), lambda values: {name: values[target] / root}))
         node.args = (node.args[0], [width], weight, (p.eps * p.count + p.squares[0]) / width)
 
 

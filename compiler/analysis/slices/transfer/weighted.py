@@ -111,11 +111,11 @@ class Linear(Weighted):
         if not is_constant(weight, facts) or (bias is not None and not is_constant(bias, facts)):
             return []
         last, (rows, columns) = self.channel(node), sizes(weight)
-        found = [equal(node, (node, d), (x, d), sizes(node)[d]) for d in range(last)]
-        found += [equal(node, (x, last), (weight, 1), columns), equal(node, (node, last), (weight, 0), rows)]
+        ties = [equal(node, (node, d), (x, d), sizes(node)[d]) for d in range(last)]
+        ties += [equal(node, (x, last), (weight, 1), columns), equal(node, (node, last), (weight, 0), rows)]
         if bias is not None:
-            found.append(equal(node, (node, last), (bias, 0), rows))
-        return found
+            ties.append(equal(node, (node, last), (bias, 0), rows))
+        return ties
 
 
 def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> Tensor:
@@ -127,8 +127,8 @@ def _reached(sources: Tensor, across: Callable[[Tensor], Tensor], size: int) -> 
     if len(rows) > 1:  # few are different: the class token, and the rest
         packed = np.packbits(rows.numpy(), axis=1)
         _, first, which = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True, return_inverse=True)
-        found = torch.stack([across(rows[i].contiguous()) for i in first.tolist()])
-        return found[torch.from_numpy(which.reshape(-1))].reshape(*sources.shape[:-1], -1)
+        patterns = torch.stack([across(rows[i].contiguous()) for i in first.tolist()])
+        return patterns[torch.from_numpy(which.reshape(-1))].reshape(*sources.shape[:-1], -1)
     return across(rows[0].contiguous()).reshape(*sources.shape[:-1], -1)
 
 
@@ -224,12 +224,12 @@ class Convolution(Weighted):
             return []
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         groups, inputs, outputs = self.groups(node), sizes(x)[1], sizes(node)[1]
-        found = [equal(node, (node, 1), (bias, 0), outputs)] if bias is not None else []
+        ties = [equal(node, (node, 1), (bias, 0), outputs)] if bias is not None else []
         if groups > 1:
             parts = (groups, inputs // groups), (groups, outputs // groups)
-            return [*found, balanced(node, (x, 1), (node, 1), *parts)]
+            return [*ties, balanced(node, (x, 1), (node, 1), *parts)]
         i, o = (0, 1) if self.transposed else (1, 0)
-        return [*found, equal(node, (x, 1), (weight, i), inputs), equal(node, (node, 1), (weight, o), outputs)]
+        return [*ties, equal(node, (x, 1), (weight, i), inputs), equal(node, (node, 1), (weight, o), outputs)]
 
     def narrow(self, node: fx.Node, plan: Any) -> None:
         """Add what the known inputs that are cut contributed, and lay out the weight of a grouped convolution anew."""
@@ -294,19 +294,19 @@ class Bilinear(TransferRule):
         return ~slices(facts[x].zero(), last, size, True) if x in facts else torch.ones(size, dtype=torch.bool)
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
-        found = self.parts(node, facts)
-        if found is None:
+        parts = self.parts(node, facts)
+        if parts is None:
             return None
-        x1, x2, weight, bias = found
+        x1, x2, weight, bias = parts
         used = (facts[weight].content != 0) & self.live(x1, facts)[:, None] & self.live(x2, facts)
         shape = [1] * (len(sizes(node)) - 1) + [-1]
         value = facts[bias].value if bias is not None else torch.zeros(1, dtype=torch.float64)
         return known(~used.flatten(1).any(1).reshape(shape), value.reshape(shape))
 
     def backward(self, node: fx.Node, wanted: Tensor, facts: Facts) -> dict[fx.Node, Tensor]:
-        result, found = super().backward(node, wanted, facts), self.parts(node, facts)
-        if found is not None:
-            x1, x2, weight, _ = found
+        result, parts = super().backward(node, wanted, facts), self.parts(node, facts)
+        if parts is not None:
+            x1, x2, weight, _ = parts
             rows = slices(wanted, wanted.dim() - 1, sizes(weight)[0], every=False)
             used = (facts[weight].content != 0)[rows].any(0)
             shape = [1] * (wanted.dim() - 1) + [-1]
@@ -316,10 +316,10 @@ class Bilinear(TransferRule):
 
     def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
         """Tie inputs and outputs to the weight and the bias, and every other dimension of the inputs to the result."""
-        found = self.parts(node, facts)
-        if found is None:
+        parts = self.parts(node, facts)
+        if parts is None:
             return []
-        x1, x2, weight, bias = found
+        x1, x2, weight, bias = parts
         last, (rows, left, right) = len(sizes(node)) - 1, sizes(weight)
         ties = [equal(node, (x1, last), (weight, 1), left), equal(node, (x2, last), (weight, 2), right)]
         ties += [equal(node, (node, last), (weight, 0), rows)]
@@ -328,11 +328,11 @@ class Bilinear(TransferRule):
 
     def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
         """Pin known channels that are not 0: cut, each would leave a linear layer in the other input."""
-        found = self.parts(node, facts)
-        if found is None:
+        parts = self.parts(node, facts)
+        if parts is None:
             return []
         pinned: list[tuple[Key, Tensor]] = []
-        for x in found[:2]:
+        for x in parts[:2]:
             size, last = sizes(x)[-1], len(sizes(x)) - 1
             pinned.append(((x, last), slices(mask_of(x, facts), last, size, every=False) & self.live(x, facts)))
         return pinned
