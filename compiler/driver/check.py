@@ -117,7 +117,7 @@ class _Comparison:
         return signature.with_literals(self.build.executable.run(signature.check(flat)))
 
     def _within_budget(self) -> list[Check]:
-        """Compare the approximate model with the eager one, on the samples that chose nothing."""
+        """Compare the approximate model with the eager one, on the held-out samples."""
         calibration = self.calibration
         if self.build.rewritten.exact is None or calibration is None:
             return []

@@ -204,9 +204,7 @@ class _Trial:
             return
         limit, error = calibration.budget.limit, calibration.measure(after, calibration.held_out_samples).mean
         if not error <= limit:
-            yield Finding(
-                "budget", where, f"the error on samples that chose nothing is {error:.3g}, the budget {limit:.3g}"
-            )
+            yield Finding("budget", where, f"the error on held-out samples is {error:.3g}, the budget {limit:.3g}")
 
     def _way_back(self, captured: Program, after: Program, where: str) -> Iterator[Finding]:
         """Every parameter moves a little, as in training; then what comes back is put into the program as it was captured."""

@@ -3,7 +3,8 @@
     scores = cap * tanh((c q k^T + bias) / cap), masked         each part optional, in any order that means this
 
 Read backward from the softmax: adding a tensor is a bias; ``where`` and ``masked_fill`` with a number are a mask; factors are a scale
-(of the biases added before them, too); reshapes must leave every score where it is, but may regroup batch and heads.
+(of the biases added before them, too); reshapes must leave every score where it is, but may regroup batch and heads. Everything else, and
+scores that something besides the softmax reads, raises :class:`NotAttention` with its reason.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 soft       x relu(1 - t / |x|)                                                  t > 0
 groups     z relu(1 - t / |z|), |z| over the last dimension, kept               t > 0      (``thresher::group_shrink``)
-garrote    x relu(1 - t^2 / x^2);  where(|x| > t, x - t^2 / x, 0)
+garrote    x relu(1 - t^2 / x^2);  where(|x| > t, x - t^2 / x, 0)      t > 0      (Gao, 1998)
+
+``t`` must be a positive number, or for the first two a positive constant; others stay as they are, because 0 / 0 is not 0.
 """
 
 from __future__ import annotations

@@ -4,7 +4,12 @@
 
 matmul, bmm or baddbmm; masks added, ``where`` or ``masked_fill``; heads and batch regrouped in between; tokens or channels first (then the
 weights come second in the last product, transposed). Capped scores (``cap * tanh(scores / cap)``) become ``thresher::sparse_attention``
-over all blocks, because ATen's operator has no cap. What mixes scores of several heads (talking heads) stays as it is.
+over all blocks, because ATen's operator has no cap. (Vaswani et al., 2017.)
+
+The softmax must be over the keys, the scores and the weights read by nothing else, and queries, keys and values of one type. Refused, each
+with its reason: scores of several heads that are mixed (talking heads: Shazeer et al., 2020); queries, keys and values that are broadcast
+against each other; scores scaled by a tensor that is not one number per head, or replaced by something else than a large negative number;
+a cap that does not stand after the scale and before the mask; heads that are regrouped while a size of the batch is dynamic.
 """
 
 from __future__ import annotations

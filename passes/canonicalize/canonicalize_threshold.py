@@ -12,8 +12,10 @@ What happens at t, for NaN and for infinities is seen by computing it, and must 
 threshold, or one threshold after another, become one, too. Thresholds that divide (x relu(1 - t / |x|), pairs z relu(1 - t / |z|),
 garrote) are found by their patterns.
 
-``t`` is a number, a constant, or computed in the graph; for ``soft`` it must be seen not to be negative: from its value, or from what
-made it.
+``t`` is a number, a constant, or computed in the graph; for ``soft`` and ``firm`` it must be seen not to be negative: from its value, or
+from what made it. Refused, each with its reason: a soft threshold that may be negative; a function that is 0 in the middle but not
+symmetric, or scaled; one that differs from the operator at its breakpoints, for NaN or for infinities. (Soft and hard: Donoho & Johnstone,
+1994; firm: Gao & Bruce, 1997; garrote: Gao, 1998.)
 """
 
 from __future__ import annotations

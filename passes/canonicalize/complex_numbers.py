@@ -1,11 +1,14 @@
 """Complex values become pairs of real numbers, and Fourier transforms products with their matrices, exactly.
 
     z [..]  ->  [.., 2]            (re, im)
+    (a + ib) (c + id)              (ac - bd, ad + bc)
     DFT along a dimension of n     a linear layer with the constant matrix of cosines and sines, n^2 instead of n log n multiplications: for
-                                   the grids of models (AFNO, Guibas et al., 2022; FNet; GFNet) that is what a kernel for products does best
+                                   the grids of models (AFNO, Guibas et al., 2022; FNet, Lee-Thorp et al., 2022; GFNet, Rao et al., 2021)
+                                   that is what a kernel for products does best
 
-So thresholds, products and sums of Fourier modes are the ones that other passes know. A program that takes or gives complex values, or does
-something else with them, stays as it is.
+So thresholds, products and sums of Fourier modes are the ones that other passes know. A program stays as it is, with the reason, if it
+takes or returns complex values, divides by one, multiplies with a complex literal, adds a number to one, transforms over a dynamic
+dimension or reads a part of a spectrum, or applies an operator that has no rule here.
 """
 
 from __future__ import annotations

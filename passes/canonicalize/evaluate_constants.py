@@ -1,7 +1,14 @@
 """Compute at compile time what does not depend on an input.
 
-Masks of ``torch.nn.utils.prune`` (``weight_orig * mask``), parametrizations, weight norm, gates that are parameters, position
-grids, attention masks built from ``arange``: every call whose arguments are all constants becomes a constant.
+    f(c_1, ..., c_n) = c              c: one new constant, for every use of the call
+    zeros_like(x) = 0 [shape of x]    also ones_like and full_like: they read only the shape, which is known
+
+So masks of ``torch.nn.utils.prune`` (``weight_orig * mask``), parametrizations, weight norm, gates that are parameters, position grids and
+attention masks built from ``arange`` become constants. They are computed in float64 and rounded once, to the declared dtype.
+
+The call must be deterministic, with sizes that are all numbers. It stays as it is where it draws random numbers, has a dynamic size, is
+larger than ``limit`` and than its arguments together, or expands a parameter, because the copies would be trained apart. (Constant
+propagation: Kildall, POPL 1973.)
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     attention(q, repeat(k, g), repeat(v, g)) = attention(q, k, v, enable_gqa=True)        (grouped queries: Ainslie et al., 2023)
 
-The repetition is spelled unsqueeze, expand, reshape (transformers) or ``repeat_interleave``, which is exported the same way.
+The repetition is spelled unsqueeze, expand, reshape (transformers) or ``repeat_interleave``, which is exported the same way. Keys and
+values must both be repeated, [B, G, S, E] to [B, H, S, E] with each of the G heads next to its copies, and have the same G; other
+attentions, and those that share heads already, stay as they are.
 """
 
 from __future__ import annotations

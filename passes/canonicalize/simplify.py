@@ -1,14 +1,20 @@
-"""Remove what does nothing and give each remaining thing one spelling, exactly.
+"""Remove what does nothing and give each remaining operation one spelling, exactly.
 
-* no-ops: dropout, clone, detach, conversions to the same dtype, ``x * 1``, ``x + 0``, slices, expands and concatenations of one value;
-* ``split``, ``chunk`` and ``unbind`` become ``slice`` and ``select``, so that each result is one node;
-* ``x @ W`` and ``addmm(b, x, W)`` with a constant W become ``linear``;
-* ``clamp(x, 0)``, ``maximum(x, 0)`` and ``threshold(x, 0, 0)`` become ``relu``;
-* the last of the k largest, ``topk(x, k).values[..., -1:]``, becomes ``thresher::kth_largest``;
-* ``prelu`` with constant slopes becomes ``where``; instance norm on its own statistics becomes group norm, channel shuffle two reshapes;
-* what is computed twice from the same values is computed once;
-* an additive attention mask that is all 0, or a boolean one that is all True, is dropped;
-* what is computed from a value that was expanded is computed before it is expanded, and attention masks are not expanded at all.
+    x * 1 = x / 1 = x + 0 = x - 0 = x                              up to the sign of a zero
+    clamp(x, 0) = maximum(x, 0) = threshold(x, 0, 0) = relu(x)     NaN passes through all of them
+    x @ W = linear(x, W^T), addmm(b, x, W) = linear(x, W^T, b)     W a constant matrix, b a constant vector
+    prelu(x, w) = where(x > 0, x, w x)                             w constant: one slope, or one per channel
+    split(x)[i] = slice(x, start_i, end_i)                         chunk as well; unbind(x)[i] = select(x, i)
+    topk(x, k).values[..., -1:] = thresher::kth_largest(x, k)      over the last dimension
+    f(expand(x)) = expand(f(x))                                    f pointwise
+
+* no-ops: dropout in evaluation, clone, detach, conversions to the same dtype, slices, expands and concatenations of one value;
+* instance norm on its own statistics becomes group norm, channel shuffle two reshapes and a transposition;
+* what is computed twice from the same values is computed once (common subexpressions: Cocke, 1970);
+* an additive attention mask that is all 0, or a boolean one that is all True, is dropped; a mask is not expanded for attention.
+
+A call is removed only if its result has the shape and the dtype of its argument. Random calls are never shared, and splits, shuffles and
+expands over a dynamic size stay as they are.
 """
 
 from __future__ import annotations
@@ -181,14 +187,14 @@ def name_kth_largest(program: Program, node: fx.Node) -> str:
         or node.args[0].target is not operator.getitem
     ):
         return ""
-    found, index = node.args[0].args
-    if found.target is not aten.topk.default or index != 0 or not argument(found, 3, "largest", True):
+    largest, index = node.args[0].args
+    if largest.target is not aten.topk.default or index != 0 or not argument(largest, 3, "largest", True):
         return ""
-    x, k = found.args[:2]
+    x, k = largest.args[:2]
     last = len(shape_of(x)) - 1
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     start = start + k if start is not None and start < 0 else start
-    if argument(found, 2, "dim", -1) % (last + 1) != last or node.args[1] % (last + 1) != last:
+    if argument(largest, 2, "dim", -1) % (last + 1) != last or node.args[1] % (last + 1) != last:
         return ""
     if start != k - 1 or (end is not None and 0 <= end < k) or step != 1:
         return ""

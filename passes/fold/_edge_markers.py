@@ -45,8 +45,8 @@ def insert(analysis: ChannelAnalysis) -> tuple[ChannelAnalysis, list[fx.Node]]:
     markers: list[fx.Node] = []
     while edges := [e for e in dict.fromkeys(_edges(analysis, first=not markers)) if e not in done]:
         done.update(edges)
-        analysis, made = analysis.with_edge_markers(edges)
-        markers += made
+        analysis, added = analysis.with_edge_markers(edges)
+        markers += added
     return analysis, markers
 
 
@@ -57,7 +57,7 @@ def _edges(analysis: ChannelAnalysis, first: bool) -> Iterator[Edge]:
             continue
         channel, source = operator.channel(node), node.args[0]
         keys = [(node, channel), (source, channel)]
-        if first and node in analysis.read and _adaptable(source, channel):
+        if first and node in analysis.read and _may_have_marker(source, channel):
             needed = slices(analysis.needed(source, node), channel, sizes(source)[channel], every=False)
             if bool((analysis.keep[(source, channel)] & ~needed).any()):
                 yield source, node, channel
@@ -77,17 +77,17 @@ def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edg
         if not is_tensor(source) or user.target in NARROWING or user.target is edge_marker:
             continue
         for dim in range(len(sizes(source))):
-            if _adaptable(source, dim) and bool(analysis.kept_dead((source, dim)).any()):
+            if _may_have_marker(source, dim) and bool(analysis.kept_dead((source, dim)).any()):
                 yield source, user, dim
 
 
-def _adaptable(source: fx.Node, dim: int) -> bool:
+def _may_have_marker(source: fx.Node, dim: int) -> bool:
     value = source.meta["val"]
     computed = source.op == "call_function" and source.target is not edge_marker and value.is_floating_point()
-    return computed and not isinstance(value.shape[dim], torch.SymInt) and not _adapted(source)
+    return computed and not isinstance(value.shape[dim], torch.SymInt) and not _is_written_marker(source)
 
 
-def _adapted(source: fx.Node) -> bool:
+def _is_written_marker(source: fx.Node) -> bool:
     """Return whether an earlier fold made the value by an edge marker: another one after it would do the same again."""
     if source.target is aten.add.Tensor and isinstance(source.args[1], fx.Node) and source.args[1].op == "get_attr":
         source = source.args[0]
@@ -169,13 +169,13 @@ class _Costs:
         saved = self.grown(home, narrow, union)
         saved += sum(self.grown(number, kept, union) for number, kept in readers.items())
         variants = {tuple(keep[(m, dim)].nonzero().reshape(-1).tolist()): m for m in group}
-        return saved > self.min_improvement * sum(self.adapting(m) for m in variants.values())
+        return saved > self.min_improvement * sum(self.marker_seconds(m) for m in variants.values())
 
     def grown(self, component: int, kept: Tensor, union: Tensor) -> float:
         """Return the seconds that the set would cost more if it kept all of ``union``."""
         return self.seconds[component] * (int(union.sum()) / max(int(kept.sum()), 1) - 1)
 
-    def adapting(self, marker: fx.Node) -> float:
+    def marker_seconds(self, marker: fx.Node) -> float:
         source, dim = marker.args
         here, there = self.analysis.keep[(source, dim)], self.analysis.keep[(marker, dim)]
         if torch.equal(here, there):
@@ -189,8 +189,8 @@ class _Costs:
 
 def _places(here: Tensor, there: Tensor) -> Tensor:
     """Return, for each index kept ``there``, its position among those kept ``here``, or -1."""
-    place = torch.where(here, here.long().cumsum(0) - 1, -1)
-    return place[there]
+    position = torch.where(here, here.long().cumsum(0) - 1, -1)
+    return position[there]
 
 
 def _run(places: Tensor) -> tuple[int, int] | None:
@@ -205,19 +205,19 @@ def _run(places: Tensor) -> tuple[int, int] | None:
 
 def realise(program: Program, analysis: ChannelAnalysis) -> None:
     """Replace every marker by padding, slice or gather, from the indices kept before it to those kept after it."""
-    made: dict[tuple, fx.Node] = {}
+    values: dict[tuple, fx.Node] = {}
     for marker in list(program.calls(edge_marker)):
         source, dim = marker.args
         here, there = analysis.keep[(source, dim)], analysis.keep[(marker, dim)]
         key = (source, dim, tuple(there.nonzero().reshape(-1).tolist()))
-        if key not in made:
-            made[key] = source if torch.equal(here, there) else _write(program, analysis, marker)
-        if made[key] is not source:  # to a marker after it, what stands here now is what the marker was
+        if key not in values:
+            values[key] = source if torch.equal(here, there) else _write(program, analysis, marker)
+        if values[key] is not source:  # to a marker after it, what stands here now is what the marker was
             for d in range(len(sizes(marker))):
-                analysis.keep[(made[key], d)] = analysis.keep[(marker, d)]
+                analysis.keep[(values[key], d)] = analysis.keep[(marker, d)]
             if marker in analysis.facts:
-                analysis.facts[made[key]] = analysis.facts[marker]
-        marker.replace_all_uses_with(made[key])
+                analysis.facts[values[key]] = analysis.facts[marker]
+        marker.replace_all_uses_with(values[key])
         program.graph.erase_node(marker)
 
 

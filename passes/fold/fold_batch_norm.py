@@ -5,6 +5,10 @@
 Backward (into the producer, always exact): ``s (W x + b) + h = (s W) x + (s b + h)``.
 Forward (into the consumer): ``W (s x + h) + b = (W s) x + (b + W h)``, exact where no padding can show: linear, unpadded
 convolutions, or h = 0. Where neither side can take it, it stays as one multiplication and one addition.
+
+A producer takes it if the norm alone reads its result, consumers if all of them can; both need constant weights, and a linear layer an
+input [N, C]. Refused: a norm whose statistics or affine parameters are computed. Raises ``ProgramError`` for a norm without running
+statistics. (Ioffe & Szegedy, ICML 2015; folded: Jacob et al., CVPR 2018.)
 """
 
 from __future__ import annotations
@@ -59,12 +63,12 @@ def _fold(program: Program, node: fx.Node) -> str:
         return f"folded forward into {', '.join(consumers)}"
     shape = [-1] + [1] * (len(shape_of(source)) - 2)
     value: fx.Node = source
-    made = []
+    names = []
     for op, vector, label in ((aten.mul.Tensor, scale, "scale"), (aten.add.Tensor, shift, "shift")):
         constant = program.add_constant(vector.reshape(shape), f"{node.name}_{label}", dtype_of(source), like=node)
         value = program.insert_call(node, op, (value, constant), like=node)
-        made.append(str(constant.target))
-    _remember_affine(program, node, *made)
+        names.append(str(constant.target))
+    _remember_affine(program, node, *names)
     result.replace_all_uses_with(value)
     return "written as one multiplication and one addition"
 
@@ -117,18 +121,18 @@ def _into_producer(program: Program, norm: fx.Node, source: fx.Node, scale: Tens
         factor = scale.reshape(-1, *[1] * (weight.dim() - 1))
     name, offset = str(source.args[1].target), argument(source, 2, "bias") if bias is not None else norm.args[2]
     mean = program.constants[norm.args[3].target].double()
-    made = set_weights(
+    names = set_weights(
         program, source, weight.double() * factor, scale * bias.double() + shift if bias is not None else shift
     )
 
     def back(values: Values) -> Values:
         """W = W' / s; the new bias is the layer's own, b = (b' - h) / s, or else the norm's, beta = b' + s mean."""
-        w, b = values[made[0]], values[made[1]]
+        w, b = values[names[0]], values[names[1]]
         rest = _divided(b - shift, scale, bias) if bias is not None else b + scale * mean
         return {name: _divided(w, factor, weight), str(offset.target): rest}
 
     if offset is not None:
-        program.lineage.append(Restore(made, back))
+        program.lineage.append(Restore(names, back))
     return True
 
 
@@ -143,8 +147,8 @@ def _into_consumers(program: Program, result: fx.Node, scale: Tensor, shift: Ten
         factor = scale.reshape(1, -1, *[1] * (weight.dim() - 2))
         names = [str(user.args[1].target), None if bias is None else str(argument(user, 2, "bias").target)]
         offset = _offset(weight, shift)
-        made = set_weights(program, user, weight * factor, offset + bias.double() if bias is not None else offset)
-        program.lineage.append(_forward_restore(made, names, factor, weight, shift))
+        new_names = set_weights(program, user, weight * factor, offset + bias.double() if bias is not None else offset)
+        program.lineage.append(_forward_restore(new_names, names, factor, weight, shift))
     return [user.name for user in users]
 
 
@@ -154,17 +158,17 @@ def _offset(weight: Tensor, shift: Tensor) -> Tensor:
 
 
 def _forward_restore(
-    made: tuple[str, ...], names: list[str | None], factor: Tensor, original: Tensor, shift: Tensor
+    new_names: tuple[str, ...], names: list[str | None], factor: Tensor, original: Tensor, shift: Tensor
 ) -> Restore:
     """Return the way back: W = W' / s, b = b' - W h; a layer without bias has no room for another b'."""
     name, bias = names
 
     def back(values: Values) -> Values:
-        weight = _divided(values[made[0]], factor, original)
-        rest = {bias: values[made[1]] - _offset(weight, shift)} if bias is not None else {}
+        weight = _divided(values[new_names[0]], factor, original)
+        rest = {bias: values[new_names[1]] - _offset(weight, shift)} if bias is not None else {}
         return {str(name): weight} | rest
 
-    return Restore(made if bias is not None else made[:1], back)
+    return Restore(new_names if bias is not None else new_names[:1], back)
 
 
 def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bool:

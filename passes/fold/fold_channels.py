@@ -6,7 +6,8 @@ an input) or *unread* (no output depends on it). With ``y = W x + b`` and ``x`` 
     y = W_kept x_kept + (b + W_cut c)        c the known content of the cut channels, 0 where they are unread
 
 so narrower tensors give the same function. Which indices must go together (residual adds, concatenations, heads, groups) is decided
-by the ties of ``thresher.analysis``; a dead channel that a tie keeps alive is reported, with the operator that holds it.
+by the ties of ``thresher.analysis`` (coupled structures: DepGraph, Fang et al., CVPR 2023). Refused: a dead channel that a tie keeps alive,
+which is reported with the operator that holds it.
 
 Zero times anything counts as zero, also for NaN and infinity, where the unpruned product would be NaN, and minus infinity plus anything
 as minus infinity (a closed attention mask, a route to an expert that no input takes); ``strict=True`` refuses to fold for models with
@@ -99,11 +100,11 @@ class FoldChannels(Pass):
         rewrites = constants + _describe(analysis)
         if not rewrites:
             return _Round(program, [], refusals, [], False)
-        adapted = any(not analysis.full(m, m.args[1]) for m in markers)
+        marked = any(not analysis.full(m, m.args[1]) for m in markers)
         plan = _Plan(work, analysis)
         plan.carry_out()
         zeros = any(_without_zero_addend(work, node) for node in work.calls(aten.add.Tensor))
-        again = analysis.vanished or plan.restructured or adapted or zeros
+        again = analysis.vanished or plan.restructured or marked or zeros
         return _Round(work, rewrites, refusals, [claims.step(program, analysis, plan.stands_for)], again)
 
 
@@ -185,7 +186,7 @@ def _without_zero_addend(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 class _Plan:
-    """What ``Row.shrink`` sees: the analysis, and the edits it may ask for."""
+    """The editor handed to ``TransferRule.narrow``: the analysis, and the edits that a rule may ask for."""
 
     def __init__(self, program: Program, analysis: ChannelAnalysis):
         self.program, self.analysis = program, analysis
@@ -226,17 +227,17 @@ class _Plan:
         node.update_arg(0, [n for n in node.args[0] if n not in operands])
         self.restructured = True
 
-    def replace_constant(self, node: fx.Node, place: int, move: Callable[[Tensor], Tensor]) -> None:
+    def replace_constant(self, node: fx.Node, index: int, move: Callable[[Tensor], Tensor]) -> None:
         """Give ``node`` another constant argument, made by moving elements of the old; one that others use too stays for them."""
-        old: fx.Node = node.args[place]
+        old: fx.Node = node.args[index]
         name, original = str(old.target), self.program.constants[old.target]
         value = move(original).contiguous()
         if len(old.users) == 1:
             self.program.constants[name] = value
         else:
             new = self.program.add_constant(value, name, dtype_of(old), like=old)
-            node.update_arg(place, new)
-        self.program.lineage.append(moved(str(node.args[place].target), name, original, move))
+            node.update_arg(index, new)
+        self.program.lineage.append(moved(str(node.args[index].target), name, original, move))
 
     def add_to_bias(self, node: fx.Node, term: Tensor) -> None:
         """``bias + term`` (already narrow) as the new bias of a linear or a convolution."""
@@ -244,9 +245,9 @@ class _Plan:
         value = term if old is None else self.narrowed(old).double() + term
         bias = self.program.add_constant(value, f"{node.name}_bias", dtype_of(node), like=node)
         if old is not None:
-            name, made = str(old.target), str(bias.target)
+            name, new_name = str(old.target), str(bias.target)
             self.program.lineage.append(moved(name, name, self.program.constants[name], partial(self.cut, old)))
-            self.program.lineage.append(Restore((made,), lambda values: {name: values[made] - term}))
+            self.program.lineage.append(Restore((new_name,), lambda values: {name: values[new_name] - term}))
         if len(node.args) > 2:
             node.update_arg(2, bias)
         else:

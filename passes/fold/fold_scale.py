@@ -5,6 +5,9 @@ the threshold comes next to the product that it becomes part of. A positive fact
 take it:
 
     c shrink(x, t) = shrink(c x, c t)          c > 0
+
+The factor and the weights must be constants, and nothing else may read the layer's result. Left as they are: factors of another shape,
+transposed convolutions, factors whose result has another dtype than the layer, and those after a firm threshold or one with a computed t.
 """
 
 from __future__ import annotations
@@ -70,8 +73,8 @@ def _scaled(program: Program, node: fx.Node) -> tuple[fx.Node | None, Tensor | N
 def _number(program: Program, value: Any) -> Tensor | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.tensor(float(value), dtype=torch.float64)
-    found = program.constant(value) if is_tensor(value) else None
-    return found.double() if found is not None and found.is_floating_point() else None
+    constant = program.constant(value) if is_tensor(value) else None
+    return constant.double() if constant is not None and constant.is_floating_point() else None
 
 
 def _per_channel(layer: fx.Node, factor: Tensor) -> Tensor | None:
@@ -82,10 +85,10 @@ def _per_channel(layer: fx.Node, factor: Tensor) -> Tensor | None:
     shape = shape_of(layer)
     channel = len(shape) - 1 if isinstance(kind, Linear) else 1
     channels = shape[channel]
-    own = [1] * (len(shape) - factor.dim()) + list(factor.shape)
-    if len(own) != len(shape) or any(size != 1 for d, size in enumerate(own) if d != channel):
+    sizes = [1] * (len(shape) - factor.dim()) + list(factor.shape)
+    if len(sizes) != len(shape) or any(size != 1 for d, size in enumerate(sizes) if d != channel):
         return None
-    return factor.reshape(-1).expand(channels).clone() if own[channel] in (1, channels) else None
+    return factor.reshape(-1).expand(channels).clone() if sizes[channel] in (1, channels) else None
 
 
 def _takes(program: Program, layer: fx.Node) -> bool:
@@ -108,19 +111,19 @@ def _into(program: Program, layer: fx.Node, scale: Tensor) -> None:
             [*values, program.constants[bias.target]],
             [*factors, scale],
         )
-    made = [
+    constants = [
         program.add_constant(v.double() * f, name, dtype_of(layer), like=layer)
         for v, f, name in zip(values, factors, names)
     ]
 
-    def back(found: Values) -> Values:
+    def back(trained: Values) -> Values:
         return {
-            name: torch.where(f != 0, found[str(new.target)] / torch.where(f != 0, f, 1.0), v.double())
-            for name, new, f, v in zip(names, made, factors, values)
+            name: torch.where(f != 0, trained[str(new.target)] / torch.where(f != 0, f, 1.0), v.double())
+            for name, new, f, v in zip(names, constants, factors, values)
         }
 
-    program.lineage.append(Restore(tuple(str(n.target) for n in made), back))
-    layer.args = (layer.args[0], *made, *layer.args[1 + len(made) :])
+    program.lineage.append(Restore(tuple(str(n.target) for n in constants), back))
+    layer.args = (layer.args[0], *constants, *layer.args[1 + len(constants) :])
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
 
 
@@ -133,6 +136,6 @@ def _through(program: Program, node: fx.Node, threshold: fx.Node, factor: Tensor
     new = program.add_constant(
         limit.double() * factor, str(t.target), dtype_of(threshold), like=threshold, role=Role.BUFFER
     )
-    made = program.insert_call(node, SHRINK, (x, new, kind, *rest), like=threshold)
-    node.replace_all_uses_with(made)
+    threshold_after = program.insert_call(node, SHRINK, (x, new, kind, *rest), like=threshold)
+    node.replace_all_uses_with(threshold_after)
     return True

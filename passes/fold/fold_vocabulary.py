@@ -4,6 +4,10 @@
 
 A pruned vocabulary (rows set to zero, or to the row of the unknown token) leaves equal rows: exact, nothing to be declared. With ``tokens``
 the caller promises that no others occur; the rows of all others go. (Vocabulary trimming: Abdaoui et al., SustaiNLP 2020.)
+
+The table must be a constant. Refused: a dynamic shape of the tokens, and a table that something else reads or that is tied to another
+weight. It stays, too, where fewer than ``min_removed`` of its rows would go. Raises ``PassError`` for ``tokens`` that are no rows
+of the table or that do not name all tokens of the example, and where no embedding reads the input.
 """
 
 from __future__ import annotations
@@ -99,10 +103,10 @@ class FoldVocabulary(Pass):
                 tokens = [int(line) for line in Path(tokens).read_text().split()]
             except (OSError, ValueError) as error:
                 raise PassError(f"fold-vocabulary: cannot read the tokens in {self.tokens}: {error}") from error
-        found = sorted({int(t) for t in tokens or ()})
-        if not found or found[0] < 0 or found[-1] >= rows:
+        numbers = sorted({int(t) for t in tokens or ()})
+        if not numbers or numbers[0] < 0 or numbers[-1] >= rows:
             raise PassError(f"fold-vocabulary: tokens must be numbers from 0 to {rows - 1}, at least one")
-        return found
+        return numbers
 
 
 def _names_tokens(tokens: object) -> bool:
@@ -129,15 +133,15 @@ def _rows(table: Tensor, tokens: list[int] | None) -> Tensor:
     return row
 
 
-def _shorten(program: Program, node: fx.Node, table: Tensor, kept: Tensor, place: Tensor) -> None:
+def _shorten(program: Program, node: fx.Node, table: Tensor, kept: Tensor, index: Tensor) -> None:
     old, tokens = node.args[:2]
     name = str(old.target)
     short = program.add_constant(table[kept], name, old.meta["val"].dtype, like=old)
-    places = program.add_constant(place, f"{name}_place", like=old, role=Role.BUFFER)
+    indices = program.add_constant(index, f"{name}_place", like=old, role=Role.BUFFER)
     flat = program.insert_call(node, aten.reshape.default, (tokens, [-1]), like=node)
-    looked_up = program.insert_call(node, aten.index_select.default, (places, 0, flat), like=node)
+    looked_up = program.insert_call(node, aten.index_select.default, (indices, 0, flat), like=node)
     shaped = program.insert_call(node, aten.reshape.default, (looked_up, list(shape_of(tokens))), like=node)
-    found = program.insert_call(node, aten.embedding.default, (short, shaped), like=node)
-    node.replace_all_uses_with(found)
-    made = str(short.target)
-    program.lineage.append(Restore((made,), lambda values: {name: values[made][place]}))
+    rows = program.insert_call(node, aten.embedding.default, (short, shaped), like=node)
+    node.replace_all_uses_with(rows)
+    short_name = str(short.target)
+    program.lineage.append(Restore((short_name,), lambda values: {name: values[short_name][index]}))

@@ -6,6 +6,9 @@ Two outputs of a layer are duplicates where their weights and biases are equal; 
 
 so each reader adds the columns up and reads one of the two. The other is then unread, and ``fold-channels`` removes it where nothing else
 holds it. (Srinivas & Babu, BMVC 2015, with equality instead of similarity: exact.)
+
+Weights and biases must be constants. Grouped and transposed convolutions neither give duplicates nor take them together, and an operator
+that does not treat all channels alike ends them. Rows that are all zero are left to ``fold-channels``.
 """
 
 from __future__ import annotations
@@ -46,9 +49,9 @@ class MergeDuplicates(Pass):
                 continue
             if merged := _add_columns(work, node, classes):
                 notes.append(Note.at(node, f"{merged} inputs are copies of others: their weights added up"))
-            found = _classes(work, node, classes)
-            if found is not None and bool((found[1] != torch.arange(found[1].numel())).any()):
-                classes[node] = found
+            duplicates = _classes(work, node, classes)
+            if duplicates is not None and bool((duplicates[1] != torch.arange(duplicates[1].numel())).any()):
+                classes[node] = duplicates
         return PassResult(work.clean().propagate(), notes) if notes else PassResult(program)
 
 
@@ -72,8 +75,8 @@ def _classes(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -
     operator = TABLE.get(node.target)
     plain = _plain(node)
     if plain is not None:
-        found = _weights(program, node)
-        return (plain.channel(node), equal_rows(*found)) if found is not None else None
+        weights = _weights(program, node)
+        return (plain.channel(node), equal_rows(*weights)) if weights is not None else None
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     if isinstance(operator, Mixing) and sources[0] in classes:
         dim, first = classes[sources[0]]
@@ -84,25 +87,25 @@ def _classes(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -
 
 def _through_elementwise(program: Program, node: fx.Node, classes: dict[fx.Node, Classes]) -> Classes | None:
     """Return the classes after an elementwise operator: duplicates stay so where every operand has the same values for both."""
-    rank, found, dim = len(sizes(node)), None, -1
+    rank, common, dim = len(sizes(node)), None, -1
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     for source in sources:
         if source in classes:
             dim = classes[source][0] + rank - len(sizes(source))
     for source in sources if dim >= 0 else ():
         shape = sizes(source)
-        place = dim - (rank - len(shape))
-        if place < 0 or shape[place] == 1:
+        source_dim = dim - (rank - len(shape))
+        if source_dim < 0 or shape[source_dim] == 1:
             continue
         constant = program.constant(source)
         if constant is not None:
-            first = equal_rows(constant.movedim(place, 0), None)
-        elif source in classes and classes[source][0] == place:
+            first = equal_rows(constant.movedim(source_dim, 0), None)
+        elif source in classes and classes[source][0] == source_dim:
             first = classes[source][1]
         else:
             return None
-        found = first if found is None else _refined(found, first)
-    return (dim, found) if found is not None and found.numel() == sizes(node)[dim] else None
+        common = first if common is None else _refined(common, first)
+    return (dim, common) if common is not None and common.numel() == sizes(node)[dim] else None
 
 
 def _refined(a: Tensor, b: Tensor) -> Tensor:

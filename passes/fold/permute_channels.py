@@ -8,6 +8,9 @@ reads them changes nothing,
 A branch that is dead on a set D of channels may be computed without them (``fold-channels``, edge markers); where D is a range, what is
 left is added to a part of the sum by a slice or a padding instead of a gather by index. Of several branches the one that saves most
 decides first, then the next within what the first leaves equal. (Permutations for structure: Pool & Yu, NeurIPS 2021.)
+
+A coupled set keeps its order if an input, an output or an operator that does not treat its channels alike (a reshape into heads, groups,
+a concatenation) is in it, or if the edge marker would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -103,7 +106,7 @@ def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
 def _one_sided(analysis: ChannelAnalysis, machine: MachineModel, min_improvement: float) -> dict[int, list[Tensor]]:
     """Return per coupled set the indices that single operators could do without, those that save most first, if worth an edge marker."""
     component = analysis.components()
-    found: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
+    savings: dict[int, list[tuple[float, Tensor]]] = defaultdict(list)
     for node in analysis.program.calls():
         operator = rule_of(node)
         if not isinstance(operator, Weighted) or node not in analysis.read:
@@ -116,8 +119,8 @@ def _one_sided(analysis: ChannelAnalysis, machine: MachineModel, min_improvement
                 seconds = flops_of(node) * float(dead.float().mean()) / machine.flops
                 moved_bytes = 2 * math.prod(sizes(key[0])) * dtype_of(key[0]).itemsize
                 if seconds > min_improvement * (moved_bytes / machine.bandwidth + machine.launch):
-                    found[component[key]].append((seconds, dead))
-    return {number: [d for _, d in sorted(sets, key=lambda s: -s[0])] for number, sets in found.items()}
+                    savings[component[key]].append((seconds, dead))
+    return {number: [d for _, d in sorted(sets, key=lambda s: -s[0])] for number, sets in savings.items()}
 
 
 def _order(dead: list[Tensor]) -> Tensor:

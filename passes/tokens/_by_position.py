@@ -28,11 +28,11 @@ def kept_by_position(program: Program, samples: Samples) -> Tensor:
 
     def follow(step: int, values: dict[fx.Node, Any]) -> None:
         nonlocal alive, slot
-        assign, _, own = values[matches[step]]
+        assign, _, owners = values[matches[step]]
         if step:
-            own = own.gather(1, slot.clamp(min=0)) * alive
+            owners = owners.gather(1, slot.clamp(min=0)) * alive
             assign = assign.gather(1, slot.clamp(min=0))
-        alive, slot = own.float(), assign
+        alive, slot = owners.float(), assign
         if step == len(matches) - 1:
             kept.add_(alive.mean(0) / len(samples))
 

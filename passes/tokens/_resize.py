@@ -38,9 +38,9 @@ class NeedsAllTokens(Exception):
 class Resize:
     """One reduction: ``source`` [B, N, C] became ``reduced`` [B, N - r, C] by ``assign``.
 
-    ``sizes`` [B, N - r] of the slots stand for what the ``mask`` of keys said before, ``own`` [B, N] are the tokens whose slots they are;
-    ``protected`` tokens at the front are where they were. ``dims``: the dimension of tokens of each value that has fewer; ``starts``: how
-    many at the front it lacks. ``blockers`` describes the operators that needed all tokens.
+    ``sizes`` [B, N - r] of the slots stand for what the ``mask`` of keys said before, ``owners`` [B, N] are the tokens whose slots they
+    are; ``protected`` tokens at the front are where they were. ``dims``: the dimension of tokens of each value that has fewer;
+    ``starts``: how many at the front it lacks. ``blockers`` describes the operators that needed all tokens.
     """
 
     program: Program
@@ -48,7 +48,7 @@ class Resize:
     reduced: fx.Node
     assign: fx.Node
     sizes: fx.Node
-    own: fx.Node
+    owners: fx.Node
     mask: fx.Node | None
     protected: int
     dims: dict[fx.Node, int] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class Resize:
         if to < 1 or any(d != 1 for d in shape_of(x)[:dim]):
             raise NeedsAllTokens("numbers that differ from sample to sample or head to head belong to positions")
         tokens, rest, batch = shape_of(x)[dim], shape_of(x)[dim + 1 :], shape_of(self.source)[0]
-        own, assign = self.apart(start)
+        owners, assign = self.apart(start)
         last = x if x > self.reduced else assign if start else self.reduced
 
         def call(target: Any, *args: Any) -> fx.Node:
@@ -160,19 +160,19 @@ class Resize:
         flat = call(aten.reshape.default, x, [1, tokens, math.prod(rest)])
         flat = call(aten.expand.default, flat, [batch, tokens, math.prod(rest)])
         remaining = shape_of(self.reduced)[1] - start
-        of_slots = call(ops.reduce_tokens.default, flat, own, assign, remaining)
+        of_slots = call(ops.reduce_tokens.default, flat, owners, assign, remaining)
         self._placed[x, start, to] = call(aten.reshape.default, of_slots, [batch, *[1] * (to - 1), remaining, *rest])
         return self._placed[x, start, to]
 
     def apart(self, start: int) -> tuple[fx.Node, fx.Node]:
-        """Return ``own`` and ``assign`` without the first ``start`` tokens."""
+        """Return ``owners`` and ``assign`` without the first ``start`` tokens."""
         if start and start not in self._apart:
             before, end = self.reduced.next, shape_of(self.source)[1]
             call = inserter(self.program, before, like=self.reduced)
-            own, assign = (call(aten.slice.Tensor, n, 1, start, end) for n in (self.own, self.assign))
+            owners, assign = (call(aten.slice.Tensor, n, 1, start, end) for n in (self.owners, self.assign))
             lower = call(aten.sub.Tensor, assign, start)
-            self._apart[start] = own, call(aten.clamp.default, lower, -1)
-        return self._apart[start] if start else (self.own, self.assign)
+            self._apart[start] = owners, call(aten.clamp.default, lower, -1)
+        return self._apart[start] if start else (self.owners, self.assign)
 
     def attention(self, node: fx.Node) -> None:
         """Let an attention read fewer keys, with log(size) as its mask."""

@@ -183,8 +183,8 @@ class ReduceTokens(ApproximatePass):
         scores, similar = judge(insert, kind, site.q, site.k, size, site.scale)
         side = insert(ops.token_sides.default, scores, size, SIDES[kind], count, protected, self.every)
         match = insert(ops.match_tokens.default, similar, size, side, count, self.drop)
-        assign, sizes, own = (insert(operator.getitem, match, i) for i in range(3))
+        assign, sizes, owners = (insert(operator.getitem, match, i) for i in range(3))
         reduced = insert(ops.reduce_tokens.default, x, size, assign, tokens - count)
-        resize = Resize(program, x, reduced, assign, sizes, own, site.mask, protected)
+        resize = Resize(program, x, reduced, assign, sizes, owners, site.mask, protected)
         resize.run()
         return resize.blockers

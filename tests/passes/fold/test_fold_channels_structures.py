@@ -122,8 +122,8 @@ def test_depthwise_multiplier() -> None:
     assert shapes(folded)["b.weight"] == (8, 1, 3, 3)
 
 
-def adapted(net: nn.Module, *args: Tensor):
-    """The fold with an edge marker wherever it saves anything."""
+def with_edge_markers(net: nn.Module, *args: Tensor):
+    """Return the program before and after a fold with an edge marker wherever it saves anything."""
     before = PassManager(pipelines.canonicalize, "off").run(capture(net.eval(), args))
     after = FoldChannels(min_improvement=0.0, round_to=1).apply(before, Context()).program.verify()
     assert not compare_programs(observe(before), after).exceeds(EXACT_TOLERANCE)
@@ -141,7 +141,7 @@ def test_heads_with_unequal_dead_positions() -> None:
     dead = (0, 5, 10, 14, 15)
     kill(net.v.weight, *dead)
     kill(net.v.bias, *dead)
-    _, after = adapted(net, torch.randn(2, 5, 8))
+    _, after = with_edge_markers(net, torch.randn(2, 5, 8))
     assert shapes(after)["v.weight"] == (11, 8)
     assert shapes(after)["out.weight"] == (8, 11)
 
@@ -155,7 +155,7 @@ def test_one_sided_residual_with_a_constant() -> None:
         c=nn.Conv2d(8, 4, 1),
     )
     kill(net.b.weight, 1, 4, 6)
-    before, after = adapted(net, torch.randn(*IMAGE))
+    before, after = with_edge_markers(net, torch.randn(*IMAGE))
     assert shapes(after)["b.weight"] == (5, 3, 3, 3)
     assert count_flops(after) < count_flops(before)
 
@@ -168,7 +168,7 @@ def test_a_reader_that_skips_channels_gets_fewer() -> None:
         c=nn.Conv2d(8, 4, 1),
     )
     kill(net.b.weight, 2, 3, 7, dim=1)
-    _, after = adapted(net, torch.randn(*IMAGE))
+    _, after = with_edge_markers(net, torch.randn(*IMAGE))
     assert shapes(after)["b.weight"] == (4, 5, 3, 3)
     assert shapes(after)["c.weight"] == (4, 8, 1, 1)
 
@@ -176,7 +176,7 @@ def test_a_reader_that_skips_channels_gets_fewer() -> None:
 def test_the_output_of_the_model_is_filled_in() -> None:
     net = Net(lambda s, x: s.a(x), a=nn.Linear(64, 64))
     kill(net.a.weight, 3, 9)
-    _, after = adapted(net, torch.randn(3, 64))
+    _, after = with_edge_markers(net, torch.randn(3, 64))
     assert shapes(after)["a.weight"] == (62, 64)
 
 
