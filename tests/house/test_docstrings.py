@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def definitions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[t
                 yield from definitions(node, f"{prefix}{node.name}.")
 
 
+@functools.cache
 def documented_methods() -> set[str]:
     """Return the names of all methods that some class documents: what overrides them needs no docstring of its own."""
     return {
