@@ -7,6 +7,7 @@ to a ``reason``, or said in a note among refusals. What it fills in is written `
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ def pattern(sentence: str) -> str:
     return ".*".join(re.escape(part) for part in sentence.split("*"))
 
 
+@functools.cache
 def sentences(path: Path) -> Counter[str]:
     """Return the refusals in a module of the passes, and how often each stands there."""
     return Counter(_text(s) for s in _refusals(ast.parse(path.read_text()), "", _exceptions()))
@@ -72,6 +74,7 @@ def listed_refusals(path: Path) -> Counter[str]:
     return Counter()
 
 
+@functools.cache
 def _exceptions() -> set[str]:
     """Return the names of the exceptions that passes define: what they carry is a reason."""
     classes = (n for p in PASSES.rglob("*.py") for n in ast.parse(p.read_text()).body if isinstance(n, ast.ClassDef))

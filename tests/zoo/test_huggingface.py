@@ -43,10 +43,11 @@ def test_equal_widths_are_written() -> None:
 
 def test_the_example_of_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "interchange.md").read_text()
-    example = re.search(r"## Hugging Face configs\n\n```python\n(.*?)```", page, re.DOTALL)
+    section = page.partition("## Hugging Face configurations\n")[2]
+    (example, *_) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     model, args = pruned([32, 32])
     names = {"thresher": thresher, "model": model, "args": args}
-    exec(example[1], names)  # type: ignore[index]
+    exec(example, names)
     assert names["problems"] == [] and names["config"].intermediate_size == 64
     with torch.no_grad():
         assert not compare(tree_leaves(model(*args)), tree_leaves(names["narrow"](*args))).exceeds(1e-5)
