@@ -92,10 +92,10 @@ def compile(
         library, calibration, budget, share, progress,
     )  # fmt: skip
     with open_session(options) as session:
-        return build(model, args, kwargs, options, session)
+        return run_stages(model, args, kwargs, options, session)
 
 
-def build(
+def run_stages(
     model: Model, args: Sequence[Any], kwargs: dict[str, Any] | None, options: CompileOptions, session: Session
 ) -> Compiled:
     """Return the compiled model: the stages of :func:`compile`, in a session of the caller's."""

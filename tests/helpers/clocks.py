@@ -12,7 +12,7 @@ from thresher.analysis.cost.cost import MachineModel, machine_model
 from thresher.artifact.compiled import Compiled
 from thresher.backends.base import Backend
 from thresher.driver.clock import Clock
-from thresher.driver.compile import build
+from thresher.driver.compile import run_stages
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import open_session
 
@@ -48,4 +48,4 @@ def compile_with(clock: Clock, model: nn.Module, args: Sequence[Any], **settings
     """``thresher.compile`` by another clock."""
     options = CompileOptions.of(settings)
     with open_session(options, clock) as session:
-        return build(model, args, None, options, session)
+        return run_stages(model, args, None, options, session)
