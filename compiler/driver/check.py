@@ -43,7 +43,7 @@ def validate(
         messages = [f"{c.name}: error {c.error:.2e} > {c.tolerance:.0e} {c.detail}" for c in failed]
         raise ValidationError("\n".join([*messages, _suspect(build, session)]))
     if failed:
-        warnings.warn(f"validation failed: {failed[0].name}, error {failed[0].error:.2e}", stacklevel=3)
+        warnings.warn(f"validation failed: {failed[0].name}, error {failed[0].error:.2e}", stacklevel=4)
     return build, checks
 
 

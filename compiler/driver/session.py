@@ -26,7 +26,8 @@ class Session:
     """The surroundings of one build.
 
     ``plans`` are the records for the target, workload -> plan; ``records`` is the file that new ones go to, None where nothing is to be
-    remembered. ``seconds`` collects the time of each stage; ``measured`` the break-even points that this build has measured.
+    remembered. ``seconds`` collects the time of each stage; ``measured`` the break-even points that this build has measured;
+    ``record_failures`` why a record could not be kept: after the first one this build writes no more, because a locked file is waited for.
     """
 
     backend: Backend
@@ -38,6 +39,7 @@ class Session:
     clock: Clock
     seconds: dict[str, float] = field(default_factory=dict)
     measured: dict[Layer, BreakEven] = field(default_factory=dict)
+    record_failures: list[RecordsError] = field(default_factory=list)
 
     @property
     def device(self) -> str:
@@ -75,11 +77,12 @@ class Session:
 
     def remember(self, entry: Record) -> None:
         """Keep a record for later builds; warn where the file cannot be written: this build does without."""
-        if self.records is None:
+        if self.records is None or self.record_failures:
             return
         try:
             self.records.put([entry])
         except RecordsError as error:
+            self.record_failures.append(error)
             warnings.warn(f"measured, but not kept for later builds: {error}", stacklevel=2)
 
 
@@ -115,7 +118,7 @@ def known_plans(backend: Backend, target: str, records: Records) -> dict[str, st
     try:
         return plans | records.plans(fingerprint)
     except RecordsError as error:
-        warnings.warn(f"building without the tuning records: {error}", stacklevel=4)
+        warnings.warn(f"building without the tuning records: {error}", stacklevel=5)
         return plans
 
 

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from helpers.clocks import FakeClock, compile_with
+from thresher.analysis.cost.break_even import BreakEven, Layer
 from thresher.approximation.budget import Budget
 from thresher.driver.compile import lower
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import open_session
 from thresher.driver.stages import Build, Captured, Rewritten, capture_model, lower_again, lower_program, transform
-from thresher.errors import InputError, ThresherError
+from thresher.errors import InputError, RecordsError, ThresherError
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Context, Pass, PassResult
+from thresher.tuning.records import Records
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -88,6 +90,22 @@ def test_options_are_frozen_and_filled_in() -> None:
     assert options.batch_sizes == (1, 8) and options.target
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.target = "cpu"  # type: ignore[misc]
+
+
+def test_records_that_cannot_be_kept_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked file is waited for: once a build, not once a layer; what was measured is used all the same."""
+    attempts = []
+
+    def locked(records: Records, entries: list) -> int:
+        attempts.append(entries)
+        raise RecordsError("the file is locked")
+
+    monkeypatch.setattr(Records, "put", locked)
+    clock = FakeClock(break_even=lambda layer: BreakEven(1.0, (0.01, 1.0), (0.01, 1.0)))
+    layers = [Layer("input", rows, 64, 64, False) for rows in (1, 2, 3)]
+    with open_session(CompileOptions(target="cpu"), clock) as session, pytest.warns(UserWarning, match="not kept"):
+        assert [session.break_even(layer).measured for layer in layers] == [True] * 3
+    assert len(attempts) == 1 and len(clock.asked) == 3
 
 
 def test_failures_of_specialising_passes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
