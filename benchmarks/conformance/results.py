@@ -1,0 +1,28 @@
+"""The results of a suite: JSON lines on disk, the last line of a sample counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """Rows by sample: the fields of a :class:`Verdict`. A last line that was cut off, by a run that was killed, is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.rows[row.pop("sample")] = row
+
+    def append(self, sample: str, row: dict[str, Any]) -> None:
+        """Add the row of a sample, which replaces an earlier one."""
+        self.rows[sample] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps({"sample": sample, **row}) + "\n")

@@ -1,0 +1,61 @@
+"""What a suite yields: samples, each of which builds a model and its inputs when it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call, and the flat outputs that the suite itself expects of it (None: those of eager torch)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    expected: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and the inputs it is judged on.
+
+    Attributes:
+        model: a torch module, or the path of an ONNX file; a file needs inputs with expected outputs.
+        inputs: what the model is compiled for.
+        others: further inputs of the same shapes, on which the compiled model is called too.
+        tolerance: the largest error relative to an output's scale, where the suite states one.
+    """
+
+    model: nn.Module | Path
+    inputs: Inputs
+    others: list[Inputs] = field(default_factory=list)
+    tolerance: float | None = None
+
+
+class SampleExcluded(Exception):
+    """A sample that is counted apart: its message says why no compiler of dense tensors could be judged by it."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Samples by name.
+
+    Attributes:
+        name: as on the command line, and the name of the file of results.
+        title: a heading.
+        text: a few sentences: where the samples are from, and how they are run.
+        names: lists the samples.
+        build: makes a sample's case; raises :class:`SampleExcluded`.
+        limit: seconds for one sample.
+    """
+
+    name: str
+    title: str
+    text: str
+    names: Callable[[], Iterator[str]]
+    build: Callable[[str], Case]
+    limit: float = 60.0

@@ -1,0 +1,15 @@
+"""The suites, by name, in the order of the page."""
+
+from __future__ import annotations
+
+from ..sample import Suite
+from . import operators, torch_modules
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        operators.FLOAT32,
+        operators.OTHERS,
+        torch_modules.MODULES,
+    )
+}

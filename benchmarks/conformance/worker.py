@@ -1,0 +1,46 @@
+"""A process that judges the samples it is sent, one name a line, and answers each with one JSON line.
+
+What a sample or a library prints goes to standard error; the answers have the pipe that was standard output for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import warnings
+from dataclasses import asdict
+from functools import partial
+
+LIMIT_BYTES = 8 << 30
+#: Answer sent beside the verdict where the process should be replaced by a fresh one: what torch and TVM keep of earlier samples adds up.
+RESTART_BYTES = 3 << 30
+
+
+def main(suite_name: str) -> None:
+    """Judge samples of one suite until standard input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    from .judge import judge
+    from .suites import SUITES
+
+    suite = SUITES[suite_name]
+    for line in sys.stdin:
+        name = line.rstrip("\n")
+        verdict = judge(partial(suite.build, name))
+        answers.write(json.dumps({**asdict(verdict), "restart": _resident_bytes() > RESTART_BYTES}) + "\n")
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
