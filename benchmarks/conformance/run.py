@@ -4,7 +4,8 @@
     python -m benchmarks.conformance.run --render
 
 The results are JSON lines, one file a suite, appended as they come: a run that was stopped goes on where it was. ``--again`` judges the
-samples anew whose last outcome was one of these ("all" for every sample).
+samples anew whose last outcome was one of these ("all" for every sample). The page is written after a run of all samples of all suites,
+and by ``--render``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> int:
     if not options.render:
         for name in options.suite:
             run_suite(name, options)
-    PAGE.write_text(render({name: Results(options.results / f"{name}.jsonl") for name in SUITES}))
+    if options.render or (options.suite == list(SUITES) and options.only == "*"):
+        PAGE.write_text(render({name: Results(options.results / f"{name}.jsonl") for name in SUITES}))
     return 0
 
 

@@ -27,13 +27,13 @@ class Case:
         model: a torch module, or the path of an ONNX file; a file needs inputs with expected outputs.
         inputs: what the model is compiled for.
         others: further inputs of the same shapes, on which the compiled model is called too.
-        tolerance: the largest error relative to an output's scale, where the suite states one.
+        tolerance: the largest error relative to an output's scale, where the suite states one and the judge's is smaller.
     """
 
     model: nn.Module | Path
     inputs: Inputs
     others: list[Inputs] = field(default_factory=list)
-    tolerance: float | None = None
+    tolerance: float = 0.0
 
 
 class SampleExcluded(Exception):

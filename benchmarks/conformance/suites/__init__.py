@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..sample import Suite
-from . import operators, torch_modules
+from . import onnx_models, onnx_nodes, operators, torch_modules
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -11,5 +11,7 @@ SUITES: dict[str, Suite] = {
         operators.FLOAT32,
         operators.OTHERS,
         torch_modules.MODULES,
+        onnx_nodes.NODES,
+        onnx_models.MODELS,
     )
 }
