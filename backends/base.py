@@ -30,10 +30,12 @@ class LoweringOptions:
         strict_rounding: compute sums only as the operators define them, in any order; use no algorithm that rounds more (Winograd's).
         records: workload -> plan, both texts of the backend's own (:meth:`Backend.tune`): the plans that were measured as fastest. A
             plan that the backend does not know any more is ignored.
-        library: a plan may be to call torch's own kernel; the executable then needs torch where it runs.
+        library: torch's own kernel may be called, where there is no other lowering or a record says that it is faster; the executable
+            then needs torch where it runs.
         progress: is called with a short message when a long step begins.
         shared_weights: the packed constants of another model of the same artifact (:meth:`Executable.constants`). Where a kernel can
             read a weight in a form that is there, it does, and the artifact stores the weight once.
+        library_nodes: names of nodes that torch is to compute, each with the reason.
     """
 
     strict_rounding: bool = False
@@ -41,9 +43,22 @@ class LoweringOptions:
     library: bool = False
     progress: Progress = lambda message: None
     shared_weights: Weights | None = None
+    library_nodes: Mapping[str, str] = field(default_factory=dict)
 
 
 DEFAULT = LoweringOptions()
+
+
+MEASURED_AS_FASTER = "measured as faster"  # the reason of a library call that tuning chose
+
+
+@dataclass(frozen=True)
+class LibraryCall:
+    """A node that torch computes, by the name of its operator, and the reason why it is not lowered."""
+
+    node: str
+    operator: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,12 @@ class Executable(ABC):
     Attributes:
         memory: bytes by their use, ``weights`` and ``activations`` as far as the backend knows them; set by every executable.
         tuned: the number of workloads whose plan came from a record, and of all that have plans.
-        library: the names of the nodes that torch computes.
+        library: the nodes that torch computes.
     """
 
     memory: dict[str, int]
     tuned: tuple[int, int] = (0, 0)
-    library: Sequence[str] = ()
+    library: Sequence[LibraryCall] = ()
 
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ class BatchedExecutable(Executable):
         largest = parts[max(parts)]
         self.memory = dict(largest.memory) | {"weights": sum(p.memory.get("weights", 0) for p in parts.values())}
         self.tuned = (sum(p.tuned[0] for p in parts.values()), sum(p.tuned[1] for p in parts.values()))
-        self.library = sorted({name for p in parts.values() for name in p.library})
+        self.library = list(dict.fromkeys(call for p in parts.values() for call in p.library))
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.splitter(inputs)

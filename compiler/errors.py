@@ -35,3 +35,8 @@ class ArtifactError(ThresherError):
 
 class RecordsError(ThresherError):
     """A file of tuning records cannot be read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none: for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

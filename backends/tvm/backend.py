@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,16 +17,18 @@ import numpy as np
 import tvm
 from torch import Tensor
 
-from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LoweringOptions
+from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LibraryCall, LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build
 from thresher.backends.tvm.cpu import missing_features, triple_of
 from thresher.backends.tvm.importing.import_program import import_program
 from thresher.backends.tvm.importing.provenance import Kernels
+from thresher.backends.tvm.importing.uncompiled import uncompiled_nodes
 from thresher.backends.tvm.plans.plan_selection import PlanSelector
 from thresher.backends.tvm.plans.tuner import tune
 from thresher.backends.tvm.runtime import TVMModule, load_code
-from thresher.backends.tvm.target import resolve_target
-from thresher.errors import BackendError
+from thresher.backends.tvm.target import TVMTarget, resolve_target
+from thresher.errors import BackendError, first_line
+from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program
 from thresher.runtime.format import CODE
 from thresher.runtime.weight_store import Weights
@@ -57,6 +60,7 @@ class TVMExecutable(Executable):
         activations: int | None,
         kernels: Kernels | None = None,
         device_arrays: dict[tuple[int, str], Any] | None = None,
+        complex_outputs: Sequence[int] = (),
     ):
         """Hold code that was compiled or loaded.
 
@@ -68,7 +72,9 @@ class TVMExecutable(Executable):
             activations: bytes of the planned buffers for intermediate values; None where they are not known.
             kernels: the kernels in the order in which they run, each with the nodes that it computes.
             device_arrays: the weights that are on a device already (:class:`thresher.runtime.weight_store.Weights`).
+            complex_outputs: the indices of the results that are complex.
         """
+        self.complex_outputs = complex_outputs
         self.code, self.weights, self.device, self.cpu, self.kernels = code, weights, device, cpu, kernels or []
         self.device_arrays = {} if device_arrays is None else device_arrays
         self.memory = {"weights": sum(w.nbytes for w in weights)}
@@ -93,7 +99,7 @@ class TVMExecutable(Executable):
                     f"this module was compiled for the CPU {self.cpu!r}; this one lacks {', '.join(missing)}: save it and run it where "
                     "they are"
                 )
-            self._module = TVMModule(self._library, self.weights, self.device, self.device_arrays)
+            self._module = TVMModule(self._library, self.weights, self.device, self.device_arrays, self.complex_outputs)
         return self._module
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -150,7 +156,8 @@ class TVMExecutable(Executable):
             "device": self.device,
             "cpu": self.cpu,
             "activations": self.memory.get("activations"),
-            "library": self.library,
+            "library": [dataclasses.asdict(call) for call in self.library],
+            "complex_outputs": self.complex_outputs,
             "weights": weights.add(self.weights),
         }
 
@@ -203,6 +210,30 @@ def _linker(cpu: str) -> Any:
     return tvm.support.cc.cross_compiler(compiler)
 
 
+class NotImplementedByTVM(BackendError):
+    """Raised where TVM fails to compile a module that was imported."""
+
+
+def _lower(program: Program, target: TVMTarget, lowering_options: LoweringOptions) -> TVMExecutable:
+    selector = PlanSelector(lowering_options.records, lowering_options.library)
+    lowering_options.progress("importing into TVM")
+    imported = import_program(program, target, selector, lowering_options)
+    weights = detached_weights(imported.weights, program, lowering_options.shared_weights or Weights())
+    lowering_options.progress("generating code")
+    try:
+        built = build(imported.module, target, selector, imported.origins)
+    except Exception as error:  # TVM's, of whatever class
+        raise NotImplementedByTVM(f"TVM cannot compile the program: {first_line(error)}") from error
+    results = [n for n in program.output_nodes if is_tensor(n)]
+    complex_outputs = [i for i, n in enumerate(results) if dtype_of(n).is_complex]
+    executable = TVMExecutable(
+        built.executable, weights, target.device, target.cpu, built.activations, built.kernels, None, complex_outputs
+    )
+    executable.tuned = (len(selector.used_records), len(selector.sites))
+    executable.library = imported.library
+    return executable
+
+
 class TVMBackend(Backend):
     """Lowers through TVM: to machine code for CPUs with kernels of our own, to CUDA for GPUs."""
 
@@ -213,18 +244,19 @@ class TVMBackend(Backend):
     def lower(self, program: Program, target: str, lowering_options: LoweringOptions = DEFAULT) -> Executable:
         """Lower for ``cpu`` (this machine's), ``cpu:<llvm name>`` or ``cuda:sm_NN``."""
         resolved = resolve_target(target)
-        selector = PlanSelector(lowering_options.records, lowering_options.library)
-        lowering_options.progress("importing into TVM")
-        imported = import_program(program, resolved, selector, lowering_options)
-        weights = detached_weights(imported.weights, program, lowering_options.shared_weights or Weights())
-        lowering_options.progress("generating code")
-        built = build(imported.module, resolved, selector, imported.origins)
-        executable = TVMExecutable(
-            built.executable, weights, resolved.device, resolved.cpu, built.activations, built.kernels
-        )
-        executable.tuned = (len(selector.used_records), len(selector.sites))
-        executable.library = selector.torch_nodes
-        return executable
+        try:
+            return _lower(program, resolved, lowering_options)
+        except NotImplementedByTVM as error:
+            known = lowering_options.library_nodes
+            failed = uncompiled_nodes(program, lambda alone: _lower(alone, resolved, lowering_options), set(known))
+            if not failed:
+                raise
+            if not lowering_options.library:
+                name, reason = next(iter(failed.items()))
+                raise BackendError(
+                    f"cannot lower node {name}: {reason}; with library='auto' torch computes it"
+                ) from error
+            return _lower(program, resolved, replace(lowering_options, library_nodes={**known, **failed}))
 
     def runs_here(self, target: str) -> bool:
         resolved = resolve_target(target)
@@ -256,7 +288,7 @@ class TVMBackend(Backend):
             )
         executable = TVMExecutable(
             LoadedCode(load_code(code), code), weights.find(manifest["weights"]), manifest["device"], manifest["cpu"],
-            manifest.get("activations"), device_arrays=weights.placed,
+            manifest.get("activations"), device_arrays=weights.placed, complex_outputs=manifest["complex_outputs"],
         )  # fmt: skip
-        executable.library = manifest.get("library", [])
+        executable.library = [LibraryCall(**call) for call in manifest.get("library", [])]
         return executable

@@ -29,28 +29,41 @@ class TVMModule:
         weights: the constants in the order of the code.
         device: ``cpu`` or ``cuda``.
         placed: arrays that are on a device already, see :class:`thresher.runtime.weight_store.Weights`.
+        complex_outputs: the indices of the results that are complex; the code holds complex numbers as pairs of real ones.
     """
 
     def __init__(
-        self, library: Any, weights: Sequence[np.ndarray], device: str, placed: dict[tuple[int, str], Any] | None = None
+        self,
+        library: Any,
+        weights: Sequence[np.ndarray],
+        device: str,
+        placed: dict[tuple[int, str], Any] | None = None,
+        complex_outputs: Sequence[int] = (),
     ):
         self.device = tvm.cuda(0) if device == "cuda" else tvm.cpu(0)
         self.machine = VirtualMachine(library, self.device)
         self.main = self.machine["main"]
         self.weights = weight_array(weights, self.device, placed)
+        self.complex_outputs = complex_outputs
         self.lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Compute flat outputs from flat inputs: all torch tensors, or all NumPy arrays. Torch tensors are not copied, in nor out."""
         if all(isinstance(x, np.ndarray) for x in inputs):
-            values = [tvm.runtime.tensor(np.ascontiguousarray(x), self.device) for x in inputs]
+            values = [tvm.runtime.tensor(_array(x), self.device) for x in inputs]
             with self.lock:
-                return [_to_numpy(y) for y in self.main(*values, self.weights)]
+                results = [_to_numpy(y) for y in self.main(*values, self.weights)]
+            for i in self.complex_outputs:
+                results[i] = results[i].view(np.result_type(results[i].dtype, np.complex64))[..., 0]
+            return results
         import torch
 
-        values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
+        values = [tvm_ffi.from_dlpack(aligned(x)) for x in inputs]
         with self.lock:
-            return [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
+            outputs = [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
+        for i in self.complex_outputs:
+            outputs[i] = torch.view_as_complex(outputs[i])
+        return outputs
 
     def profile(self, inputs: Sequence[Any], kernels: Container[str]) -> list[tuple[str, float]]:
         """Return the calls of ``kernels`` in the order in which they run, each with the median of its milliseconds.
@@ -67,7 +80,7 @@ class TVMModule:
                 started = time.perf_counter()
             return 0
 
-        values = [tvm_ffi.from_dlpack(_aligned(x)) for x in inputs]
+        values = [tvm_ffi.from_dlpack(aligned(x)) for x in inputs]
         runs: list[list[tuple[str, float]]] = []
         with self.lock:
             self.machine.set_instrument(tvm_ffi.convert(watch))
@@ -103,9 +116,23 @@ def _to_numpy(output: Any) -> np.ndarray:
     return output.numpy() if str(output.dtype) == "bfloat16" else np.from_dlpack(output)
 
 
-def _aligned(x: Any) -> Any:
-    """Return ``x`` contiguous, at an address that compiled code may load whole registers from; copied only where it is not."""
-    x = x.detach().contiguous()
+def _array(x: np.ndarray) -> np.ndarray:
+    """Return ``x`` contiguous, complex numbers as pairs of real ones."""
+    x = np.ascontiguousarray(x).reshape(x.shape)  # which makes a number an array of one dimension
+    return x.view(x.real.dtype).reshape(*x.shape, 2) if np.iscomplexobj(x) else x
+
+
+def aligned(x: Any) -> Any:
+    """Return ``x`` contiguous, at an address that compiled code may load whole registers from; copied only where it is not.
+
+    Complex numbers become pairs of real ones.
+    """
+    x = x.detach()
+    if x.is_complex():
+        import torch
+
+        x = torch.view_as_real(x.resolve_conj())
+    x = (x.resolve_neg() if x.is_neg() else x).contiguous()
     if x.data_ptr() % ALIGNMENT == 0:
         return x
     copy = x.new_empty(x.shape)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from thresher.artifact.bundle import Bundle
 from thresher.artifact.fit import check_fit
 from thresher.backends.tvm.runtime import TVMModule, load_code
@@ -66,8 +68,18 @@ def _load_entry(path: Path, name: str, entry: dict[str, Any], members: dict[str,
         _load_code(path, name, entry, members, weights),
         members[f"{name}/{REPORT}"].decode(),
         members[f"{name}/{PROGRAM}"].decode(),
-        ReferenceRun.from_json(entry["reference_run"], load_arrays(members[f"{name}/{REFERENCE_RUN}"])),
+        ReferenceRun.from_json(entry["reference_run"], _with_complex(load_arrays(members[f"{name}/{REFERENCE_RUN}"]))),
     )
+
+
+def _with_complex(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays with those put together that are stored as ``.real`` and ``.imag``."""
+    names = [name.removesuffix(".real") for name in arrays if name.endswith(".real")]
+    for name in names:
+        real = arrays[f"{name}.real"]
+        arrays[name] = np.empty(real.shape, np.result_type(real.dtype, np.complex64))
+        arrays[name].real, arrays[name].imag = real, arrays[f"{name}.imag"]
+    return arrays
 
 
 def _load_code(path: Path, name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Run:
@@ -80,7 +92,9 @@ def _load_code(path: Path, name: str, entry: dict[str, Any], members: dict[str, 
             )
         arrays = weights.find(description["weights"])
         library = load_code(members[f"{name}/{member}"])
-        modules.append(TVMModule(library, arrays, description["device"], weights.placed))
+        modules.append(
+            TVMModule(library, arrays, description["device"], weights.placed, description["complex_outputs"])
+        )
     if "sizes" not in code:
         return modules[0]
     times = {int(size): float(time) for size, time in code["times"].items()}

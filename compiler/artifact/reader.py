@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from thresher.artifact.bundle import Bundle
 from thresher.artifact.compiled import Compiled
@@ -47,8 +49,14 @@ def _load_entry(name: str, entry: dict[str, Any], members: dict[str, bytes], wei
         _load_executable(name, entry, members, weights),
         Report.from_json(members[f"{name}/{REPORT}"].decode()),
         members[f"{name}/{PROGRAM}"].decode(),
-        ReferenceRun.from_json(entry["reference_run"], load_tensors(members[f"{name}/{REFERENCE_RUN}"])),
+        ReferenceRun.from_json(entry["reference_run"], _with_complex(load_tensors(members[f"{name}/{REFERENCE_RUN}"]))),
     )
+
+
+def _with_complex(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with those put together that are stored as ``.real`` and ``.imag``."""
+    names = [name.removesuffix(".real") for name in tensors if name.endswith(".real")]
+    return tensors | {name: torch.complex(tensors[f"{name}.real"], tensors[f"{name}.imag"]) for name in names}
 
 
 def _load_executable(name: str, entry: dict[str, Any], members: dict[str, bytes], weights: Weights) -> Executable:

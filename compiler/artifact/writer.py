@@ -72,6 +72,14 @@ def _prepare(models: Mapping[str, Entry], directory: Path) -> dict[str, Any]:
     }
 
 
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors as safetensors takes them; it has no complex128, so complex ones are two, named ``.real`` and ``.imag``."""
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        parts |= {f"{name}.real": tensor.real, f"{name}.imag": tensor.imag} if tensor.is_complex() else {name: tensor}
+    return {name: t.detach().cpu().resolve_neg().contiguous().clone() for name, t in parts.items()}
+
+
 def _package(manifest: dict[str, Any], directory: Path, path: Path) -> None:
     with new_zip(path) as package:
         package.writestr(MANIFEST, json.dumps(manifest, indent=1))
@@ -84,8 +92,7 @@ def _write_entry(model: Entry, directory: Path, weights: Weights) -> dict[str, A
     directory.mkdir()
     code = model.executable.save(directory, weights)
     reference_run, tensors = model.reference_run.to_json()
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    (directory / REFERENCE_RUN).write_bytes(save_tensors(tensors))
+    (directory / REFERENCE_RUN).write_bytes(save_tensors(_storable(tensors)))
     (directory / PROGRAM).write_text(model.text)
     (directory / REPORT).write_text(model.report.to_json())
     return {

@@ -74,8 +74,9 @@ def compile(
         tune: :class:`Tune` measures the plans of the kernels on the target, records what is fastest, and keeps the result only if the whole
             model is not slower for it. ``recorded`` uses the records that stand (:mod:`thresher.tuning.records`) and those that come with
             the library; ``never`` uses none.
-        library: ``auto``: where tuning finds torch's own kernel for an operator faster than all of ours, the build calls it, and needs
-            torch where it runs (``report.library`` names the nodes). ``never``: it does not.
+        library: ``auto``: torch's own kernel computes an operator that has no other lowering, and one for which tuning finds it faster than
+            all of ours; the build then needs torch where it runs (``report.library`` names the nodes, the reasons and the times).
+            ``never``: such an operator is refused by name.
         calibration: samples for approximate passes: inputs like the example ones (a tensor, a tuple, or a dictionary of keyword arguments).
         budget: how far the approximate model may be from the original one (:class:`Budget`). What it saves is measured: an approximate
             model that is not faster than the exact one is not kept.

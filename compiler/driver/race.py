@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from thresher.approximation.calibration import Calibration
-from thresher.backends.base import LoweringOptions
+from thresher.backends.base import MEASURED_AS_FASTER, LoweringOptions
 from thresher.driver.fold_variants import variants
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import Session
@@ -89,8 +89,9 @@ def tune_kernels(build: Build, tune: Tune, session: Session) -> tuple[Build, Tim
         contenders = {"tuned": tuned, "untuned": build}
         if build.executable.tuned[0]:  # it was built with records
             contenders["untuned"] = lower_again(build, replace(tuned_options, records={}), session)
-        if tuned.executable.library:
-            without_torch = replace(tuned_options, library=False)
+        if any(call.reason == MEASURED_AS_FASTER for call in tuned.executable.library):
+            without = {w: plan for w, plan in tuned_options.records.items() if plan != repr(TorchKernel())}
+            without_torch = replace(tuned_options, records=without)
             contenders["tuned, without torch"] = lower_again(build, without_torch, session)
         session.progress("comparing tuned and untuned")
         best, times = race(contenders, session, TUNING_ROUNDS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from thresher.analysis.attention.summary import describe_attentions
 from thresher.analysis.cost.peak_memory import peak_bytes
 from thresher.artifact.compiled import Compiled
+from thresher.backends.base import Executable
 from thresher.backends.batched import BatchedExecutable
 from thresher.driver.options import CompileOptions
 from thresher.driver.race import Times
@@ -15,7 +16,7 @@ from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured, cost_of
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
-from thresher.report.data import Figures, Kernel
+from thresher.report.data import Figures, Kernel, TorchCall
 from thresher.report.graph_diff import Line, graph_lines, mark_differences
 from thresher.report.report import Report
 from thresher.runtime.comparison import Check
@@ -46,6 +47,7 @@ def _report(
     captured: Captured, build: Build, checks: Sequence[Check], races: Mapping[str, Times], session: Session
 ) -> Report:
     rewritten, executable = build.rewritten, build.executable
+    kernels = _kernels(build, session)
     before = replace(_figures(captured.program, session), parameters=captured.program.original.parameter_count)
     return Report(
         captured.program.name,
@@ -59,7 +61,7 @@ def _report(
         widths=races["widths"],
         tuning=races["tuning"],
         tuned=executable.tuned,
-        library=list(executable.library),
+        library=_library(executable, kernels),
         approximation=races["approximation"],
         sparsity=list(build.zeros),
         spent=list(rewritten.ledger),
@@ -67,7 +69,7 @@ def _report(
         estimate=rewritten.cost().milliseconds,
         memory={**executable.memory, "one operator at a time": peak_bytes(rewritten.program)},
         graph=_graph(captured.program, rewritten.program),
-        kernels=_kernels(build, session),
+        kernels=kernels,
         batch=_batch(build),
     )
 
@@ -93,6 +95,12 @@ def _kernels(build: Build, session: Session) -> list[Kernel]:
         Kernel(k.name, list(k.nodes), list(dict.fromkeys(modules[n] for n in k.nodes)), k.milliseconds)
         for k in build.executable.profile(session.inputs(build.rewritten.program))
     ]
+
+
+def _library(executable: Executable, kernels: Sequence[Kernel]) -> list[TorchCall]:
+    """Return the nodes that torch computes, each with its time."""
+    times = {node: kernel.milliseconds for kernel in kernels for node in kernel.nodes}
+    return [TorchCall(c.node, c.operator, c.reason, times.get(c.node, 0.0)) for c in executable.library]
 
 
 def _batch(build: Build) -> str:

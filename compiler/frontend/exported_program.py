@@ -16,6 +16,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec,
 from torch.utils._pytree import tree_leaves
 
 from thresher.errors import CaptureError
+from thresher.frontend.random_operators import refuse_random_numbers
 from thresher.ir.nodes import copy_origin, source_line
 from thresher.ir.program import Original, Program, Role
 
@@ -48,9 +49,10 @@ def to_program(exported: ExportedProgram, name: str, example_inputs: tuple[tuple
         example_inputs: positional and keyword arguments; flattened they are the program's ``probe``.
 
     Raises:
-        CaptureError: the model writes to its state, has side effects, or calls an operator with a subgraph.
+        CaptureError: the model writes to its state, has side effects, draws random numbers, or calls an operator with a subgraph.
     """
     _check_outputs(exported)
+    refuse_random_numbers(exported.graph)
     graph = fx.Graph()
     mapping, constants = _add_inputs(exported, graph)
     for node in exported.graph.nodes:

@@ -1,7 +1,8 @@
 """The result of a call: its shapes and dtypes, by a run on fake tensors, once for each kind of call.
 
 The layers of a network repeat, and passes ask again and again: a call with the same operator, the same literals and arguments of the
-same shape, stride and dtype yields what it did the last time. Calls with dynamic shapes are run every time.
+same shape, stride and dtype yields what it did the last time. Calls with dynamic shapes are run every time. A call whose size its data
+decide has new symbols for it whenever it is run, so it is run once, and keeps them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 def result_of(node: fx.Node, mode: FakeTensorMode) -> Any:
     """Return the fake result of ``node`` for the metadata of its arguments. Raises the operator's error where it does not fit them."""
+    if "val" in node.meta and decides_sizes(node.target):
+        return node.meta["val"]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return _remembered(mode, node.target, args, kwargs)
 
@@ -35,9 +38,15 @@ def _remembered(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> An
         key = None
     with mode, torch.no_grad():
         result = (target if key is not None else SYMBOLIC.get(target, target))(*args, **kwargs)
-    if key is not None:
+    if key is not None and not decides_sizes(target):
         memory[key] = result
     return result
+
+
+def decides_sizes(target: Any) -> bool:
+    """Return whether the data that an operator reads decide the sizes of its result, or a size (``nonzero``, ``unique``, ``item``)."""
+    tags = getattr(target, "tags", ())
+    return torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
 
 
 #: What is run instead where sizes are symbols: the operator's own kernel asks for their numbers, which fixes them for all of the program.

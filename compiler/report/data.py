@@ -39,6 +39,16 @@ class Kernel:
 
 
 @dataclass
+class TorchCall:
+    """A node that torch computes: its operator, the reason, and the median of its times in ms (0 where the target is not here)."""
+
+    node: str
+    operator: str
+    reason: str
+    milliseconds: float
+
+
+@dataclass
 class Layer:
     """The shape of one weight before and after; ``after`` is empty where the weight is gone."""
 
@@ -71,7 +81,7 @@ class ReportData:
         approximation: milliseconds of the exact and of the approximate model.
         spent: what approximate passes spent of the error budget.
         sparsity: the layers that meet zeros.
-        library: names of the nodes that torch computes, because that was measured as faster.
+        library: the nodes that torch computes.
         estimate: milliseconds of a run by the cost model that the passes decide with.
         batch: a sentence on how a batch of any size is computed; empty where the size is fixed.
         memory: bytes. ``weights`` are as packed for the kernels, ``activations`` as planned for all intermediate values; ``one operator at
@@ -96,7 +106,7 @@ class ReportData:
     approximation: dict[str, float] = field(default_factory=dict)
     spent: list[Spent] = field(default_factory=list)
     sparsity: list[SkippedZeros] = field(default_factory=list)
-    library: list[str] = field(default_factory=list)
+    library: list[TorchCall] = field(default_factory=list)
     estimate: float = 0.0
     batch: str = ""
     memory: dict[str, int] = field(default_factory=dict)

@@ -82,7 +82,7 @@ def facts(report: ReportData) -> list[str]:
     if report.tuned[0]:
         lines.append(f"plans on record: {report.tuned[0]} of {report.tuned[1]} workloads")
     if report.library:
-        lines.append(f"computed by torch: {', '.join(report.library)}")
+        lines.append(_computed_by_torch(report))
     for title, times in (
         ("measured", report.latency),
         ("approximation", report.approximation),
@@ -92,6 +92,17 @@ def facts(report: ReportData) -> list[str]:
         if times:
             lines.append(f"{title}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
     return lines
+
+
+def _computed_by_torch(report: ReportData) -> str:
+    """Name the operators that torch computes, each with its nodes and its share of the time, and why."""
+    total = sum(k.milliseconds for k in report.kernels)
+    texts = []
+    for operator, reason in dict.fromkeys((c.operator, c.reason) for c in report.library):
+        calls = [c for c in report.library if (c.operator, c.reason) == (operator, reason)]
+        share = f", {100 * sum(c.milliseconds for c in calls) / total:.0f} % of the time" if total else ""
+        texts.append(f"{operator} ({', '.join(c.node for c in calls)}{share}; {reason})")
+    return "computed by torch: " + "; ".join(texts)
 
 
 def _is_active(record: PassRecord) -> bool:

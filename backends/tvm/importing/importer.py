@@ -1,35 +1,48 @@
 """Program -> Relax module.
 
-TVM's own ``ExportedProgramImporter`` converts the operators it gets right; the converters of the table that is handed in replace those it
-gets silently wrong, add those it lacks and, on the CPU, put our kernels in. Constants become a parameter of the function (``weights``), so
-that they are stored in one safetensors file beside the compiled code, already packed for their kernels.
+A call is converted in the first of these ways that gives a value of the shape and dtype that the node declares:
+
+1. a converter of the table that is handed in: our kernels, and operators that TVM lacks or gets silently wrong;
+2. TVM's own converter (``ExportedProgramImporter``);
+3. torch's decomposition of the operator, whose calls are converted in the ways 1 to 3;
+4. a call of torch's kernel from the compiled code, where that is allowed. It is named, with what hindered the other ways.
+
+Constants become a parameter of the function (``weights``), so that they are stored in one safetensors file beside the compiled code,
+already packed for their kernels.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import tvm
-from torch import fx
-from tvm import relax, te, tirx
+from torch import Tensor, fx
+from tvm import relax, te
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from thresher.backends.base import DEFAULT, LoweringOptions
+from thresher.backends.base import DEFAULT, MEASURED_AS_FASTER, LibraryCall, LoweringOptions
 from thresher.backends.tvm.cpu import CpuInfo
+from thresher.backends.tvm.importing.decomposition import decomposed
+from thresher.backends.tvm.importing.inputs import bind_sizes, bound, input_variables, is_number, scalar_tensor
+from thresher.backends.tvm.importing.library_call import library_call
 from thresher.backends.tvm.importing.provenance import NamingBuilder
+from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes
+from thresher.backends.tvm.importing.stock import is_trusted
+from thresher.backends.tvm.importing.values import is_empty, misfit, stored_dtype, tensor_type
 from thresher.backends.tvm.kernels.blocks import OPAQUE
 from thresher.backends.tvm.plans import torch_kernels
 from thresher.backends.tvm.plans.plan_selection import PlanSelector, workload_of
 from thresher.backends.tvm.target import TVMTarget
-from thresher.errors import BackendError
+from thresher.errors import BackendError, first_line
 from thresher.ir.nodes import is_tensor, module_path, source_line
 from thresher.ir.program import Program
-from thresher.runtime.tensor_spec import dtype_name
 
 BUILDER_LOCK = threading.Lock()  # TVM's builders share one stack in a process
 GET_WEIGHT = "vm.builtin.tuple_getitem"
@@ -47,12 +60,17 @@ class Imported:
 
     ``module``: its ``main`` takes the tensor inputs in their order and then the weights, as one tuple or one by one. ``weights``: the
     packed constants in the order in which the code reads them. ``origins``: Relax variable -> the node of the program that it was
-    emitted for.
+    emitted for. ``library``: the nodes that torch computes.
     """
 
     module: tvm.IRModule
     weights: list[np.ndarray]
     origins: dict[str, str]
+    library: list[LibraryCall]
+
+
+class Unlowered(BackendError):
+    """Raised where a call cannot be lowered without torch's kernel; the message says what hinders each way."""
 
 
 class Importer:
@@ -74,11 +92,15 @@ class Importer:
             table: the converters that replace TVM's.
             target: the machine to generate code for; a CPU gets the kernels of ``kernels/cpu``.
             selector: chooses the plan of every kernel that has several.
-            options: of these the importer heeds ``strict_rounding`` and ``shared_weights``.
+            options: of these the importer heeds ``strict_rounding``, ``shared_weights`` and what concerns the library.
             separate_weights: make every weight an argument of its own, because a remote device takes no tuple of tensors.
         """
         self.program, self.table, self.target, self.selector = program, table, target, selector
-        self.strict_rounding, self.shared_weights = options.strict_rounding, options.shared_weights
+        self.options, self.strict_rounding, self.shared_weights = (
+            options,
+            options.strict_rounding,
+            options.shared_weights,
+        )
         self.separate_weights = separate_weights
         self.stock = ExportedProgramImporter()
         self.builder = NamingBuilder()
@@ -86,9 +108,11 @@ class Importer:
         self.env: dict[fx.Node, Any] = self.stock.env  # node -> its Relax expression
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if separate_weights else [relax.Var("weights", relax.ObjectType())]
-        self.symbols: dict[str, tirx.Var] = {}
+        self.sizes = Sizes()
         self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding after them adds
+        self.library: list[LibraryCall] = []  # the nodes that torch computes
         self._weight_of: dict[Any, relax.Var] = {}
+        self._constants: dict[fx.Node, Tensor] = {}  # those of decompositions
 
     @property
     def machine(self) -> CpuInfo | None:
@@ -107,49 +131,125 @@ class Importer:
             BackendError: a node cannot be lowered; the message names it, its operator, its module and its line of source.
         """
         with BUILDER_LOCK:
-            inputs = [self._input(n) for n in self.program.placeholders if is_tensor(n)]
+            placeholders = [n for n in self.program.placeholders if is_tensor(n)]
+            inputs = input_variables(placeholders, self.sizes)
             self.builder.begin_scope(inputs)
             with self.builder.function("main"):
                 with self.builder.dataflow():
+                    self.env.update(bind_sizes(self.builder, placeholders, inputs, self.sizes))
                     for node in self.program.calls():
                         self._convert(node)
-                    results = [self.value(o) for o in self.program.output_nodes if is_tensor(o)]
+                    results = [self.tensor(o) for o in self.program.output_nodes if is_tensor(o)]
                     output = self.builder.emit_output(relax.Tuple(results))
                 self.builder.emit_func_output(output, params=[*inputs, *self.parameters])
             self.builder.end_scope()
-            return Imported(self.builder.get(), self.weights, self.builder.origins)
+            return Imported(self.builder.get(), self.weights, self.builder.origins, self.library)
 
     def _convert(self, node: fx.Node) -> None:
         if node in self.env:  # the converter of an earlier node computed this one, too
             return
         self.builder.node = node.name
         try:
-            self.env[node] = self._expression_of(node)
+            self.env[node] = self._by_torch(node) if self._prefers_torch(node) else self._in_first_way(node)
         except Exception as error:
             line = source_line(node)
             where = f" at {line}" if line else ""
             raise BackendError(
-                f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){where}: {type(error).__name__}: {error}"
+                f"cannot lower node {node.name} ({node.target}, module {module_path(node)}){where}: {error}"
             ) from error
 
-    def _expression_of(self, node: fx.Node) -> Any:
-        """Convert a call: by torch's own kernel where that is on record as fastest, by a converter of the table, else by TVM's."""
-        if self._uses_torch(node):
-            return torch_kernels.emit(self, node)
-        if (convert := self.table(node, self)) is not None:
-            return convert(self, node)
+    def _prefers_torch(self, node: fx.Node) -> bool:
+        """Return whether torch is to compute a node that could be lowered, and note it."""
+        reason = self.options.library_nodes.get(node.name, "")
+        if not reason and self.selector.library and torch_kernels.possible(node):
+            measured = self.selector.uses_torch(workload_of(node, self.strict_rounding), node)
+            reason = MEASURED_AS_FASTER if measured else ""
+        if reason:
+            self.library.append(LibraryCall(node.name, str(node.target), reason))
+        return bool(reason)
+
+    def _in_first_way(self, node: fx.Node) -> Any:
+        """Convert a call without torch's kernel where that is possible, else by it where that is allowed."""
+        try:
+            return self._lowered(node)
+        except Unlowered as error:
+            if not self.options.library:
+                raise BackendError(f"{error}; with library='auto' torch computes it") from error
+            result = self._by_torch(node)
+            self.library.append(LibraryCall(node.name, str(node.target), str(error)))
+            return result
+
+    def _by_torch(self, node: fx.Node) -> Any:
+        call = library_call(node, self.tensor, self.sizes, self.target.device)
+        return self._checked(self.emit(call), node)
+
+    def _lowered(self, node: fx.Node) -> Any:
+        """Convert a call in the first way that gives what the node declares. Raises :class:`Unlowered` with what hinders each."""
+        value, hindrances = node.meta["val"], []
+        if isinstance(value, SYMBOLIC) and not self.sizes.unknown(value):
+            return self.sizes.expression(value)
+        if node.target is operator.getitem:
+            results, index = self.value(node.args[0]), node.args[1]
+            return (
+                results[index] if isinstance(results, (tuple, list)) else self.emit(relax.TupleGetItem(results, index))
+            )
+        if is_empty(value):
+            return self.emit(relax.op.zeros(tensor_type(value, self.sizes).shape, stored_dtype(value.dtype)))
+        for name, way in self._ways(node):
+            try:
+                return self._checked(way(node), node)
+            except Exception as error:  # whatever a converter raises: another way may do
+                hindrances.append(f"{name}: {first_line(error)}")
+        raise Unlowered("; ".join(hindrances))
+
+    def _ways(self, node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], Any]]]:
+        convert = self.table(node, self)
+        if convert is not None:
+            yield "our lowering", partial(convert, self)
+        stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
+        if stock is not None and is_trusted(node):
+            yield "TVM's lowering", partial(self._by_tvm, stock)
+        yield "torch's decomposition", self._decomposed
+
+    def _by_tvm(self, convert: Callable[[fx.Node], Any], node: fx.Node) -> Any:
         for source in node.all_input_nodes:  # TVM's converters look into env themselves
             if source.op == "get_attr":
                 self.value(source)
-        stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
-        if stock is None:
-            raise BackendError(f"no TVM lowering for {node.target}")
-        return stock(node)
+        return convert(node)
 
-    def _uses_torch(self, node: fx.Node) -> bool:
-        if not self.selector.library or not torch_kernels.possible(node):
-            return False
-        return self.selector.uses_torch(workload_of(node, self.strict_rounding), node)
+    def _decomposed(self, node: fx.Node) -> Any:
+        """Convert the calls of torch's decomposition of a node."""
+        module, sources = decomposed(node, self.program)
+        arguments = iter(sources)
+        for inner in module.graph.nodes:
+            if inner.op == "placeholder":
+                source = next(arguments)
+                if self.is_constant(source):
+                    self._constants[inner] = self.constant(source)
+                self.env[inner] = self.value(source)
+            elif inner.op == "get_attr":
+                self._constants[inner] = getattr(module, inner.target)
+            elif inner.op == "call_function" and inner not in self.env:
+                self.env[inner] = self._part(inner)
+        (results,) = module.graph.output_node().args
+        return fx.node.map_aggregate(results, self.value)
+
+    def _part(self, node: fx.Node) -> Any:
+        """Convert a call of a decomposition."""
+        try:
+            return self._lowered(node)
+        except Unlowered as error:
+            raise NotImplementedError(f"it needs {node.target}, which has no lowering") from error
+
+    def _checked(self, result: Any, node: fx.Node) -> Any:
+        """Return the result of a conversion, with its free sizes bound.
+
+        Raises :class:`NotImplementedError` where it is not of the kind that the node declares.
+        """
+        value = node.meta["val"]
+        if reason := misfit(result, value):
+            raise NotImplementedError(reason)
+        return bound(self.builder, result, value, self.sizes) if isinstance(value, Tensor) else result
 
     # ------------------------------------------------------------------ values
 
@@ -158,23 +258,32 @@ class Importer:
         if not isinstance(node, fx.Node):
             return node
         if node not in self.env:
-            if node.op != "get_attr":
+            if not self.is_constant(node):
                 raise BackendError(f"node {node.name} has not been converted")
             self.env[node] = self.weight(self.array(node), node)
         return self.env[node]
 
+    def tensor(self, node: fx.Node) -> Any:
+        """Return the value of a node as a tensor: a size as one without dimensions."""
+        value = self.value(node)
+        return scalar_tensor(self.builder, value) if is_number(value) else value
+
+    def constant(self, node: fx.Node) -> Tensor:
+        """Return the tensor of a constant of the program, or of the decomposition that is being converted."""
+        return self._constants[node] if node in self._constants else self.program.constants[node.target]
+
     def array(self, node: fx.Node) -> np.ndarray:
-        """Return the constant of a ``get_attr`` node, in its own dtype."""
-        tensor = self.program.constants[node.target].detach().cpu()
+        """Return the constant of a ``get_attr`` node, in its own dtype; complex numbers as pairs."""
+        tensor = self.constant(node).detach().cpu().resolve_conj().resolve_neg()
         if tensor.dtype is torch.bfloat16:
             import ml_dtypes
 
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.contiguous().numpy()
+        return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().numpy()
 
     def is_constant(self, node: Any) -> bool:
         """Return whether an argument is a constant of the program, whose :meth:`array` may be packed when the code is generated."""
-        return isinstance(node, fx.Node) and node.op == "get_attr"
+        return isinstance(node, fx.Node) and (node.op == "get_attr" or node in self._constants)
 
     def choose(self, node: fx.Node, plans: Callable[[int], Sequence[Any]]) -> Any:
         """Return the plan of the kernel of ``node``: the one on record as fastest, else the first of ``plans(limit)``."""
@@ -219,20 +328,3 @@ class Importer:
 
         attrs = {"tirx.is_scheduled": True} if scheduled else {"op_pattern": OPAQUE} if opaque else None
         return self.builder.emit_te(call, *present, primfunc_name_hint=name, primfunc_attrs=attrs)
-
-    # ------------------------------------------------------------------ inputs
-
-    def _input(self, node: fx.Node) -> relax.Var:
-        value = node.meta["val"]
-        shape = [self._dimension(d) for d in value.shape]
-        var = relax.Var(node.name, relax.TensorType(shape, dtype_name(value.dtype)))
-        self.env[node] = var
-        return var
-
-    def _dimension(self, dim: int | torch.SymInt) -> Any:
-        if not isinstance(dim, torch.SymInt):
-            return int(dim)
-        name = str(dim)
-        if not name.isidentifier():
-            raise BackendError(f"input dimension {name}: only plain dynamic dimensions are supported, not derived ones")
-        return self.symbols.setdefault(name, tirx.Var(name, "int64"))

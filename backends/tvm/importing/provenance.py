@@ -14,6 +14,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from thresher.backends.tvm.library import CALL
+
 Kernels = list[tuple[str, tuple[str, ...]]]  # (name, nodes) of every call of a kernel, in order
 
 
@@ -64,7 +66,7 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origins: Mapping[str, str
         if callee is None or not isinstance(inner, relax.Function):
             numbers[var] = number(value, numbers)
             if _is_kernel(value):
-                result.append((value.args[0].name_hint, _named([names[numbers[var]]])))
+                result.append((_kernel_name(value), _named([names[numbers[var]]])))
             continue
         inside = {p: _key(a, numbers) for p, a in zip(inner.params, value.args)}
         nodes = []
@@ -88,7 +90,15 @@ def _bindings(function: relax.Function) -> Iterator[tuple[relax.Var, Any]]:
 
 
 def _is_kernel(value: Any) -> bool:
-    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.call_tir"
+    return isinstance(value, relax.Call) and (
+        getattr(value.op, "name", "") == "relax.call_tir" or _kernel_name(value) == CALL
+    )
+
+
+def _kernel_name(call: relax.Call) -> str:
+    """Return the name of what a call runs: a kernel, or a function of the runtime."""
+    callee = call.args[0] if call.args else None
+    return getattr(callee, "name_hint", "") or getattr(callee, "global_symbol", "")
 
 
 def _key(value: Any, numbers: dict[Any, int]) -> Any:

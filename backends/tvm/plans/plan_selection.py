@@ -46,7 +46,6 @@ class PlanSelector:
     Attributes:
         sites: every workload that was asked for.
         used_records: the workloads whose plan came from a record.
-        torch_nodes: the names of the nodes that torch computes.
     """
 
     def __init__(self, records: Mapping[str, str] | None = None, library: bool = False, search: bool = False):
@@ -57,7 +56,6 @@ class PlanSelector:
         self.records, self.library, self.search = records or {}, library, search
         self.sites: dict[str, Site] = {}
         self.used_records: set[str] = set()
-        self.torch_nodes: list[str] = []
         self._asks_for_schedules = search or any(workload.startswith(KERNEL) for workload in self.records)
 
     def uses_torch(self, workload: str, node: fx.Node) -> bool:
@@ -66,7 +64,6 @@ class PlanSelector:
         if self.records.get(workload) != repr(TorchKernel()):
             return False
         self.used_records.add(workload)
-        self.torch_nodes.append(node.name)
         return True
 
     def choose(self, workload: str, subject: Any, plans: Plans) -> Any:

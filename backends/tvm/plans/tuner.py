@@ -146,7 +146,7 @@ class Bench:
 
     @property
     def _lowering_options(self) -> LoweringOptions:
-        return LoweringOptions(strict_rounding=self.strict_rounding)
+        return LoweringOptions(strict_rounding=self.strict_rounding, library=self.library)
 
     def _of_operator(self, workload: str, site: Site, plans: list[str]) -> Candidates:
         """Return the candidates of a node, as programs of one operator."""

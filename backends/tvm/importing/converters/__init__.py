@@ -6,6 +6,7 @@ operator sweep (``tests/backends/tvm/importing/test_operator_sweep.py``).
 
 from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fills the tables)
     attention,
+    complex_numbers,
     convolutions,
     elementwise,
     movement,

@@ -1,7 +1,7 @@
-"""The two tables of converters, and what converters share.
+"""The tables of converters, and what converters share.
 
-``SEMANTICS`` holds for every target; ``CPU_KERNELS`` come first on the CPU, for float32 and static shapes. A converter is
-``f(importer, node) -> expression``.
+``SEMANTICS`` holds for every target; ``CPU_KERNELS`` come first on the CPU, for float32 and static shapes. ``COMPLEX`` alone is for calls
+with complex numbers, which are pairs of real ones. A converter is ``f(importer, node) -> expression``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tvm import relax, te, tirx
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.backends.tvm.importing.importer import Converter, Importer
+from thresher.backends.tvm.importing.inputs import is_number, scalar_tensor
+from thresher.backends.tvm.importing.values import is_empty, tensors_of
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
@@ -24,10 +26,18 @@ R = relax.op
 
 SEMANTICS: dict[Any, Converter] = {}
 CPU_KERNELS: dict[Any, Converter] = {}
+COMPLEX: dict[Any, Converter] = {}
+#: Operators whose converters take tensors without elements.
+TAKES_EMPTY = {aten.cat.default}
 
 
 def converter_of(node: fx.Node, importer: Importer) -> Converter | None:
-    """Return our converter for a call, or None where the stock one is right."""
+    """Return our converter for a call, or None where there is none."""
+    values = [v for n in (node, *node.all_input_nodes) for v in tensors_of(n.meta.get("val"))]
+    if any(v.is_complex() for v in values):
+        return COMPLEX.get(node.target)
+    if any(map(is_empty, values)) and node.target not in TAKES_EMPTY:
+        return None
     if importer.machine is not None and node.target in CPU_KERNELS and fits_kernels(node):
         return CPU_KERNELS[node.target]
     return SEMANTICS.get(node.target)
@@ -46,6 +56,11 @@ def _register(table: dict[Any, Converter], *targets: Any) -> Callable[[Converter
         return converter
 
     return add
+
+
+def complex_semantics(*targets: Any) -> Callable[[Converter], Converter]:
+    """Register a converter of these operators for complex numbers, which it sees as pairs in a last dimension."""
+    return _register(COMPLEX, *targets)
 
 
 def semantics(*targets: Any) -> Callable[[Converter], Converter]:
@@ -80,9 +95,11 @@ def result_dtype(node: fx.Node) -> str:
 
 
 def cast(importer: Importer, value: Any, dtype: str) -> Any:
-    """Return ``value`` (an expression or a number) as an expression of ``dtype``."""
+    """Return ``value`` (an expression or a number, or one over sizes) as an expression of ``dtype``."""
     if isinstance(value, (bool, int, float)):
         return relax.const(value, dtype)
+    if is_number(value):
+        value = scalar_tensor(importer.builder, value)
     return value if str(value.ty.dtype) == dtype else importer.emit(R.astype(value, dtype))
 
 

@@ -1,0 +1,63 @@
+"""An operator without a lowering as a graph of others, by torch's own decompositions and references.
+
+torch knows most of its operators in terms of a few: ``torch._decomp`` (which its compilers use), what a composite operator is composed of,
+and ``torch._refs`` (which say what an operator means). The function is traced on fake tensors, so it is written for the sizes at hand; free
+sizes stay free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._decomp
+import torch._refs
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from thresher.ir.nodes import copy_origin
+from thresher.ir.program import Program
+
+MAX_CALLS = 200  # of a decomposition: more are slower than the one call that they stand for
+
+
+def decomposed(node: fx.Node, program: Program) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Return the graph that computes ``node``, whose constants are attributes of the module, and the nodes that are its inputs.
+
+    Raises :class:`NotImplementedError` where torch has no decomposition of the operator, or one that needs the operator itself or more than
+    MAX_CALLS others.
+    """
+    function = _function(node.target)
+    sources = [n for n in node.all_input_nodes]
+
+    def on_values(*values: Any) -> Any:
+        given_values = dict(zip(sources, values))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given_values.__getitem__)
+        return function(*args, **kwargs)
+
+    functional = torch.func.functionalize(on_values, remove="mutations_and_views")
+    with program.fake_mode, torch.no_grad():
+        graph_module = make_fx(functional, pre_dispatch=False)(*(n.meta["val"] for n in sources))
+    calls = [n for n in graph_module.graph.nodes if n.op == "call_function"]
+    if any(n.target is node.target for n in calls):
+        raise NotImplementedError("its decomposition needs itself")
+    if len(calls) > MAX_CALLS:
+        raise NotImplementedError(f"its decomposition has {len(calls)} calls")
+    for call in calls:
+        copy_origin(call, node)
+    return graph_module, sources
+
+
+def _function(target: Any) -> Callable[..., Any]:
+    """Return torch's definition of an operator in terms of others."""
+    if not isinstance(target, torch._ops.OpOverload):
+        raise NotImplementedError(f"{target} is no operator of torch's")
+    if target in torch._decomp.decomposition_table:
+        return torch._decomp.decomposition_table[target]
+    if target._can_decompose():
+        return target.decompose
+    name = target._schema.name.removeprefix("aten::")
+    if name in torch._refs.__all__:
+        return getattr(torch._refs, name)
+    raise NotImplementedError("there is none")

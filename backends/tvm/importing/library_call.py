@@ -1,0 +1,101 @@
+"""The call of an operator of torch from compiled code: the half that is emitted. :mod:`thresher.backends.tvm.library` is the other.
+
+Any operator of ATen, and any that is registered with ``torch.library``, can be called so: with all dtypes, several results, and results
+whose sizes are not known before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import tvm
+from torch import Tensor, fx
+from tvm import relax
+
+from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes
+from thresher.backends.tvm.importing.values import rank_type, tensor_type
+from thresher.backends.tvm.library import CALL
+from thresher.ir.nodes import is_tensor
+
+
+def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, device: str) -> relax.Call:
+    """Return the call that computes ``node``, whose value is its result or the tuple of its results.
+
+    Args:
+        node: a call of an operator of torch's.
+        tensor: returns the Relax expression of an argument.
+        sizes: those that are known.
+        device: ``cpu`` or ``cuda``, where operators without tensors make theirs.
+
+    Raises:
+        NotImplementedError: it calls something else, or has an argument that cannot be written.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise NotImplementedError(f"{node.target} is no operator of torch's")
+    arguments = _Arguments(tensor, sizes, device)
+    text = json.dumps([str(node.target), arguments.write(list(node.args)), {"kwargs": arguments.keywords(node)}])
+    kind = _type(node.meta["val"], sizes)
+    return relax.call_pure_packed(
+        CALL, tvm.ir.StringImm(text), relax.ShapeExpr(arguments.sizes), *arguments.tensors, ty_args=[kind]
+    )
+
+
+def _type(value: Any, sizes: Sizes) -> Any:
+    if isinstance(value, (tuple, list)):
+        return relax.TupleType([_type(v, sizes) for v in value])
+    if value is None:
+        return relax.TensorType([0], "float32")
+    if not isinstance(value, Tensor):
+        raise NotImplementedError(f"its result is a {type(value).__name__}")
+    return rank_type(value) if any(map(sizes.unknown, value.shape)) else tensor_type(value, sizes)
+
+
+class _Arguments:
+    """The arguments of a call as they are written: tensors, sizes and texts apart."""
+
+    def __init__(self, tensor: Callable[[fx.Node], Any], known: Sizes, device: str):
+        self.tensor, self.known, self.device = tensor, known, device
+        self.tensors: list[Any] = []
+        self.sizes: list[Any] = []
+        self.written: dict[fx.Node, int] = {}
+
+    def keywords(self, node: fx.Node) -> dict[str, Any]:
+        """Return the keyword arguments; the device is that of the target."""
+        kept = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
+        written = {k: self.write(v) for k, v in kept.items()}
+        return written | ({"device": self.device} if "device" in node.kwargs else {})
+
+    def write(self, value: Any) -> Any:
+        """Return ``value`` as JSON holds it."""
+        if isinstance(value, fx.Node):
+            return self._node(value)
+        if isinstance(value, (tuple, list)):
+            return [self.write(v) for v in value]
+        if isinstance(value, SYMBOLIC):
+            return self._size(value)
+        if isinstance(value, complex):
+            return {"number": [value.real, value.imag]}
+        if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+            return {"constant": str(value).removeprefix("torch.")}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise NotImplementedError(f"an argument is a {type(value).__name__}")
+
+    def _node(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        if not is_tensor(node) and not isinstance(value, SYMBOLIC):
+            raise NotImplementedError(f"its argument {node.name} is a {type(value).__name__}")
+        if node not in self.written:
+            self.written[node] = len(self.tensors)
+            self.tensors.append(self.tensor(node))
+        kind = "item" if isinstance(value, SYMBOLIC) else "complex" if value.is_complex() else "tensor"
+        return {kind: self.written[node]}
+
+    def _size(self, value: Any) -> Any:
+        self.sizes.append(self.known.expression(value))
+        return {"size": len(self.sizes) - 1}

@@ -1,0 +1,21 @@
+"""The converters of TVM that are right: which of them may be used for a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from thresher.backends.tvm.importing.values import is_empty, tensors_of
+
+aten = torch.ops.aten
+
+#: Operators that TVM gets wrong for some arguments without an error (docs/how-it-works.md names the reasons).
+DISTRUSTED: frozenset[Any] = frozenset()
+
+
+def is_trusted(node: fx.Node) -> bool:
+    """Return whether TVM's own converter may be used: not for complex numbers, nor for tensors without elements."""
+    values = [v for n in (node, *node.all_input_nodes) for v in tensors_of(n.meta.get("val"))]
+    return node.target not in DISTRUSTED and not any(v.is_complex() or is_empty(v) for v in values)
