@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.backends.base import DEFAULT, Backend, Executable, LoweringOptions
 from thresher.errors import BackendError
+from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
 from thresher.runtime.weight_store import Weights
 
@@ -18,9 +19,13 @@ class EagerExecutable(Executable):
 
     def __init__(self, program: Program):
         self.program, self.memory = program.detached(), {"weights": constant_bytes(program)}
+        self.literals = [() if is_tensor(n) else (n.meta.get("val"),) for n in program.placeholders]
+        self.tensors = [is_tensor(o) for o in program.output_nodes]
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        return self.program.run(*inputs)
+        tensors = iter(inputs)
+        outputs = self.program.run(*(literal[0] if literal else next(tensors) for literal in self.literals))
+        return [value for value, tensor in zip(outputs, self.tensors) if tensor]
 
     def as_text(self) -> str:
         return self.program.text()

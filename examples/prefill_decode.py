@@ -1,6 +1,6 @@
 """A language model in one artifact: ``prefill`` reads the prompt, ``decode`` adds a token at a time. They share their weights.
 
-The cache of keys and values goes in and comes out: a compiled model has no state. It has the room of ``LENGTH`` tokens from the beginning,
+The cache of keys and values goes in and comes out. It has the room of ``LENGTH`` tokens from the beginning,
 so that every shape is known when the code is made.
 """
 

@@ -15,7 +15,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
-from thresher.runtime.batching import memory_of
+from thresher.runtime.memory import memory_of
 
 PROFILE_RUNS, PROFILE_SECONDS = 7, 1.0  # every build makes a profile
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it

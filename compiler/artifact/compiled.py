@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from thresher.artifact.writer import save
 from thresher.backends.base import Executable
 from thresher.report.report import Report
@@ -12,6 +14,7 @@ from thresher.runtime.comparison import Check
 from thresher.runtime.format import MAIN
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.runtime.signature import Signature
+from thresher.runtime.state import State, call
 from thresher.verification.certificate import Certificate
 
 
@@ -20,6 +23,11 @@ class Compiled:
 
     ``text`` is the rewritten graph in readable form, ``report`` says what was done, ``certificate`` proves what was folded (None unless
     it was asked for, and after loading: it is saved on its own). Calls from several threads are safe.
+
+    A model that writes does so here, too. What it writes into its arguments is in them when the call returns. Its own tensors that it
+    writes are copied when it is compiled; ``state`` has them by name, and ``state.reset()`` makes the next call the first one again.
+    After ``decode.state = prefill.state`` two models that keep the same tensors share them.
+    Results are tensors of their own, also where the model returns a part of what it has written.
     """
 
     def __init__(
@@ -33,10 +41,11 @@ class Compiled:
     ):
         self.signature, self.executable, self.report, self.text = signature, executable, report, text
         self.reference_run, self.certificate = reference_run, certificate
+        with torch.inference_mode(False):  # a tensor that is made in it can be written in it only
+            self.state = State(reference_run.state(signature))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self.signature.flatten(args, kwargs)
-        return self.signature.assemble(self.executable.run(self.signature.check(leaves)))
+        return call(self.signature, self.executable.run, self.state, args, kwargs)
 
     def validate(self) -> list[Check]:
         """Compare the results on the stored inputs with the outputs that the eager model gave when this was built.

@@ -23,22 +23,24 @@ from thresher.runtime.format import MAIN, PROGRAM, REFERENCE_RUN, REPORT, WEIGHT
 from thresher.runtime.package import damage_named
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.runtime.signature import Signature
+from thresher.runtime.state import State, call
 from thresher.runtime.weight_store import Weights, load_arrays
 
 
 class Model:
     """A loaded artifact. Takes and returns the nesting of the original model; containers that are not of Python become dictionaries.
 
-    ``signature`` is what it takes and returns, ``text`` its graph, ``report`` the record of its build as JSON.
+    ``signature`` is what it takes and returns, ``text`` its graph, ``report`` the record of its build as JSON, ``state`` the arrays that it
+    keeps from one call to the next. What the model writes into its arguments is in them when a call returns.
     """
 
     def __init__(self, signature: Signature, run: Run, report: str, text: str, reference_run: ReferenceRun):
         self.signature, self.run, self.report, self.text = signature, run, report, text
         self.reference_run = reference_run
+        self.state = State(reference_run.state(signature))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self.signature.flatten(args, kwargs)
-        return self.signature.assemble(self.run(self.signature.check(leaves)))
+        return call(self.signature, self.run, self.state, args, kwargs)
 
     def validate(self) -> float:
         """Compare the results on the stored inputs with the outputs that the eager model gave when this was built.

@@ -26,8 +26,9 @@ from thresher.backends.batched import BatchedExecutable
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import Session
 from thresher.errors import InputError
-from thresher.frontend.capture import Model, capture, eval_mode
+from thresher.frontend.capture import Model, capture
 from thresher.frontend.masks import Masks, apply_masks
+from thresher.frontend.module_state import eval_mode, holding
 from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
 from thresher.passes import pipelines
@@ -71,13 +72,19 @@ class Captured:
         return cost_of(self.program, self.machine)
 
     def eager(self, flat: Sequence[Any]) -> list[Any]:
-        """Return the flat results of the model itself; of the captured program where there is no module to call."""
+        """Return the flat outputs of the model itself; of the captured program where there is no module to call.
+
+        The model runs on copies of the inputs and of its state, so that neither is changed.
+        """
         if not isinstance(self.model, nn.Module):
             return self.program.run(*flat)
-        copies = [v.clone() if isinstance(v, Tensor) else v for v in flat]
-        args, kwargs = pytree.tree_unflatten(copies, self.program.in_spec)
-        with eval_mode(self.model), torch.no_grad():
-            return pytree.tree_leaves(self.model(*args, **kwargs))
+        program, copies = self.program, [v.clone() if isinstance(v, Tensor) else v for v in flat]
+        count = len(copies) - len(program.state)
+        args, kwargs = pytree.tree_unflatten(copies[:count], program.in_spec)
+        with eval_mode(self.model), torch.no_grad(), holding(self.model, zip(program.state, copies[count:])) as held:
+            results = pytree.tree_leaves(self.model(*args, **kwargs))
+            values = [*copies[:count], *held()]
+            return [*results, *(values[i] for i in program.writes)]
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,11 @@ def lower_again(build: Build, lowering_options: LoweringOptions, session: Sessio
 def _programs(program: Program, options: CompileOptions, session: Session) -> tuple[dict[int, Program], str]:
     """Return the program itself (0), or, where its batch is free and no sample reads another, the program for each batch size; and why
     not, where a free batch is kept."""
-    if not session.backend.specializes or not options.batch_sizes or not free_batch(program):
+    if not session.backend.specializes or not options.batch_sizes:
+        return {0: program}, ""
+    if program.writes and any(free_symbols(n) for n in program.placeholders if is_tensor(n)):
+        return {0: program}, f"the model writes into {program.placeholders[program.writes[0]].name}, once a call"
+    if not free_batch(program):
         return {0: program}, ""
     interaction = why_samples_interact(program, options.batch_sizes)
     if interaction:

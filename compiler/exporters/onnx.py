@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from thresher.atomic_files import replacing
 from thresher.errors import BackendError, ValidationError
+from thresher.ir.folded_module import FoldedModule
 from thresher.ops.define import REFERENCES
 from thresher.verification.compare import LOWERING_TOLERANCE, compare
 
@@ -39,6 +40,10 @@ def write_onnx(model: nn.Module, args: Sequence[Any], path: str | os.PathLike, o
     except ImportError as error:
         raise BackendError(f"writing ONNX needs another package: pip install 'thresher[onnx]' ({error})") from error
     path, args = Path(path), tuple(args)
+    if isinstance(model, FoldedModule) and model.program.writes:
+        program = model.program
+        names = [*program.state, *(program.placeholders[i].name for i in program.writes)]
+        raise BackendError(f"this model writes into {names[0]!r}, and a file of ONNX has no state")
     with torch.no_grad():
         reference = pytree.tree_leaves(model(*args))
         exported = torch.export.export(model, args, strict=False).run_decompositions(_written_out())

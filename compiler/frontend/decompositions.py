@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch._ops import OperatorBase
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputSpec
 
 from thresher.errors import CaptureError
 from thresher.frontend.fast_decompositions import fast_decompositions
+from thresher.runtime.memory import shared_pair
 
 #: Passes match on these, and the backend has kernels for them.
 KEPT_WHOLE = frozenset(
@@ -25,12 +34,55 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
 
     Raises :class:`CaptureError` with torch's message where torch cannot decompose it.
     """
+    exported = _without_aliases(exported)
+    try:
+        with fast_decompositions():
+            return exported.run_decompositions(decomposition_table())
+    except Exception as error:
+        if pair := _shared_memory(exported):
+            raise CaptureError(
+                f"the model writes, and its tensors {pair[0]!r} and {pair[1]!r} share memory; give one of them memory of its own (.clone())"
+            ) from error
+        raise CaptureError(f"torch cannot decompose the exported program: {str(error).strip()[:1500]}") from error
+
+
+def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
+    """Return torch's table of decompositions without those of KEPT_WHOLE."""
     table = torch.export.default_decompositions()
     for operator in list(table.keys()):
         if operator._schema.name.removeprefix("aten::") in KEPT_WHOLE:
             table.pop(operator)
-    try:
-        with fast_decompositions():
-            return exported.run_decompositions(table)
-    except Exception as error:
-        raise CaptureError(f"torch cannot decompose the exported program: {str(error).strip()[:1500]}") from error
+    return table
+
+
+def _without_aliases(exported: ExportedProgram) -> ExportedProgram:
+    """Return ``exported`` without second names of a tensor that no call reads: torch does not decompose writes into what is there twice."""
+    specs, nodes = (
+        exported.graph_signature.input_specs,
+        {n.name: n for n in exported.graph.nodes if n.op == "placeholder"},
+    )
+    read = {id(t) for s, t in _tensors(exported) if nodes[s.arg.name].users}
+    unread = {s.arg.name for s, t in _tensors(exported) if not nodes[s.arg.name].users and id(t) in read}
+    if not unread:
+        return exported
+    module = copy.deepcopy(exported.graph_module)
+    for node in [n for n in module.graph.nodes if n.name in unread]:
+        module.graph.erase_node(node)
+    module.recompile()
+    kept = [s for s in specs if s.arg.name not in unread]
+    signature = dataclasses.replace(exported.graph_signature, input_specs=kept)
+    return exported._update(module, signature)
+
+
+def _tensors(exported: ExportedProgram) -> list[tuple[InputSpec, Tensor]]:
+    """Return the parameters, buffers and constants of ``exported``, each with its specification."""
+    values = {**exported.constants, **exported.state_dict}
+    specs = exported.graph_signature.input_specs
+    return [(s, values[s.target]) for s in specs if isinstance(values.get(s.target or ""), Tensor)]
+
+
+def _shared_memory(exported: ExportedProgram) -> tuple[str, str] | None:
+    """Return the names of two tensors of ``exported`` that have memory in common."""
+    tensors = _tensors(exported)
+    pair = shared_pair([t for _, t in tensors], range(len(tensors)))
+    return None if pair is None else (str(tensors[pair[0]][0].target), str(tensors[pair[1]][0].target))

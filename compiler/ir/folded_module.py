@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FoldedModule(fx.GraphModule):
-    """The module that :func:`thresher.rewrite` returns. It takes and returns what the original model does.
+    """The module that :func:`thresher.rewrite` returns. It takes and returns what the original model does, and writes what that writes.
 
     ``program`` is what it was made from; ``certificate`` (:class:`~thresher.verification.certificate.Certificate`, or None) proves the
     fold; ``ledger`` lists what each approximate pass spent of the budget (:class:`~thresher.approximation.ledger.Spent`).
@@ -46,19 +46,29 @@ class FoldedModule(fx.GraphModule):
         exact = self.program.constants
         same = {name: torch.equal(value, program.constants[name]) for name, value in current.items()}
         current = {name: exact[name] if same[name] else value for name, value in current.items()}
-        return unfold(program.original.state, program.lineage, exact, current)
+        original = unfold(program.original.state, program.lineage, exact, current)
+        for name in program.state:  # under all names of what is one tensor
+            old = program.original.state.get(name)
+            aliases = [
+                n for n, t in program.original.state.items() if old is not None and t.data_ptr() == old.data_ptr()
+            ]
+            original |= {alias: here[name].detach().cpu() for alias in aliases}
+        return original
 
 
 def to_module(program: Program, certificate: Any = None, ledger: Sequence[Any] = ()) -> FoldedModule:
     """Return an ``nn.Module`` that computes what ``program`` does on the user's structure.
 
-    Constants whose role is ``PARAMETER`` are its parameters, the others its buffers. ``certificate`` and ``ledger`` are kept on the module.
+    Constants whose role is ``PARAMETER`` are its parameters, the others and the state its buffers. ``certificate`` and ``ledger`` are kept
+    on the module.
     """
     rounded, trained = program.rounded(), program.trainable()
     root: dict[str, Any] = {
         name: torch.nn.Parameter(t.detach().clone()) if name in trained else t.detach()
         for name, t in rounded.constants.items()
     }
+    root |= {name: t.detach().clone() for name, t in program.initial_state.items()}
+    _write_back(rounded)
     graph, output = rounded.graph, rounded.output
     module = FoldedModule(root, graph, class_name=_class_name(program.name))
     module.program, module.certificate, module.ledger = program, certificate, ledger
@@ -72,6 +82,30 @@ def to_module(program: Program, certificate: Any = None, ledger: Sequence[Any] =
     output.args = (list(output.args[0]),)
     module.recompile()
     return module
+
+
+def _write_back(program: Program) -> None:
+    """Replace the placeholders of the state by buffers, and the outputs that are written by calls that write them.
+
+    The graph reads copies of what it writes: gradients need the values from before.
+    """
+    written, output = program.written(), program.output
+    kept = dict(zip(program.placeholders[len(program.placeholders) - len(program.state) :], program.state))
+    first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    targets = {}
+    for node in written:
+        with program.graph.inserting_before(first):
+            target = program.graph.get_attr(kept[node]) if node in kept else node
+            copy = program.graph.call_function(torch.ops.aten.clone.default, (target,))
+        node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
+        targets[node] = target
+    values = output.args[0][len(output.args[0]) - len(written) :]
+    with program.graph.inserting_before(output):
+        for target, value in zip(targets.values(), values):
+            program.graph.call_function(torch.ops.aten.copy_.default, (target, value))
+    output.args = (output.args[0][: len(output.args[0]) - len(written)],)
+    for node in kept:
+        program.graph.erase_node(node)
 
 
 def _class_name(name: str) -> str:

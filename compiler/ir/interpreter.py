@@ -70,4 +70,4 @@ class Interpreter:
         args, kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: environment[a] if isinstance(a, fx.Node) else self._convert(a)
         )
-        return node.target(*args, **kwargs)
+        return self._convert(node.target(*args, **kwargs))  # arange and the like make torch's default dtype

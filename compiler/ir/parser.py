@@ -35,6 +35,7 @@ NAMED = {
     for v in (*LONG.values(), torch.strided, torch.contiguous_format, torch.preserve_format, torch.channels_last)
 }
 CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
+WRITE = re.compile(r"\s*write %(?P<target>\w+) = (?P<value>.*)$")
 LINE = re.compile(r"\s*%(?P<name>\w+) = (?P<body>.*) : (?P<type>[^:#]*?)(?:  # .*)?$")
 
 
@@ -61,24 +62,29 @@ def parse(text: str) -> Program:
     program: Program | None = None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     outputs: list[Any] = []
+    state: list[str] = []
+    written: dict[fx.Node, Any] = {}
     for number, line in enumerate(text.strip().splitlines(), 1):
         try:
             if line.startswith("program "):
                 name = line.split()[1]
             elif line.strip().startswith("return "):
                 outputs = _evaluate(line.strip().removeprefix("return "), nodes)
-                graph.output(tuple(outputs))
+                graph.output((*outputs, *written.values()))
+            elif match := WRITE.match(line):
+                written[nodes[match["target"]]] = _evaluate(match["value"], nodes)
             elif match := LINE.match(line):
-                nodes[match["name"]] = _parse_node(graph, match, nodes, constants, mode)
+                nodes[match["name"]] = _parse_node(graph, match, nodes, constants, state, mode)
         except Exception as error:  # whatever Python's parser, torch or fx say of it
             raise ProgramError(f"line {number} cannot be read: {line.strip()!r} ({error})") from error
     if not any(n.op == "output" for n in graph.nodes):
         raise ProgramError("there is no line that returns something")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     probe = tuple(random_example(shape_of(n), dtype_of(n)) for n in inputs)
-    in_spec = pytree.tree_flatten((probe, {}))[1]
+    in_spec = pytree.tree_flatten((probe[: len(probe) - len(state)], {}))[1]
     out_spec = pytree.tree_flatten(tuple(outputs))[1]
-    program = Program(graph, constants, in_spec, out_spec, probe, name)
+    writes = tuple(inputs.index(node) for node in written)
+    program = Program(graph, constants, in_spec, out_spec, probe, name, state=tuple(state), writes=writes)
     for node in program.calls():
         try:
             program.refresh(node)
@@ -87,11 +93,15 @@ def parse(text: str) -> Program:
     return program
 
 
-def _parse_node(graph: fx.Graph, match: re.Match, nodes: dict, constants: dict, mode: FakeTensorMode) -> fx.Node:
+def _parse_node(
+    graph: fx.Graph, match: re.Match, nodes: dict, constants: dict, state: list[str], mode: FakeTensorMode
+) -> fx.Node:
     body, name = match["body"], match["name"]
-    if body == "input":
+    if body == "input" or body.startswith("state "):
         node = graph.placeholder(name)
         node.meta["val"] = _fake(match["type"], mode)
+        if body != "input":
+            state.append(ast.literal_eval(body.removeprefix("state ")))
     elif body.startswith("constant "):
         target = ast.literal_eval(body.removeprefix("constant "))
         node = graph.create_node("get_attr", target, name=name)

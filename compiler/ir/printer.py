@@ -7,11 +7,13 @@
       return [%conv2d]
     }
 
-:mod:`thresher.ir.parser` reads it back.
+Where the model writes, ``%n = state "steps" : i64[]`` is a tensor that it keeps, and ``write %n = %add`` before the last line says what it
+becomes. :mod:`thresher.ir.parser` reads it back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,18 +28,28 @@ SHORT = {
 }  # fmt: skip
 
 
-def render(graph: fx.Graph, name: str = "model", canonical: bool = False) -> str:
-    """Return the text of ``graph``; ``canonical`` numbers the nodes and leaves out what is not structure (names, origins)."""
+def render(
+    graph: fx.Graph, name: str = "model", canonical: bool = False, state: Sequence[str] = (), writes: Sequence[int] = ()
+) -> str:
+    """Return the text of ``graph``; ``canonical`` numbers the nodes and leaves out what is not structure (names, origins).
+
+    ``state`` and ``writes`` are those of the program.
+    """
     names: dict[fx.Node, str] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    kept = dict(zip(placeholders[len(placeholders) - len(state) :], state))
     lines = [] if canonical else [f"program {name} {{"]
     constants: dict[str, str] = {}
     for node in graph.nodes:
         names[node] = str(len(names)) if canonical else node.name
         if node.op == "output":
-            lines.append(f"  return {_literal(list(node.args[0]), names)}")
+            outputs = list(node.args[0])
+            new_values = outputs[len(outputs) - len(writes) :]
+            lines += [f"  write %{names[placeholders[i]]} = {_literal(v, names)}" for i, v in zip(writes, new_values)]
+            lines.append(f"  return {_literal(outputs[: len(outputs) - len(writes)], names)}")
             continue
         if node.op == "placeholder":
-            body = "input"
+            body = f'state "{kept[node]}"' if node in kept else "input"
         elif node.op == "get_attr":
             label = constants.setdefault(node.target, str(len(constants)) if canonical else node.target)
             body = f'constant "{label}"'

@@ -1,7 +1,13 @@
 """The graph IR: an ``fx.Graph`` of functional ATen (and ``thresher::``) calls, with its constants and its signature.
 
 Three kinds of node matter: ``placeholder`` (one per leaf of the user's inputs), ``get_attr`` (one per constant; its
-target is the name in ``constants``) and ``call_function``. Every tensor node carries
+target is the name in ``constants``) and ``call_function``.
+
+A graph writes into nothing. Where the model does, its state (the buffers that it writes) is among the inputs, after the user's, and the
+new value of everything that it writes, state or input, is among the outputs, after the user's results. Passes see more inputs and
+outputs, no more.
+
+Every tensor node carries
 
 * ``meta["val"]``             a fake tensor: its shape, dtype and, for dynamic programs, its symbols;
 * ``meta["nn_module_stack"]`` and ``meta["stack_trace"]``, as torch.export wrote them: where in the user's code it comes from.
@@ -55,7 +61,11 @@ class Original:
 
 @dataclass
 class Program:
-    """A captured model. ``probe`` holds one example of its flat inputs; the pytree specs give back the user's structure."""
+    """A captured model. ``probe`` holds one example of its flat inputs; the pytree specs give back the user's structure.
+
+    ``state`` names the tensors of the model that it writes: the last placeholders, whose values in the probe are those before the first
+    call. ``writes`` has the index of a placeholder for each of the last outputs, which are the new values of these inputs.
+    """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
@@ -66,12 +76,14 @@ class Program:
     original: Original = field(default_factory=lambda: Original())
     roles: dict[str, Role] = field(default_factory=dict)  # of the constants that are no parameters, by name
     lineage: list[Restore] = field(default_factory=list)  # how to get the captured constants back, oldest first
+    state: tuple[str, ...] = ()
+    writes: tuple[int, ...] = ()
 
     # ------------------------------------------------------------------ reading
 
     @property
     def placeholders(self) -> list[fx.Node]:
-        """The inputs, one node for each leaf of the user's structure."""
+        """The inputs, one node for each leaf of the user's structure, and then one for each tensor of the state."""
         return [n for n in self.graph.nodes if n.op == "placeholder"]
 
     @property
@@ -81,8 +93,18 @@ class Program:
 
     @property
     def output_nodes(self) -> list[Any]:
-        """The flat outputs: nodes, or literals where the model returns them."""
+        """The flat outputs: nodes, or literals where the model returns them; then the new values of what is written."""
         return list(self.output.args[0])
+
+    @property
+    def initial_state(self) -> dict[str, Tensor]:
+        """The state before the first call, by name."""
+        return dict(zip(self.state, self.probe[len(self.probe) - len(self.state) :]))
+
+    def written(self) -> dict[fx.Node, fx.Node]:
+        """Return the new value of each placeholder that is written."""
+        placeholders, outputs = self.placeholders, self.output_nodes
+        return {placeholders[i]: value for i, value in zip(self.writes, outputs[len(outputs) - len(self.writes) :])}
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
         """Return every ``call_function`` node, or only those of the given operators."""
@@ -107,24 +129,27 @@ class Program:
 
     def signature(self, device: str) -> Signature:
         """Return the names, shapes and dtypes of inputs and outputs, for a module that runs on ``device``."""
+        placeholders = self.placeholders
+        names = [*(n.name for n in placeholders[: len(placeholders) - len(self.state)]), *self.state]
         inputs = tuple(
-            TensorSpec(n.name, dtype_name(dtype_of(n)), tuple(dimension(d) for d in shape_of(n)))
+            TensorSpec(name, dtype_name(dtype_of(n)), tuple(dimension(d) for d in shape_of(n)))
             if is_tensor(n)
-            else LiteralSpec(n.name, n.meta.get("val"))
-            for n in self.placeholders
+            else LiteralSpec(name, n.meta.get("val"))
+            for name, n in zip(names, placeholders)
         )
         outputs = tuple(None if is_tensor(o) else LiteralSpec("output", o) for o in self.output_nodes)
-        return Signature(inputs, outputs, tree_of(self.in_spec), tree_of(self.out_spec), device)
+        trees = tree_of(self.in_spec), tree_of(self.out_spec)
+        return Signature(inputs, outputs, *trees, device, self.state, self.writes)
 
     # ------------------------------------------------------------------ running
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """Return the leaves of a call. Raises :class:`InputError` where its structure is not the captured one."""
-        return tree_of(self.in_spec).flatten_call(args, kwargs or {})
+        """Return the flat inputs of a first call. Raises :class:`InputError` where its structure is not the captured one."""
+        return [*tree_of(self.in_spec).flatten_call(args, kwargs or {}), *self.initial_state.values()]
 
     def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
-        """Return the user's structure of flat outputs."""
-        return pytree.tree_unflatten(list(leaves), self.out_spec)
+        """Return the user's structure of flat outputs, without the values that are written."""
+        return pytree.tree_unflatten(list(leaves[: len(leaves) - len(self.writes)]), self.out_spec)
 
     def run(
         self, *flat: Any, dtype: torch.dtype | None = None, watch: Callable[[fx.Node, Any], None] | None = None
@@ -138,6 +163,7 @@ class Program:
             return Interpreter(self.graph, self.constants, dtype, watch).run(flat)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the first call of the model returns; nothing is written."""
         return self.unflatten_outputs(self.run(*self.flatten_inputs(args, kwargs)))
 
     # ------------------------------------------------------------------ editing
@@ -158,6 +184,8 @@ class Program:
             self.original,
             dict(self.roles),
             list(self.lineage),
+            self.state,
+            self.writes,
         )
 
     def detached(self) -> Program:
@@ -266,8 +294,8 @@ class Program:
     def verify(self) -> Program:
         """Raise :class:`ProgramError` unless the program is well-formed; returns self.
 
-        Well-formed: topologically ordered, every constant present and used, one node per constant, and the shapes and
-        dtypes in the metadata equal those of a fake-tensor run.
+        Well-formed: topologically ordered, every constant present and used, one node per constant, what is written of the shape and
+        dtype of its input, and the shapes and dtypes in the metadata equal those of a fake-tensor run.
         """
         try:
             self.graph.lint()
@@ -282,6 +310,9 @@ class Program:
             )
         if dangling := sorted(set(self.constants) - set(targets)):
             raise ProgramError(f"constants that no node reads: {dangling[:5]}; call clean() at the end of the pass")
+        for target, value in self.written().items():
+            if not is_tensor(value) or _signature(value.meta["val"]) != _signature(target.meta["val"]):
+                raise ProgramError(f"{value} is written into {target.name}, and has another shape or dtype")
         self._verify_metadata()
         return self
 
@@ -308,7 +339,7 @@ class Program:
     def text(self, canonical: bool = False) -> str:
         """Return a readable form, one line a node; :func:`thresher.ir.parser.parse` reads it back. ``canonical`` numbers the nodes and
         leaves out what is not structure: two programs are structurally equal where these texts are."""
-        return render(self.graph, self.name, canonical)
+        return render(self.graph, self.name, canonical, self.state, self.writes)
 
     def diff(self, other: Program) -> str:
         """Return a unified diff of the two text forms; empty where they are structurally equal."""

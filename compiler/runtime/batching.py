@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from thresher.runtime.memory import memory_of
+
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -93,17 +95,3 @@ def _joined(pieces: Sequence[Any]) -> Any:
 
 def _is_torch(x: Any) -> bool:
     return not isinstance(x, np.ndarray)
-
-
-class _Memory:
-    """The bytes of a torch tensor, in the protocol by which NumPy reads the memory of others; it keeps the tensor alive."""
-
-    def __init__(self, tensor: Any):
-        self.tensor = tensor
-        address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
-
-
-def memory_of(tensor: Any) -> np.ndarray:
-    """Return a view of the bytes of a contiguous torch tensor on the CPU, whatever its dtype (NumPy has no bfloat16)."""
-    return np.asarray(_Memory(tensor))

@@ -3,7 +3,7 @@
     manifest.json                   format, versions, for every entry its target and signature, and the SHA-256 of every other member
     weights.safetensors             the constants, packed for their kernels, each once
     ENTRY/model.so                  the compiled code; ENTRY/SIZE/model.so, where a batch of any size is computed in pieces of a few sizes
-    ENTRY/reference_run.safetensors example inputs and the eager model's outputs on them
+    ENTRY/reference_run.safetensors example inputs (and the state before the first call) and the eager model's outputs on them
     ENTRY/program.txt               the rewritten graph, to read
     ENTRY/report.json               the passes and the gain
 
@@ -22,7 +22,7 @@ from typing import Any
 from thresher.errors import ArtifactError
 from thresher.runtime.package import damage_named, read_package
 
-MAGIC, FORMAT = "thresher-artifact", 3
+MAGIC, FORMAT = "thresher-artifact", 4
 MANIFEST, CODE, WEIGHTS = "manifest.json", "model.so", "weights.safetensors"
 REFERENCE_RUN, PROGRAM, REPORT = "reference_run.safetensors", "program.txt", "report.json"
 MEMBERS = {REFERENCE_RUN, PROGRAM, REPORT}  # of every entry, and its code

@@ -14,7 +14,7 @@ from thresher.runtime.tensor_spec import is_tensor
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """Flat example inputs and the outputs of the eager model for them.
+    """Flat example inputs, the state before the first call among them, and the outputs of the eager model for them.
 
     ``steps``: see :func:`thresher.verification.rounding.rounding_allowance`.
     """
@@ -31,6 +31,10 @@ class ReferenceRun:
             return [v.detach().clone() if is_tensor(v) else v for v in values]
 
         return ReferenceRun(copied(inputs), copied(outputs), steps)
+
+    def state(self, signature: Signature) -> dict[str, Any]:
+        """Return the state before the first call, by name."""
+        return dict(zip(signature.state, self.inputs[len(self.inputs) - len(signature.state) :]))
 
     def check(self, signature: Signature, run: Callable[[Sequence[Any]], list[Any]]) -> Check:
         """Run the inputs here and compare with the outputs.

@@ -20,6 +20,9 @@ class Signature:
     ``inputs`` and ``outputs`` are flat; ``outputs`` holds None for each tensor result and a :class:`LiteralSpec` for each literal one.
     ``arguments`` is the tree of ``(args, kwargs)``, ``results`` that of what a call returns. ``device`` is the type of the device (``cpu``
     or ``cuda``) that torch tensors must be on.
+
+    ``state`` names what the model keeps from one call to the next: the last inputs, after the user's. ``writes`` has the index of an input
+    for each of the last outputs, after the user's results: it is the new value of that input.
     """
 
     inputs: tuple[TensorSpec | LiteralSpec, ...]
@@ -27,6 +30,8 @@ class Signature:
     arguments: PyTree
     results: PyTree
     device: str
+    state: tuple[str, ...] = ()
+    writes: tuple[int, ...] = ()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call; raise :class:`InputError` where it is nested in another way than the captured one."""
@@ -52,13 +57,13 @@ class Signature:
         return tensors
 
     def with_literals(self, results: Sequence[Any]) -> list[Any]:
-        """Return the flat outputs: the tensor results in order, with the literal outputs between them."""
-        tensors = iter(results)
-        return [next(tensors) if spec is None else spec.value for spec in self.outputs]
+        """Return the flat outputs: the tensor outputs in order, with the literal ones between them."""
+        return _with_literals(self.outputs, results)
 
     def assemble(self, results: Sequence[Any]) -> Any:
-        """Return the user's structure around the flat tensor results."""
-        return self.results.assemble(iter(self.with_literals(results)))
+        """Return the user's structure around the flat tensor results, without the values that are written."""
+        outputs = self.outputs[: len(self.outputs) - len(self.writes)]
+        return self.results.assemble(iter(_with_literals(outputs, results)))
 
     # ------------------------------------------------------------------ JSON
 
@@ -75,13 +80,15 @@ class Signature:
             "in_spec": self.arguments.dumps(),
             "out_spec": self.results.dumps(),
             "device": self.device,
+            "state": list(self.state),
+            "writes": list(self.writes),
         }
 
     @staticmethod
     def from_json(raw: dict[str, Any], read_tree: Callable[[str], PyTree] = PyTree.read) -> Signature:
         """Return the signature of :meth:`to_json`. ``read_tree`` may know more containers than :meth:`PyTree.read`.
 
-        Raises ``ValueError`` where the trees do not have as many leaves as there are inputs and outputs.
+        Raises ``ValueError`` where the trees, the state and what is written do not fit the inputs and outputs.
         """
         inputs = tuple(
             TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
@@ -89,6 +96,16 @@ class Signature:
         )
         outputs = tuple(None if s is None else LiteralSpec(s["name"], s["value"]) for s in raw["outputs"])
         arguments, results = read_tree(raw["in_spec"]), read_tree(raw["out_spec"])
-        if (arguments.leaf_count, results.leaf_count) != (len(inputs), len(outputs)):
+        state, writes = tuple(raw["state"]), tuple(raw["writes"])
+        if (arguments.leaf_count + len(state), results.leaf_count + len(writes)) != (len(inputs), len(outputs)):
             raise ValueError("the structure has another number of values than the signature")
-        return Signature(inputs, outputs, arguments, results, raw["device"])
+        if len(set(state)) < len(state) or len(set(writes)) < len(writes):
+            raise ValueError("something is kept or written twice")
+        if not all(0 <= i < len(inputs) and isinstance(inputs[i], TensorSpec) for i in writes):
+            raise ValueError("what is written is no tensor input")
+        return Signature(inputs, outputs, arguments, results, raw["device"], state, writes)
+
+
+def _with_literals(outputs: Sequence[LiteralSpec | None], results: Sequence[Any]) -> list[Any]:
+    tensors = iter(results)
+    return [next(tensors) if spec is None else spec.value for spec in outputs]

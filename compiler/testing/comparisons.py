@@ -115,6 +115,8 @@ def signature_change(before: Program, after: Program) -> str:
 
     if before.in_spec != after.in_spec or before.out_spec != after.out_spec:
         return "the structure of its inputs or outputs has changed"
+    if (before.state, before.writes) != (after.state, after.writes):
+        return "it keeps or writes something else"
     for what, old, new in (
         ("takes", before.placeholders, after.placeholders),
         ("returns", before.output_nodes, after.output_nodes),

@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
           std::printf(" %s", input.symbols[d].empty() ? std::to_string(input.shape[d]).c_str() : input.symbols[d].c_str());
         std::printf("\n");
       }
+      for (size_t i : model.writes()) std::printf("  writes %s\n", model.inputs()[i].name.c_str());
       std::printf("  error %.2e\n", model.validate());
       std::vector<double> times;
       for (int i = 0, rounds = argc > 2 ? std::atoi(argv[2]) : 20; i < rounds; ++i) {

@@ -42,7 +42,7 @@ namespace ffi = tvm::ffi;
 using Tensor = ffi::Tensor;
 using Json = ffi::json::Value;
 
-constexpr int64_t kFormat = 3;
+constexpr int64_t kFormat = 4;
 
 // What is wrong with a file or an argument, in words.
 struct Error : std::runtime_error {
@@ -279,6 +279,14 @@ inline Tensor samples(const Tensor& x, int64_t start, int64_t size) {
   return part;
 }
 
+// The index among the tensors of an input that is counted among all, literal ones, too.
+inline size_t tensor_index(const Json& signature, int64_t index) {
+  size_t tensors = 0;
+  auto inputs = list(field(signature, "inputs"));
+  for (int64_t i = 0; i < index; ++i) tensors += inputs[i].cast<ffi::json::Object>().count(ffi::String("shape"));
+  return tensors;
+}
+
 }  // namespace detail
 
 // One model of an artifact. Calls from several threads wait for each other.
@@ -299,6 +307,7 @@ class Model {
       }
       inputs_.push_back(found);
     }
+    for (const Json& index : list(field(signature, "writes"))) writes_.push_back(tensor_index(signature, index.cast<int64_t>()));
     auto tensors_by_name = tensors(zip[name + "/reference_run.safetensors"], {});
     for (const char* side : {"inputs", "outputs"})
       for (const Json& value : list(field(field(entry, "reference_run"), side)))
@@ -315,7 +324,10 @@ class Model {
     for (const Json& batched : list(field(code, "batched"))) batched_.push_back(batched.cast<bool>());
   }
 
+  // The arguments, and after them the state, if the model keeps some.
   const std::vector<Input>& inputs() const { return inputs_; }
+  // For each of the last results, the index of the input whose new value it is.
+  const std::vector<size_t>& writes() const { return writes_; }
   const std::vector<Tensor>& example() const { return reference_inputs_; }
 
   std::vector<Tensor> operator()(const std::vector<Tensor>& given) const {
@@ -392,6 +404,7 @@ class Model {
   }
 
   std::vector<Input> inputs_;
+  std::vector<size_t> writes_;
   std::vector<Tensor> reference_inputs_, reference_outputs_;
   std::map<int64_t, detail::Code> codes_;  // by the size of the batch; 0: the only one
   std::map<int64_t, double> times_;

@@ -127,7 +127,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         (lambda m: m.pop("weights.safetensors"), "its members are"),
         (lambda m: m.update({"../../evil.py": b"x"}), "its members are"),
         (lambda m: m.update({"manifest.json": b"{"}), "damaged"),
-        (lambda m: m.update({"manifest.json": b'{"magic": "thresher-artifact", "format": 3}'}), "lacks"),
+        (lambda m: m.update({"manifest.json": b'{"magic": "thresher-artifact", "format": 4}'}), "lacks"),
     ],
 )
 def test_what_does_not_fit_is_named(artifact: Path, tmp_path: Path, change, message: str) -> None:

@@ -68,6 +68,25 @@ def test_integers_and_several_results(program: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "takes ids: int64 1 2" in done.stdout, done.stderr
 
 
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(3))
+
+    def forward(self, scale: float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        y.add_(x * scale)
+        return y * self.steps
+
+
+def test_state_goes_in_and_comes_out(program: Path, tmp_path: Path) -> None:
+    compiled = thresher.compile(Counts().eval(), (2.0, torch.ones(3), torch.zeros(3)), target="cpu")
+    done = run(program, compiled.save(tmp_path / "m.thresher"))
+    assert done.returncode == 0 and "takes steps: float32 3" in done.stdout, done.stderr
+    assert sorted(re.findall(r"writes (\w+)", done.stdout)) == ["steps", "y"]
+    assert float(re.findall(r"error (.*)", done.stdout)[0]) < 1e-6
+
+
 def test_what_is_damaged_is_refused(program: Path, tmp_path: Path) -> None:
     path = thresher.compile(nn.Linear(4, 2), (torch.randn(1, 4),), target="cpu").save(tmp_path / "m.thresher")
     data = path.read_bytes()
@@ -84,7 +103,7 @@ def test_what_is_damaged_is_refused(program: Path, tmp_path: Path) -> None:
     cases = {
         "does not have the hash": data[:place] + b"\0" + data[place + 1 :],
         "is damaged or not": data[: len(data) // 2],
-        "has another format": with_manifest(b'"format": 3', b'"format": 9'),
+        "has another format": with_manifest(b'"format": 4', b'"format": 9'),
         "was built with TVM 0.1": with_manifest(f'"tvm": "{version("apache-tvm")}"'.encode(), b'"tvm": "0.1"'),
         "lacks signature": with_manifest(b'"signature"', b'"other"'),
         "cannot read JSON": with_manifest(b"{", b"[{"),

@@ -31,9 +31,21 @@ from thresher.ir import parser
 from thresher.runtime.format import digest
 
 
+class Counts(nn.Module):
+    """Has state: the signature of the artifact says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x + 0 * self.calls
+
+
 def compiled_model() -> thresher.Compiled:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5), Counts()).eval()
     return thresher.compile(model, (torch.randn(2, 3, 6, 6),), target="cpu")
 
 

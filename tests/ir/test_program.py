@@ -86,6 +86,39 @@ def test_text_that_cannot_be_read_names_the_line() -> None:
         )
 
 
+class Steps(nn.Module):
+    """Writes into a buffer and into an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        self.inner.count += 1
+        y.mul_(x)
+        return y * self.inner.count, 5
+
+
+def test_what_is_written_is_in_the_program_and_in_its_text() -> None:
+    program = capture(Steps(), (torch.ones(3), torch.full((3,), 2.0)))
+    assert program.state == ("inner.count",) and {program.placeholders[i].name for i in program.writes} == {
+        "y",
+        "b_inner_count",
+    }
+    text = program.text()
+    assert '%b_inner_count = state "inner.count" : f32[]' in text and "write %y = %mul" in text
+    again = parse(text).verify()
+    assert again.structurally_equal(program) and again.structurally_equal(again.clone())
+    assert (again.state, again.writes, again.out_spec.num_leaves) == (program.state, program.writes, 2)
+    assert program(torch.ones(3), torch.full((3,), 2.0))[0].tolist() == [2, 2, 2]  # the first call, every time
+    other = program.clone()
+    other.writes = tuple(reversed(other.writes))
+    assert not other.structurally_equal(program)
+    with pytest.raises(ProgramError, match=r"is written into .*, and has another shape"):
+        other.verify()
+
+
 def test_diff_shows_the_difference() -> None:
     program = small()
     other = program.clone()

@@ -1,0 +1,107 @@
+"""A module -> a decomposed ``ExportedProgram``, and what the module changes besides."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from thresher.errors import CaptureError
+from thresher.frontend.decompositions import decompose
+from thresher.frontend.module_state import as_buffers, eval_mode, plain_tensors, same_attributes
+from thresher.frontend.side_effects import SideEffects, depends_on_earlier_calls
+
+CURES = """Usual cures:
+  * control flow that depends on tensor values: compute both sides and select with torch.where, or move it out of the model;
+  * .item(), .tolist(), int(tensor), numpy: keep the value a tensor, or pass it in as a Python number;
+  * a shape computed from data (nonzero, boolean indexing): use a mask of fixed shape;
+  * an operator without export support: register a fake implementation (torch.library.register_fake)."""
+MAX_MESSAGE = 1500  # characters of torch's message
+WRITTEN_CONSTANT = re.compile(r"Constant \S+ is mutated in the forward method")  # torch's words for a plain attribute
+
+
+def export_module(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, Collection[str]]:
+    """Return ``model``, in evaluation mode and for inputs like these, as torch exports and decomposes it, and the names of attributes that
+    were taken for buffers: those that hold a tensor which the model writes.
+
+    Raises :class:`CaptureError` where torch cannot, and where the model changes something that the graph would not have.
+    """
+    args, kwargs = _distinct((args, kwargs))
+    with eval_mode(model), quiet():
+        try:
+            program, effects = _export(model, args, kwargs, dynamic_shapes)
+            attributes = sorted(effects.tensors & _constants(program))
+            program = program if attributes else decompose(program)
+        except CaptureError as error:
+            if not WRITTEN_CONSTANT.search(str(error.__cause__)):
+                raise
+            attributes = plain_tensors(model)
+        if attributes:
+            with as_buffers(model, attributes):
+                program, effects = _export(model, args, kwargs, dynamic_shapes)
+                program = decompose(program)
+        if effects.others and depends_on_earlier_calls(model, args, kwargs):
+            raise CaptureError(
+                f"the model changes {', '.join(effects.others[:3])} while it runs, and a call depends on what earlier calls left there; "
+                "keep it in a tensor that is a buffer (register_buffer), or pass it in and return it"
+            )
+    return program, attributes
+
+
+def _export(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, SideEffects]:
+    effects = SideEffects()
+    with same_attributes(model), effects.watching(model):
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), effects
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(_explain(model, error)) from error
+
+
+def _constants(program: ExportedProgram) -> set[str]:
+    """Return the names of the plain attributes that the program reads."""
+    specs = program.graph_signature.input_specs
+    return {s.target for s in specs if s.kind is InputKind.CONSTANT_TENSOR and s.target is not None}
+
+
+def _distinct(tree: Any) -> Any:
+    """Give every leaf its own tensor: torch.export merges two inputs that are one object, silently."""
+    return torch.utils._pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, tree)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    message = str(error).strip().split("\n\nThe error above occurred")[0].strip()
+    line = _user_frame(error)
+    where = f" at {line}" if line else ""
+    return f"{type(model).__name__} could not be exported{where}:\n{message[:MAX_MESSAGE]}\n{CURES}"
+
+
+def _user_frame(error: BaseException) -> str:
+    """Return the innermost frame outside torch and thresher: the user's line that stopped the export."""
+    libraries = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    frames = [f for f in frames if "contextlib" not in f.filename and not f.filename.startswith("<")]
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what says nothing: masks of torch.nn.utils.prune are plain attributes, and export warns about each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assigned during export.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
