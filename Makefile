@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: debian demo test lint docs bench gpu-bench coverage clean
+.PHONY: debian demo test lint docs bench gpu-bench coverage conformance clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ docs: $(READY)
 
 coverage: $(READY)
 	$(BIN)/python benchmarks/coverage.py
+
+# hours; what a run that was stopped has judged stays judged
+conformance: $(READY)
+	$(BIN)/python -m benchmarks.conformance.run --jobs 2
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import select
@@ -15,6 +16,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0  # for a new process to import torch, beside the limit of its first sample
+PATIENCE = 10.0  # a process that has not used up its processor time after so many times its limit hangs
 Row = dict[str, Any]
 
 
@@ -33,7 +35,10 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def judge(self, name: str, limit: float) -> Row:
-        """Return the verdict on one sample as a row: that of the process, or ``crashed`` with the way in which the process ended."""
+        """Return the verdict on one sample as a row: that of the process, or ``crashed`` with the way in which the process ended.
+
+        ``limit``: seconds, after which a process that still runs hangs and is ended.
+        """
         if self.process is None:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
@@ -41,12 +46,13 @@ class Worker:
             limit += START_SECONDS
         process = self.process
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(name.encode() + b"\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: that is seen where its answer is read
+            process.stdin.write(name.encode() + b"\n")
+            process.stdin.flush()
         ready, _, _ = select.select([process.stdout], [], [], limit)
         if not ready:
             self.stop()
-            return {"outcome": "crashed", "reason": f"not done after {limit:.0f} s"}
+            return {"outcome": "crashed", "reason": f"no answer after {limit:.0f} s"}
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
             code = process.wait()
@@ -68,7 +74,10 @@ class Worker:
 def run_samples(
     suite: str, names: Iterable[str], limit: float, jobs: int, log: Path, done: Callable[[str, Row], None]
 ) -> None:
-    """Judge samples of a suite in ``jobs`` processes; ``done`` is called with each name and its row, from one thread at a time."""
+    """Judge samples of a suite in ``jobs`` processes.
+
+    ``limit``: seconds of processor time for a sample; ``done`` is called with each name and its row, from one thread at a time.
+    """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
         waiting.put(name)
@@ -80,7 +89,7 @@ def run_samples(
             try:
                 while True:
                     name = waiting.get_nowait()
-                    row = worker.judge(name, limit)
+                    row = worker.judge(name, PATIENCE * limit)
                     with lock:
                         done(name, row)
             except queue.Empty:
@@ -96,4 +105,6 @@ def run_samples(
 
 
 def _ending(code: int) -> str:
+    if code == -signal.SIGXCPU:
+        return "its time was used up"
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"

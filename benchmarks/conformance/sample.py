@@ -50,7 +50,7 @@ class Suite:
         text: a few sentences: where the samples are from, and how they are run.
         names: lists the samples.
         build: makes a sample's case; raises :class:`SampleExcluded`.
-        limit: seconds for one sample.
+        limit: seconds of processor time for one sample.
     """
 
     name: str

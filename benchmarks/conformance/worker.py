@@ -1,6 +1,7 @@
 """A process that judges the samples it is sent, one name a line, and answers each with one JSON line.
 
-What a sample or a library prints goes to standard error; the answers have the pipe that was standard output for themselves.
+What a sample or a library prints goes to standard error; the answers have the pipe that was standard output for themselves. A sample that
+takes more processor time than its suite allows ends the process (SIGXCPU): seconds of a clock would depend on what else runs.
 """
 
 from __future__ import annotations
@@ -33,8 +34,16 @@ def main(suite_name: str) -> None:
     suite = SUITES[suite_name]
     for line in sys.stdin:
         name = line.rstrip("\n")
+        _limit_processor_time(suite.limit)
         verdict = judge(partial(suite.build, name))
         answers.write(json.dumps({**asdict(verdict), "restart": _resident_bytes() > RESTART_BYTES}) + "\n")
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """Let this process have so many seconds more than it has had."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(usage.ru_utime + usage.ru_stime + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def _resident_bytes() -> int:

@@ -1,0 +1,94 @@
+"""One small model of every architecture of transformers, with random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sample import Case, SampleExcluded, Suite
+from .model_inputs import find_inputs
+from .small_configs import LADDER, shrink
+from .vision import import_library
+from .weights import randomize
+
+MOST_PARAMETERS = 150_000_000
+#: Mappings that are asked for a model class, in this order: the model without a head, then those whose architectures have only one with it.
+FIRST_MAPPINGS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES")
+
+
+@cache
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import_library("torchvision")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+@cache
+def _classes() -> dict[str, str]:
+    """Return the name of a model class by type of model: each class once."""
+    _transformers()
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    configs = configuration_auto.CONFIG_MAPPING_NAMES
+    mappings = sorted(n for n in dir(modeling_auto) if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES"))
+    classes: dict[str, str] = {}
+    for mapping in (*FIRST_MAPPINGS, *mappings):
+        pairs = [(kind, n if isinstance(n, str) else n[0]) for kind, n in getattr(modeling_auto, mapping).items()]
+        pairs = [(kind, name) for kind, name in pairs if kind in configs]
+        # where several types share a class, the one that it is named after has it
+        for kind, name in sorted(pairs, key=lambda p: not p[1].startswith(configs[p[0]].removesuffix("Config"))):
+            if name not in classes.values():
+                classes.setdefault(kind, name)
+    return classes
+
+
+def names() -> Iterator[str]:
+    """Yield the type of every model (``bert``) that has a class."""
+    yield from sorted(_classes())
+
+
+def build(name: str) -> Case:
+    """Return a small model; the first configuration of the ladder that can be built and runs."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    transformers = _transformers()
+    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[name])
+    model_class = getattr(transformers, _classes()[name])
+    errors = []
+    for rules in LADDER:
+        try:
+            config = config_class.from_dict(shrink(config_class().to_dict(), rules))
+            model = _model(model_class, config)
+            inputs = find_inputs(model, config)
+            randomize(model, inputs[0])
+            return Case(model, inputs[0], inputs[1:])
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _model(model_class: Any, config: Any) -> nn.Module:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise SampleExcluded(f"its smallest configuration has {count / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+TRANSFORMERS = Suite(
+    "transformers",
+    "transformers",
+    "One small configuration of every architecture of transformers that has a model class, with random weights.",
+    names,
+    build,
+    limit=300.0,
+)
