@@ -1,8 +1,8 @@
 """An operator without a lowering as a graph of others, by torch's own decompositions and references.
 
 torch knows most of its operators in terms of a few: ``torch._decomp`` (which its compilers use), what a composite operator is composed of,
-and ``torch._refs`` (which say what an operator means). The function is traced on fake tensors, so it is written for the sizes at hand; free
-sizes stay free.
+and ``torch._refs`` (which say what an operator means). A few of our own come first. The function is traced on fake tensors, so it is
+written for the sizes at hand; free sizes stay free.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch._refs
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from thresher.backends.tvm.importing.own_decompositions import OWN
 from thresher.ir.nodes import copy_origin
 from thresher.ir.program import Program
 
@@ -29,14 +30,17 @@ def decomposed(node: fx.Node, program: Program) -> tuple[fx.GraphModule, list[fx
     MAX_CALLS others.
     """
     function = _function(node.target)
-    sources = [n for n in node.all_input_nodes]
+    sources = node.all_input_nodes
 
     def on_values(*values: Any) -> Any:
-        given_values = dict(zip(sources, values))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), given_values.__getitem__)
-        return function(*args, **kwargs)
+        value_of = dict(zip(sources, values)).__getitem__
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+        result = function(*args, **kwargs)
+        if result is NotImplemented:
+            raise NotImplementedError("there is none for these arguments")
+        return result
 
-    functional = torch.func.functionalize(on_values, remove="mutations_and_views")
+    functional = torch.func.functionalize(on_values)
     with program.fake_mode, torch.no_grad():
         graph_module = make_fx(functional, pre_dispatch=False)(*(n.meta["val"] for n in sources))
     calls = [n for n in graph_module.graph.nodes if n.op == "call_function"]
@@ -53,6 +57,8 @@ def _function(target: Any) -> Callable[..., Any]:
     """Return torch's definition of an operator in terms of others."""
     if not isinstance(target, torch._ops.OpOverload):
         raise NotImplementedError(f"{target} is no operator of torch's")
+    if target in OWN:
+        return OWN[target]
     if target in torch._decomp.decomposition_table:
         return torch._decomp.decomposition_table[target]
     if target._can_decompose():

@@ -239,7 +239,7 @@ class Importer:
         try:
             return self._lowered(node)
         except Unlowered as error:
-            raise NotImplementedError(f"it needs {node.target}, which has no lowering") from error
+            raise NotImplementedError(f"it needs {node.target}, which has no lowering ({error})") from error
 
     def _checked(self, result: Any, node: fx.Node) -> Any:
         """Return the result of a conversion, with its free sizes bound.
@@ -292,7 +292,7 @@ class Importer:
     def weight(self, array: np.ndarray, key: Any) -> Any:
         """Return a constant array as an expression: an element of the parameter ``weights``, the same one for the same ``key``."""
         if array.size <= MAX_EMBEDDED_ELEMENTS:
-            return relax.const(array)
+            return relax.const(array, str(array.dtype))
         if key not in self._weight_of:
             kind, index = relax.TensorType(array.shape, str(array.dtype)), len(self.weights)
             if self.separate_weights:

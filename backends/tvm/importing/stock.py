@@ -11,8 +11,13 @@ from thresher.backends.tvm.importing.values import is_empty, tensors_of
 
 aten = torch.ops.aten
 
-#: Operators that TVM gets wrong for some arguments without an error (docs/how-it-works.md names the reasons).
-DISTRUSTED: frozenset[Any] = frozenset()
+#: Operators that TVM gets wrong for some arguments without an error. These pass over a NaN.
+DISTRUSTED: frozenset[Any] = frozenset(
+    {
+        aten.clamp.Tensor, aten.median.default, aten.median.dim, aten.max_pool1d.default, aten.max_pool2d.default,
+        aten.max_pool3d.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
+    }
+)  # fmt: skip
 
 
 def is_trusted(node: fx.Node) -> bool:

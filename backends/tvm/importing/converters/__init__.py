@@ -5,15 +5,19 @@ operator sweep (``tests/backends/tvm/importing/test_operator_sweep.py``).
 """
 
 from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fills the tables)
+    arithmetic,
     attention,
     complex_numbers,
     convolutions,
     elementwise,
+    extrema,
     movement,
     norms,
     pools,
+    prims,
     products,
     reductions,
+    scans,
     scatter,
     selection,
     sparse_linear,

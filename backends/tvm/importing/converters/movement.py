@@ -19,6 +19,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.importing.values import is_empty
 from thresher.ir.nodes import dtype_of, shape_of
 
 
@@ -142,3 +143,29 @@ def pixel_unshuffle(importer: Importer, node: fx.Node) -> Any:
     return importer.emit(
         R.reshape(importer.emit(R.permute_dims(value, [*range(n), n, n + 2, n + 4, n + 1, n + 3])), sizes(node))
     )
+
+
+@semantics(aten.cat.default)
+def concatenate(importer: Importer, node: fx.Node) -> Any:
+    """Concatenate along a dimension in the dtype of the result; tensors without elements add nothing."""
+    parts = [n for n in node.args[0] if not is_empty(n.meta["val"])]
+    values = [cast(importer, importer.value(n), result_dtype(node)) for n in parts]
+    return importer.emit(R.concat(values, argument(node, 1, "dim", 0))) if len(values) > 1 else values[0]
+
+
+@semantics(aten.as_strided.default, aten.as_strided_copy.default)
+def as_strided(importer: Importer, node: fx.Node) -> Any:
+    """Return the elements of contiguous memory at an offset plus the index times the strides."""
+    x, shape, strides = node.args[:3]
+    offset = argument(node, 3, "storage_offset", None) or 0
+    if not x.meta["val"].is_contiguous():
+        raise NotImplementedError("a tensor that is not contiguous")
+    strides = [int(s) for s in strides]
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            return t[sum((at * s for at, s in zip(i, strides)), tirx.const(offset, "int64"))]
+
+        return te.compute([int(s) for s in shape], element, name="T_as_strided")
+
+    return importer.emit_te("as_strided", compute, importer.emit(R.reshape(importer.value(x), [-1])))

@@ -21,6 +21,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.extrema import extremum, limit
 
 
 @semantics(ops.max_pool2d_nhwc.default, ops.max_pool3d_ndhwc.default)
@@ -30,8 +31,8 @@ def max_pool(importer: Importer, node: fx.Node) -> Any:
 
     def compute(t: te.Tensor) -> te.Tensor:
         out = [t.shape[0], *sizes(node, 1)]
-        at, taps = _window(t, out, kernel, stride, padding, dilation, te.min_value(t.dtype))
-        return te.compute(out, lambda *p: te.max(at(*p), axis=taps), name="max_pool")
+        at, taps = _window(t, out, kernel, stride, padding, dilation, limit(t.dtype, largest=True))
+        return te.compute(out, lambda *p: extremum(True)(at(*p), axis=taps), name="max_pool")
 
     return importer.emit_te("max_pool", compute, importer.value(x))
 

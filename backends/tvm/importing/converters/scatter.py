@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tvm import te, tirx
 
 from thresher.backends.tvm.importing.converters.registry import R, aten, axis, result_dtype, semantics
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.extrema import limit
 from thresher.ir.nodes import dtype_of, shape_of
 
 
@@ -189,8 +191,8 @@ JOINED: dict[str, tuple[Callable[[Any, Any], Any], Callable[[str], Any]]] = {
     "sum": (_added, lambda dtype: tirx.const(0, dtype)),
     "mean": (_added, lambda dtype: tirx.const(0, dtype)),
     "prod": (_multiplied, lambda dtype: tirx.const(1, dtype)),
-    "amax": (_larger, tirx.min_value),
-    "amin": (_smaller, tirx.max_value),
+    "amax": (_larger, partial(limit, largest=True)),
+    "amin": (_smaller, partial(limit, largest=False)),
 }
 
 

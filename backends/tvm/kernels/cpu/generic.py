@@ -120,7 +120,8 @@ def _schedule_reduction(
         sch.decompose_reduction(block, reduction[0])
         return
     if len(spatial) > 1 and not _reduces_rows(sch, block):
-        if _reads_along(sch, block) and (width := _row_in_registers(sch, spatial[-1], machine)):
+        one_result = len(sch.get(block).writes) == 1  # of an index beside a value only one would be kept in registers
+        if one_result and _reads_along(sch, block) and (width := _row_in_registers(sch, spatial[-1], machine)):
             _schedule_row(sch, block, len(reduction), width, total, machine)
             return
         *outer, inner = spatial

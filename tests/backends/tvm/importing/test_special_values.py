@@ -1,0 +1,95 @@
+"""NaN, infinities, zeros of both signs, equal elements, and whole numbers that are divided or raised to powers: as torch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import thresher
+from helpers.modules import Function
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGE = torch.randn(2, 3, 9, 8, generator=GENERATOR)
+IMAGE[0, 0, 1, 1] = float("nan")
+IMAGE[0, 1] = 0.0
+IMAGE[1, 0, :, 2], IMAGE[1, 1, 3] = float("-inf"), float("inf")
+IMAGE[1, 2] = IMAGE[1, 2].round()  # equal elements, and zeros of both signs
+WHOLE = torch.randint(-9, 9, (4, 6), generator=GENERATOR)
+DIVISORS = torch.randint(1, 5, (4, 6), generator=GENERATOR) * torch.tensor([1, -1, 1, -1, 1, -1])
+
+OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
+    "amax": lambda x: (x.amax(-1), x.amax((0, 2), keepdim=True), x.amax()),
+    "amin": lambda x: (x.amin(1), x.amin()),
+    "max with index": lambda x: (*x.max(-1), *x.max(0, keepdim=True), x.max()),
+    "min with index": lambda x: (*x.min(1), x.min()),
+    "argmax": lambda x: (x.argmax(2), x.argmax(-1), x.argmax()),
+    "argmin": lambda x: (x.argmin(2), x.argmin(-1, keepdim=True), x.argmin()),
+    "sort": lambda x: torch.sort(x, dim=-1, stable=True),
+    "sort down": lambda x: torch.sort(x, dim=2, descending=True, stable=True),
+    "topk": lambda x: x.topk(3)[0],
+    "smallest": lambda x: x.topk(2, 1, largest=False)[0],
+    "clamp": lambda x: torch.clamp(x, x.flip(0), x.flip(1)),
+    "fmax and fmin": lambda x: (torch.fmax(x, x.flip(0)), torch.fmin(x, x.flip(1))),
+    "cummax": lambda x: (*torch.cummax(x, 2), *torch.cummax(x, -1)),
+    "cummin": lambda x: torch.cummin(x, 0),
+    "logcumsumexp": lambda x: torch.logcumsumexp(x[1, 2:], -1),
+    "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "max_pool2d with indices": lambda x: F.max_pool2d(x, (2, 3), 2, 1, 2, ceil_mode=True, return_indices=True),
+    "max_pool1d with indices": lambda x: F.max_pool1d(x[0], 3, 2, return_indices=True),
+    "max_pool3d with indices": lambda x: F.max_pool3d(x, 2, return_indices=True),
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, (4, 5), return_indices=True),
+    "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, (2, 3, 5)),
+    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x[1:, 2:], 2, return_indices=True), 2, output_size=(9, 8)),
+    "unfold and fold": lambda x: F.fold(F.unfold(x, 2), (9, 8), 2),
+    "unfold": lambda x: x.unfold(2, 3, 2),
+    "searchsorted": lambda x: torch.searchsorted(x[1, 2].sort(-1)[0], x[1, 2].flip(0)),
+    "bucketize": lambda x: torch.bucketize(x[1, 2], torch.arange(-3.0, 3.0), right=True),
+    "index_reduce": lambda x: x.index_reduce(2, torch.tensor([0, 5, 0]), x[:, :, 6:], "amin"),
+    "cat with none": lambda x: torch.cat([x[..., :0], x, x.new_zeros(0), x.double()[..., :2]], -1),
+}
+OF_WHOLE: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "floor": lambda a, b: (a // b, a // 3, torch.div(a, b, rounding_mode="floor")),
+    "trunc": lambda a, b: (torch.div(a, b, rounding_mode="trunc"), torch.div(a, -4, rounding_mode="trunc")),
+    "remainder": lambda a, b: (a % b, a % -3, torch.fmod(a, b)),
+    "power": lambda a, b: (a ** b.abs(), a**b, torch.pow(2, b), a**3, a.int() ** b.int()),
+    "shift": lambda a, b: (a << b, a >> b.abs(), a.int() << 40),
+    "extrema": lambda a, b: (torch.fmax(a, b), a.amax(0), a.argmin(1), a.cummax(1)[1], torch.sort(a, stable=True)[1]),
+    "floating": lambda a, b: (
+        (a * 0.7) // (b * 0.5),
+        (a * 0.7) % (b * 0.5),
+        torch.fmod(a * 0.7, b * 0.5),
+        torch.div(a * 0.1, 0.1, rounding_mode="floor"),
+    ),
+    "one constant": lambda a, b: a + torch.tensor([5]),
+}
+
+
+def check(function: Callable, *inputs: Tensor) -> None:
+    model = thresher.compile(Function(function).eval(), inputs, target="cpu", library="never")
+    results = torch.utils._pytree.tree_leaves(model(*inputs))
+    for result, expected in zip(results, torch.utils._pytree.tree_leaves(function(*inputs)), strict=True):
+        assert result.dtype == expected.dtype
+        torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OF_IMAGE)
+def test_images(name: str) -> None:
+    check(OF_IMAGE[name], IMAGE)
+
+
+@pytest.mark.parametrize("name", OF_WHOLE)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_whole_numbers(name: str, dtype: torch.dtype) -> None:
+    check(OF_WHOLE[name], WHOLE.to(dtype), DIVISORS.to(dtype))
+
+
+def test_a_division_by_zero_does_not_end_the_process() -> None:
+    """Eager raises for it; what a kernel gives then is not said, but it is given."""
+    model = thresher.compile(
+        Function(lambda a, b: (a // b, a % b)).eval(), (WHOLE, DIVISORS), target="cpu", library="never"
+    )
+    assert [int(v[0, 0]) for v in model(WHOLE, DIVISORS * 0)] == [0, 0]
