@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import fx
+
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.backends.base import DEFAULT, Backend, Executable, LoweringOptions
 from thresher.errors import BackendError
@@ -20,12 +22,12 @@ class EagerExecutable(Executable):
     def __init__(self, program: Program):
         self.program, self.memory = program.detached(), {"weights": constant_bytes(program)}
         self.literals = [() if is_tensor(n) else (n.meta.get("val"),) for n in program.placeholders]
-        self.tensors = [is_tensor(o) for o in program.output_nodes]
+        self.computed = [isinstance(o, fx.Node) for o in program.output_nodes]
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         tensors = iter(inputs)
         outputs = self.program.run(*(literal[0] if literal else next(tensors) for literal in self.literals))
-        return [value for value, tensor in zip(outputs, self.tensors) if tensor]
+        return [value for value, computed in zip(outputs, self.computed) if computed]
 
     def as_text(self) -> str:
         return self.program.text()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tvm
-from torch import Tensor
+from torch import Tensor, fx
 
 from thresher.backends.base import DEFAULT, Backend, Executable, KernelTime, LibraryCall, LoweringOptions
 from thresher.backends.tvm.codegen.relax_pipeline import build
@@ -224,8 +224,8 @@ def _lower(program: Program, target: TVMTarget, lowering_options: LoweringOption
         built = build(imported.module, target, selector, imported.origins)
     except Exception as error:  # TVM's, of whatever class
         raise NotImplementedByTVM(f"TVM cannot compile the program: {first_line(error)}") from error
-    results = [n for n in program.output_nodes if is_tensor(n)]
-    complex_outputs = [i for i, n in enumerate(results) if dtype_of(n).is_complex]
+    results = [n for n in program.output_nodes if isinstance(n, fx.Node)]
+    complex_outputs = [i for i, n in enumerate(results) if is_tensor(n) and dtype_of(n).is_complex]
     executable = TVMExecutable(
         built.executable, weights, target.device, target.cpu, built.activations, built.kernels, None, complex_outputs
     )

@@ -37,7 +37,7 @@ from thresher.ir.nodes import copy_origin, dtype_of, is_tensor, shape_of
 from thresher.ir.printer import render
 from thresher.ir.signature import dimension, tree_of
 from thresher.runtime.signature import Signature
-from thresher.runtime.tensor_spec import LiteralSpec, TensorSpec, dtype_name
+from thresher.runtime.tensor_spec import LiteralSpec, NumberSpec, TensorSpec, dtype_name
 
 
 class Role(enum.Enum):
@@ -137,9 +137,17 @@ class Program:
             else LiteralSpec(name, n.meta.get("val"))
             for name, n in zip(names, placeholders)
         )
-        outputs = tuple(None if is_tensor(o) else LiteralSpec("output", o) for o in self.output_nodes)
+        outputs = tuple(None if is_tensor(o) else self._number_or_literal(o) for o in self.output_nodes)
         trees = tree_of(self.in_spec), tree_of(self.out_spec)
         return Signature(inputs, outputs, *trees, device, self.state, self.writes)
+
+    @staticmethod
+    def _number_or_literal(output: Any) -> NumberSpec | LiteralSpec:
+        """Return the specification of a result that is no tensor: of a node a number that is computed, else a literal."""
+        if not isinstance(output, fx.Node):
+            return LiteralSpec("output", output)
+        kinds = {torch.SymBool: "bool", torch.SymFloat: "float"}
+        return NumberSpec(kinds.get(type(output.meta["val"]), "int"))
 
     # ------------------------------------------------------------------ running
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from thresher.errors import InputError
 from thresher.runtime.pytree import PyTree
-from thresher.runtime.tensor_spec import LiteralSpec, Symbols, TensorSpec
+from thresher.runtime.tensor_spec import LiteralSpec, NumberSpec, Symbols, TensorSpec
+
+Output: TypeAlias = LiteralSpec | NumberSpec | None
 
 
 @dataclass(frozen=True)
 class Signature:
     """The signature of a compiled model.
 
-    ``inputs`` and ``outputs`` are flat; ``outputs`` holds None for each tensor result and a :class:`LiteralSpec` for each literal one.
+    ``inputs`` and ``outputs`` are flat; ``outputs`` holds None for each tensor result, a :class:`LiteralSpec` for each literal one and a
+    :class:`NumberSpec` for each number that code computes, as a tensor of one element.
     ``arguments`` is the tree of ``(args, kwargs)``, ``results`` that of what a call returns. ``device`` is the type of the device (``cpu``
     or ``cuda``) that torch tensors must be on.
 
@@ -26,7 +29,7 @@ class Signature:
     """
 
     inputs: tuple[TensorSpec | LiteralSpec, ...]
-    outputs: tuple[LiteralSpec | None, ...]
+    outputs: tuple[Output, ...]
     arguments: PyTree
     results: PyTree
     device: str
@@ -76,7 +79,7 @@ class Signature:
                 else {"name": s.name, "value": s.value}
                 for s in self.inputs
             ],
-            "outputs": [None if s is None else {"name": s.name, "value": s.value} for s in self.outputs],
+            "outputs": [_output_to_json(s) for s in self.outputs],
             "in_spec": self.arguments.dumps(),
             "out_spec": self.results.dumps(),
             "device": self.device,
@@ -94,7 +97,7 @@ class Signature:
             TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) if "shape" in s else LiteralSpec(s["name"], s["value"])
             for s in raw["inputs"]
         )
-        outputs = tuple(None if s is None else LiteralSpec(s["name"], s["value"]) for s in raw["outputs"])
+        outputs = tuple(map(_output_from_json, raw["outputs"]))
         arguments, results = read_tree(raw["in_spec"]), read_tree(raw["out_spec"])
         state, writes = tuple(raw["state"]), tuple(raw["writes"])
         if (arguments.leaf_count + len(state), results.leaf_count + len(writes)) != (len(inputs), len(outputs)):
@@ -106,6 +109,24 @@ class Signature:
         return Signature(inputs, outputs, arguments, results, raw["device"], state, writes)
 
 
-def _with_literals(outputs: Sequence[LiteralSpec | None], results: Sequence[Any]) -> list[Any]:
+def _with_literals(outputs: Sequence[Output], results: Sequence[Any]) -> list[Any]:
     tensors = iter(results)
-    return [next(tensors) if spec is None else spec.value for spec in outputs]
+
+    def one(spec: Output) -> Any:
+        if spec is None:
+            return next(tensors)
+        return spec.value if isinstance(spec, LiteralSpec) else spec.read(next(tensors))
+
+    return [one(spec) for spec in outputs]
+
+
+def _output_to_json(spec: Output) -> dict[str, Any] | None:
+    if isinstance(spec, NumberSpec):
+        return {"number": spec.kind}
+    return None if spec is None else {"name": spec.name, "value": spec.value}
+
+
+def _output_from_json(raw: dict[str, Any] | None) -> Output:
+    if raw is not None and "number" in raw:
+        return NumberSpec(raw["number"])
+    return None if raw is None else LiteralSpec(raw["name"], raw["value"])

@@ -72,6 +72,17 @@ class LiteralSpec:
             )
 
 
+@dataclass(frozen=True)
+class NumberSpec:
+    """An output that is a number which the inputs decide: a size, or what ``item()`` reads. ``kind``: ``int``, ``float`` or ``bool``."""
+
+    kind: str
+
+    def read(self, tensor: Any) -> int | float | bool:
+        """Return the number in a tensor of one element."""
+        return {"int": int, "float": float, "bool": bool}[self.kind](tensor)
+
+
 def is_tensor(value: Any) -> bool:
     """Return True for NumPy arrays and torch tensors; the latter are known by their methods, because torch may not be installed."""
     return isinstance(value, np.ndarray) or hasattr(value, "data_ptr")

@@ -139,7 +139,7 @@ class Importer:
                     self.env.update(bind_sizes(self.builder, placeholders, inputs, self.sizes))
                     for node in self.program.calls():
                         self._convert(node)
-                    results = [self.tensor(o) for o in self.program.output_nodes if is_tensor(o)]
+                    results = [self.tensor(o) for o in self.program.output_nodes if isinstance(o, fx.Node)]
                     output = self.builder.emit_output(relax.Tuple(results))
                 self.builder.emit_func_output(output, params=[*inputs, *self.parameters])
             self.builder.end_scope()

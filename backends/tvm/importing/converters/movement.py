@@ -83,6 +83,20 @@ def embedding(importer: Importer, node: fx.Node) -> Any:
     return importer.emit(R.take(importer.value(node.args[0]), importer.value(node.args[1]), axis=0, mode="clip"))
 
 
+@semantics(aten._local_scalar_dense.default)
+def item(importer: Importer, node: fx.Node) -> Any:
+    """Return the number in a tensor: a whole one as a size, which shapes may have, another as a tensor without dimensions."""
+    value = importer.value(node.args[0])
+    if not isinstance(node.meta["val"], torch.SymInt):
+        kind = "bool" if isinstance(node.meta["val"], torch.SymBool) else "float64"
+        return cast(importer, importer.emit(R.reshape(value, [])), kind)
+    (symbol,) = importer.sizes.unknown(node.meta["val"])
+    number = cast(importer, importer.emit(R.reshape(value, [1])), "int64")
+    variable = importer.sizes.define(symbol)
+    importer.builder.match_cast(importer.emit(R.tensor_to_shape(number)), relax.ShapeType([variable]))
+    return importer.sizes.expression(node.meta["val"])
+
+
 @semantics(aten._to_copy.default, aten.to.dtype)
 def to_copy(importer: Importer, node: fx.Node) -> Any:
     """Convert to the dtype of the result."""

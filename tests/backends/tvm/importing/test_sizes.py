@@ -36,3 +36,25 @@ def test_any_size(name: str, dim: Dim) -> None:
     for size in (6, 12, 26):
         x = torch.randn(size, 6)
         assert torch.allclose(compiled(x), function(x), atol=1e-4)
+
+
+NUMBERS: dict[str, Callable] = {
+    "a size": lambda x: (x * 2, x.shape[0], 2 * x.shape[0] + 1),
+    "a whole number": lambda x: (x > 0).sum().item(),
+    "a number": lambda x: [x[1, 0].item(), x + x[0, 0].item()],
+    "a truth value": lambda x: (x > 2).any().item(),
+    "as a size": lambda x: torch.ones((x > 0).sum().item(), 2),
+}
+
+
+@pytest.mark.parametrize("backend", ["tvm", "eager"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_inputs_decide(name: str, backend: str, tmp_path) -> None:
+    function, example = NUMBERS[name], torch.randn(5, 3)
+    model = Function(function).eval()
+    compiled = thresher.compile(model, (example,), target="cpu", backend=backend, dynamic_shapes=(({0: N},),))
+    loaded = thresher.load(compiled.save(tmp_path / "m.thresher")) if backend == "tvm" else compiled
+    for x in (example, torch.rand(7, 3) - 5, torch.rand(3, 3) + 5):
+        for result in (compiled(x), loaded(x)):
+            pairs = zip(*(torch.utils._pytree.tree_leaves(v) for v in (result, function(x))), strict=True)
+            assert all(type(a) is type(b) and torch.allclose(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
