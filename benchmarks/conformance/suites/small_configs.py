@@ -21,7 +21,7 @@ LAYER_COUNT = (
 )
 COUNTS: list[Rule] = [
     (LAYER_COUNT, LAYERS),
-    (r"_(num_)?(hidden_)?layers$|^num_\w+_layers$|_depth$|^num_blocks$|^num_block$", LAYERS),
+    (r"^(?!num_feat_extract)\w*_layers$|_depth$|^num_blocks$|^num_block$", LAYERS),
     (r"^(num|n|moe_num)_(local_|routed_)?experts$|^expert_count$", 4),
     (r"experts_per_tok(en)?$|^moe_(topk|top_k|k)$|^num_selected_experts$|^top_k_experts$", 2),
     (r"^n_group$", 2),
@@ -103,7 +103,7 @@ def shrink(config: Mapping[str, Any], rules: list[Rule]) -> dict[str, Any]:
 def _consistent(small: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the small configuration with the relations that the large one has, where a name says what is to be equal."""
     heads = config.get("num_attention_heads")
-    if heads and config.get("num_key_value_heads") == heads:
+    if heads and "num_key_value_heads" in config and config["num_key_value_heads"] in (None, heads):
         small["num_key_value_heads"] = small["num_attention_heads"]
     for head_dim, count, expand in (
         ("head_dim", "num_heads", "expand"),
@@ -112,15 +112,29 @@ def _consistent(small: dict[str, Any], config: Mapping[str, Any]) -> dict[str, A
         if {head_dim, count, expand} <= small.keys():  # of a state space model
             inner = small.get("mamba_d_ssm") or int(small["hidden_size"] * small[expand])
             small[head_dim] = inner // small[count]
-    nope, rope = "qk_nope_head_dim", "qk_rope_head_dim"
-    if {"head_dim", nope, rope} <= config.keys():
-        if config["head_dim"] == config[rope]:
-            small["head_dim"] = small[rope]
-        elif config["head_dim"] == config[nope] + config[rope]:
-            small["head_dim"] = small[nope] + small[rope]
+    nope, rotated = "qk_nope_head_dim", "qk_rope_head_dim"
+    if {"head_dim", nope, rotated} <= config.keys():
+        if config["head_dim"] == config[rotated]:
+            small["head_dim"] = small[rotated]
+        elif config["head_dim"] == config[nope] + config[rotated]:
+            small["head_dim"] = small[nope] + small[rotated]
     if small.get("head_dim", 0) is None and heads:
         small["head_dim"] = small["hidden_size"] // small["num_attention_heads"]
+    rope = small.get("rope_parameters")
+    if heads and isinstance(rope, dict) and "rope_theta" in rope:
+        small["rope_parameters"] = {**rope, "mrope_section": _sections(small, rope)}
     return small
+
+
+def _sections(small: Mapping[str, Any], rope: Mapping[str, Any]) -> list[int]:
+    """Return parts of the rotated half of a head for time, height and width; models of text alone do not read them."""
+    width = (
+        small.get("qk_rope_head_dim") or small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+    )
+    half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    _, *others = parts = rope.get("mrope_section") or [1, 1, 1]
+    others = [half * part // sum(parts) for part in others]
+    return [half - sum(others), *others]
 
 
 def _shrunk(key: str, value: Any, rules: list[Rule], config: Mapping[str, Any], layers: int | None) -> Any:
