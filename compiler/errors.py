@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message names the node, parameter or argument and says what to do."""
 
+MAX_FIRST_LINE = 300  # characters
+
 
 class ThresherError(Exception):
     """Base of every error that Thresher raises on purpose."""
@@ -38,5 +40,5 @@ class RecordsError(ThresherError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class where it has none: for a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the beginning of an error's message, or the name of its class where it has none: for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_FIRST_LINE]

@@ -40,9 +40,11 @@ def decomposed(node: fx.Node, program: Program) -> tuple[fx.GraphModule, list[fx
             raise NotImplementedError("there is none for these arguments")
         return result
 
-    functional = torch.func.functionalize(on_values)
+    values = [n.meta["val"] for n in sources]
     with program.fake_mode, torch.no_grad():
-        graph_module = make_fx(functional, pre_dispatch=False)(*(n.meta["val"] for n in sources))
+        graph_module = make_fx(on_values)(*values)
+        if any(map(_writes, graph_module.graph.nodes)):
+            graph_module = make_fx(torch.func.functionalize(on_values))(*values)
     calls = [n for n in graph_module.graph.nodes if n.op == "call_function"]
     if any(n.target is node.target for n in calls):
         raise NotImplementedError("its decomposition needs itself")
@@ -51,6 +53,11 @@ def decomposed(node: fx.Node, program: Program) -> tuple[fx.GraphModule, list[fx
     for call in calls:
         copy_origin(call, node)
     return graph_module, sources
+
+
+def _writes(node: fx.Node) -> bool:
+    """Return whether a call writes into an argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _function(target: Any) -> Callable[..., Any]:

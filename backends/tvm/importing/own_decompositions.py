@@ -114,3 +114,13 @@ def index_reduce(
     """Combine slices of ``source`` with those of ``x`` that ``index`` names."""
     places = index.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]).expand_as(source)
     return torch.scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+@_decomposes(aten.var_mean.correction)
+def var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the variance and the mean over dimensions."""
+    dims = list(range(x.dim())) if dim is None else dim
+    return aten.var.correction(x, dims, correction=correction, keepdim=keepdim), x.mean(dims, keepdim=keepdim)

@@ -132,3 +132,10 @@ def test_random_numbers_are_refused(function: Callable, name: str) -> None:
 
 def test_what_draws_nothing_is_not_refused() -> None:
     compiled(lambda x: torch.nn.functional.dropout(x, 0.0, True) + torch.rrelu(x, training=False), X)
+
+
+def test_what_tvm_gets_wrong_is_left_to_torch() -> None:
+    """TVM's own converter takes other weights for this one."""
+    image = torch.rand(1, 2, 6, 5)
+    model = compiled(lambda x: torch.nn.functional.interpolate(x, size=(3, 7), mode="bilinear", antialias=True), image)
+    assert [call.operator for call in model.report.library] == ["aten._upsample_bilinear2d_aa.default"]

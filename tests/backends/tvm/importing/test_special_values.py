@@ -49,6 +49,10 @@ OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
     "searchsorted": lambda x: torch.searchsorted(x[1, 2].sort(-1)[0], x[1, 2].flip(0)),
     "bucketize": lambda x: torch.bucketize(x[1, 2], torch.arange(-3.0, 3.0), right=True),
     "index_reduce": lambda x: x.index_reduce(2, torch.tensor([0, 5, 0]), x[:, :, 6:], "amin"),
+    "statistics of a batch": lambda x: (
+        F.batch_norm(x[1:, 2:], None, None, training=True),
+        torch.var_mean(x[1:, 2:], (0, 2)),
+    ),
     "cat with none": lambda x: torch.cat([x[..., :0], x, x.new_zeros(0), x.double()[..., :2]], -1),
 }
 OF_WHOLE: dict[str, Callable[[Tensor, Tensor], object]] = {
