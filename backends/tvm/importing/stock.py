@@ -14,8 +14,9 @@ aten = torch.ops.aten
 #: Operators that TVM gets wrong for some arguments without an error: other weights, no running statistics; the others pass over a NaN.
 DISTRUSTED: frozenset[Any] = frozenset(
     {
-        aten._upsample_bilinear2d_aa.default, aten._native_batch_norm_legit_functional.default, aten.clamp.Tensor, aten.median.default, aten.median.dim, aten.max_pool1d.default, aten.max_pool2d.default,
-        aten.max_pool3d.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
+        aten._upsample_bilinear2d_aa.default, aten._native_batch_norm_legit_functional.default, aten.clamp.Tensor,
+        aten.median.default, aten.median.dim, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+        aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
     }
 )  # fmt: skip
 

@@ -31,8 +31,8 @@ def compiled(function: Callable, *inputs: Tensor, **options: object) -> thresher
 
 
 BY_TORCH = {
-    "two results": (lambda x: torch.cummax(x, 1), "aten.cummax.default"),
-    "integers out": (lambda x: torch.searchsorted(x.sort(-1)[0], x), "aten.searchsorted.Tensor"),
+    "two results": (lambda x: torch.kthvalue(x, 2, 1), "aten.kthvalue.default"),
+    "integers out": (lambda x: torch.histc(x, 5).long(), "aten.histc.default"),
     "one of several results": (lambda x: torch.linalg.svd(x)[1], "aten._linalg_svd.default"),
     "a size that data decide": (lambda x: torch.nonzero(x > 0).sum(0), "aten.nonzero.default"),
     "two such sizes": (lambda x: torch.cat([x[x > 0], x[x > 1]]).exp(), "aten.index.Tensor"),
@@ -86,7 +86,7 @@ def test_complex_arithmetic_needs_no_torch() -> None:
 
 
 def test_an_artifact_names_the_calls(tmp_path) -> None:
-    model = compiled(lambda x: torch.cummax(x, 1)[0] * 2, X)
+    model = compiled(lambda x: torch.kthvalue(x, 2, 1)[0] * 2, X)
     loaded = thresher.load(model.save(tmp_path / "m.thresher"))
     assert loaded.executable.library == model.executable.library != []
     assert equal(loaded(X), model(X))
@@ -110,9 +110,9 @@ def test_a_converter_that_gives_another_kind_is_passed_over(monkeypatch) -> None
         yield from table(self, node)
 
     monkeypatch.setattr(importing.Importer, "_ways", ways)
-    assert compiled(lambda x: torch.special.bessel_j0(x), X).report.library[0].reason == (
-        "a wrong lowering: it gives float64 instead of float32; another: it gives 1 dimensions instead of 2; "
-        "torch's decomposition: it needs prims.bessel_j0.default, which has no lowering"
+    reason = compiled(lambda x: torch.special.bessel_j0(x), X).report.library[0].reason
+    assert reason.startswith(
+        "a wrong lowering: it gives float64 instead of float32; another: it gives 1 dimensions instead of 2"
     )
 
 
