@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 def result_of(node: fx.Node, mode: FakeTensorMode) -> Any:
     """Return the fake result of ``node`` for the metadata of its arguments. Raises the operator's error where it does not fit them."""
-    if "val" in node.meta and decides_sizes(node.target):
+    if "val" in node.meta and (decides_sizes(node.target) or node.meta.get("unbacked_bindings")):
         return node.meta["val"]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return _remembered(mode, node.target, args, kwargs)

@@ -170,3 +170,9 @@ def test_the_fast_decomposition_is_that_of_torch(name: str, monkeypatch: pytest.
     monkeypatch.setattr(sys.modules["thresher.frontend.decompositions"], "fast_decompositions", contextlib.nullcontext)
     assert capture(model, args).text() == quick
     assert torch._ops.OperatorBase.py_impl is kernel is torch_py_impl
+
+
+def test_sparse_inputs_are_refused_by_name() -> None:
+    sparse = torch.eye(3).to_sparse_csr()
+    with pytest.raises(CaptureError, match=r"the input \[1\] is a sparse_csr tensor.*to_dense"):
+        capture(Function(torch.add).eval(), (torch.eye(3), sparse))

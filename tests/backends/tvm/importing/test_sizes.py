@@ -58,3 +58,14 @@ def test_numbers_that_inputs_decide(name: str, backend: str, tmp_path) -> None:
         for result in (compiled(x), loaded(x)):
             pairs = zip(*(torch.utils._pytree.tree_leaves(v) for v in (result, function(x))), strict=True)
             assert all(type(a) is type(b) and torch.allclose(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+
+
+def test_pieces_whose_sizes_data_decide() -> None:
+    def function(x: torch.Tensor, at: torch.Tensor) -> tuple:
+        return torch.tensor_split(x * 2, at)
+
+    x = torch.randn(5, 3)
+    compiled = thresher.compile(Function(function).eval(), (x, torch.tensor([1, 3])), target="cpu")
+    for at in ([1, 3], [0, 5], [2, 2]):
+        pairs = zip(compiled(x, torch.tensor(at)), function(x, torch.tensor(at)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
