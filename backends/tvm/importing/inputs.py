@@ -69,6 +69,15 @@ def bound(builder: relax.BlockBuilder, result: Any, value: Tensor, sizes: Sizes)
     return builder.match_cast(result, tensor_type(value, sizes))
 
 
+def variable(builder: relax.BlockBuilder, value: Any, name: str) -> tirx.Var:
+    """Return a variable for an expression over sizes, which kernels and shapes may have."""
+    result = tirx.Var(name, "int64")
+    number = scalar_tensor(builder, tirx.Cast("int64", value))
+    shape = builder.emit(relax.op.tensor_to_shape(builder.emit(relax.op.reshape(number, [1]))))
+    builder.match_cast(shape, relax.ShapeType([result]))
+    return result
+
+
 def scalar_tensor(builder: relax.BlockBuilder, value: Any) -> Any:
     """Return a number, or an expression over sizes, as a tensor without dimensions."""
     if isinstance(value, (bool, int, float)):

@@ -19,6 +19,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.importing.inputs import variable
 from thresher.backends.tvm.importing.values import is_empty
 from thresher.ir.nodes import dtype_of, shape_of
 
@@ -35,6 +36,34 @@ def select(importer: Importer, node: fx.Node) -> Any:
         index += size
     part = importer.emit(R.strided_slice(importer.value(x), [dim], [index], [index + 1]))
     return importer.emit(R.squeeze(part, [dim]))
+
+
+@semantics(aten.slice.Tensor)
+def slice_of_data(importer: Importer, node: fx.Node) -> Any:
+    """Return a range of one dimension whose ends the data decide: as in Python, they are moved into the dimension."""
+    x, dim = importer.value(node.args[0]), argument(node, 1, "dim", 0) % len(shape_of(node))
+    if not any(map(importer.sizes.unknown, shape_of(node))):
+        return importer.stock.convert_map["slice.Tensor"](node)
+    size = importer.sizes.expression(shape_of(node.args[0])[dim])
+    step = int(argument(node, 4, "step", 1))
+
+    def inside(end: Any, default: Any) -> Any:
+        end = tirx.Cast("int64", default if end is None else importer.value(end))
+        end = tirx.Select(end < 0, end + size, end)
+        return tirx.min(tirx.max(end, 0), size)
+
+    first, last = inside(argument(node, 2, "start"), 0), inside(argument(node, 3, "end"), size)
+    start = variable(importer.builder, first, f"{node.name}_start")
+    length = tirx.max(tirx.floordiv(last - first + step - 1, step), 0)
+    count = variable(importer.builder, length, f"{node.name}_size")
+
+    def compute(t: te.Tensor, begin: Any, number: Any) -> te.Tensor:
+        shape = [number if d == dim else s for d, s in enumerate(t.shape)]
+        return te.compute(
+            shape, lambda *i: t(*(begin + p * step if d == dim else p for d, p in enumerate(i))), name="T_slice"
+        )
+
+    return importer.builder.emit_te(compute, x, start, count, primfunc_name_hint="slice")
 
 
 @semantics(aten.squeeze.dim, aten.squeeze.dims)
