@@ -13,119 +13,185 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
-from thresher.frontend.onnx.layers import conv
-from thresher.frontend.onnx.rules import Node, Unsupported, rule
+from thresher.frontend.onnx.casts import converted
+from thresher.frontend.onnx.convolutions import conv
+from thresher.frontend.onnx.dtypes import ELEM_TYPES, NARROW_RANGES, torch_dtype
+from thresher.frontend.onnx.rules import Node, rule
+from thresher.frontend.onnx.values import Unsupported
 
-LEVELS = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int16: (-32768, 32767)}
 MAX_PRODUCTS = (1 << 24) // (255 * 255)  # products of 9-bit differences whose sum is a whole number in float32
 
 
-@rule("QuantizeLinear")
-def quantize(node: Node, x: Tensor, scale: Any, zero: Any = None) -> Tensor:
-    """Return x / scale rounded to the type of ``zero``, uint8 without one."""
-    x = node.tensor(x)
-    if node.get("block_size", 0) or not x.is_floating_point():
-        raise Unsupported("blocks, or numbers that are no floating-point ones")
-    point = torch.zeros((), dtype=torch.uint8) if zero is None else node.tensor(zero)
-    return _saturated(x / _along(node, node.tensor(scale), x), _along(node, point, x))
+@rule("QuantizeLinear", unsigned="native")
+def quantize(
+    node: Node,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    precision: int = 0,
+    saturate: int = 1,
+) -> Tensor:
+    """Return x / scale rounded to the type of ``zero``, without one to that of the attribute, or to uint8."""
+    to = (node.types[2] if len(node.types) > 2 else None) or output_dtype or TensorProto.UINT8
+    exact = torch_dtype(precision) if precision else scale.dtype
+    scaled = x.to(exact) / _along(scale.to(exact), x, axis, block_size)
+    dtype = torch_dtype(to)
+    if to == TensorProto.FLOAT4E2M1 or (dtype.is_floating_point and dtype.itemsize == 1):
+        return converted(scaled, to, bool(saturate))  # their zero point is 0
+    point = torch.zeros((), dtype=torch.int32) if zero is None else zero.to(torch.int32)
+    return _saturated(scaled, _along(point, x, axis, block_size), to)
 
 
-@rule("DequantizeLinear")
-def dequantize(node: Node, x: Any, scale: Any, zero: Any = None) -> Tensor:
-    """Return (x - zero) * scale in the type of ``scale``."""
-    if node.get("block_size", 0):
-        raise Unsupported("blocks")
-    x, scale = node.tensor(x), node.tensor(scale)
-    whole = x.to(torch.int32)
-    if zero is not None:
-        whole = whole - _along(node, node.tensor(zero).to(torch.int32), x)
-    return whole.to(scale.dtype) * _along(node, scale, x)
+@rule("DequantizeLinear", unsigned="native")
+def dequantize(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+) -> Tensor:
+    """Return (x - zero) * scale in the type of ``scale``, or in that of the attribute."""
+    dtype = torch_dtype(output_dtype) if output_dtype else scale.dtype
+    if x.dtype.is_floating_point:
+        exact = x.to(torch.float32)
+    elif zero is None:
+        exact = x.to(torch.int32)
+    else:
+        exact = x.to(torch.int32) - _along(zero.to(torch.int32), x, axis, block_size)
+    return (exact.to(scale.dtype) * _along(scale, x, axis, block_size)).to(dtype)
 
 
 @rule("DynamicQuantizeLinear")
-def dynamic_quantize(node: Node, x: Tensor) -> Sequence[Tensor]:
+def dynamic_quantize(x: Tensor) -> Sequence[Tensor]:
     """Return x in uint8 by the range of its values, with its scale and zero point."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # as onnxruntime: the standard would divide by 0
     zero = torch.round((-low / scale).clamp(0, 255)).to(torch.uint8)
-    return _saturated(x / scale, zero), scale, zero
+    return _saturated(x / scale, zero, TensorProto.UINT8), scale, zero
 
 
 @rule("MatMulInteger")
-def matmul_integer(node: Node, a: Any, b: Any, a_zero: Any = None, b_zero: Any = None) -> Tensor:
+def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
     """Return the product of two integer matrices in int32."""
-    left, right = (node.tensor(v) for v in (a, b))
-    rows = _difference(left, a_zero if a_zero is None else _column(node.tensor(a_zero)))
-    return _matmul(rows, _difference(right, None if b_zero is None else node.tensor(b_zero)))
+    return _matmul(_difference(a, None if a_zero is None else _rows(a_zero)), _difference(b, b_zero))
 
 
 @rule("QLinearMatMul")
 def qlinear_matmul(
-    node: Node, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any, b_zero: Any, y_scale: Any, y_zero: Any
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
 ) -> Tensor:
     """Return the product of two quantised matrices, quantised."""
-    left, right, zero = (node.tensor(v) for v in (a, b, y_zero))
-    total = _matmul(_difference(left, _column(node.tensor(a_zero))), _difference(right, node.tensor(b_zero)))
-    scale = _column(node.tensor(a_scale)) * node.tensor(b_scale) / node.tensor(y_scale)
-    return _saturated(total.to(scale.dtype) * scale, zero)
+    total = _matmul(_difference(a, _rows(a_zero)), _difference(b, b_zero))
+    scale = _rows(a_scale) * b_scale / y_scale
+    return _saturated(total.to(scale.dtype) * scale, y_zero, ELEM_TYPES[y_zero.dtype])
 
 
 @rule("ConvInteger")
-def conv_integer(node: Node, x: Any, w: Any, x_zero: Any = None, w_zero: Any = None) -> Tensor:
+def conv_integer(
+    x: Tensor,
+    w: Tensor,
+    x_zero: Tensor | None = None,
+    w_zero: Tensor | None = None,
+    *,
+    auto_pad: str,
+    dilations: Sequence[int] | None = None,
+    group: int,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
     """Return the convolution of integers in int32."""
-    image, weight = node.tensor(x), node.tensor(w)
-    zero = None if w_zero is None else _of_outputs(node.tensor(w_zero), weight)
-    return _conv(node, _difference(image, None if x_zero is None else node.tensor(x_zero)), _difference(weight, zero))
+    window = {
+        "auto_pad": auto_pad,
+        "dilations": dilations,
+        "kernel_shape": kernel_shape,
+        "pads": pads,
+        "strides": strides,
+    }
+    zero = None if w_zero is None else _of_outputs(w_zero, w)
+    return _conv(_difference(x, x_zero), _difference(w, zero), group, window)
 
 
 @rule("QLinearConv")
 def qlinear_conv(
-    node: Node,
-    x: Any,
-    x_scale: Any,
-    x_zero: Any,
-    w: Any,
-    w_scale: Any,
-    w_zero: Any,
-    y_scale: Any,
-    y_zero: Any,
-    bias: Any = None,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    auto_pad: str,
+    dilations: Sequence[int] | None = None,
+    group: int,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the convolution of quantised tensors, quantised."""
-    image, weight = node.tensor(x), node.tensor(w)
-    zero = _of_outputs(node.tensor(w_zero), weight)
-    total = _conv(node, _difference(image, node.tensor(x_zero)), _difference(weight, zero))
+    window = {
+        "auto_pad": auto_pad,
+        "dilations": dilations,
+        "kernel_shape": kernel_shape,
+        "pads": pads,
+        "strides": strides,
+    }
+    total = _conv(_difference(x, x_zero), _difference(w, _of_outputs(w_zero, w)), group, window)
     if bias is not None:
-        total = total + node.tensor(bias).reshape(-1, *[1] * (total.dim() - 2))
-    scale = node.tensor(w_scale) * node.tensor(x_scale) / node.tensor(y_scale)
+        total = total + bias.reshape(-1, *[1] * (total.dim() - 2))
+    scale = w_scale * x_scale / y_scale
     scale = scale.reshape(-1, *[1] * (total.dim() - 2)) if scale.numel() > 1 else scale
-    return _saturated(total.to(scale.dtype) * scale, node.tensor(y_zero))
+    return _saturated(total.to(scale.dtype) * scale, y_zero, ELEM_TYPES[y_zero.dtype])
 
 
 # ---------------------------------------------------------------------- numbers
 
 
-def _saturated(x: Tensor, zero: Tensor) -> Tensor:
-    """Return x rounded, half to even, plus ``zero``, within the limits of the type of ``zero``."""
-    if zero.dtype not in LEVELS:
-        raise Unsupported(f"numbers of type {zero.dtype}")
-    return torch.clamp(torch.round(x) + zero.to(x.dtype), *LEVELS[zero.dtype]).to(zero.dtype)
+def _saturated(x: Tensor, zero: Tensor, to: int) -> Tensor:
+    """Return x rounded, half to even, plus ``zero``, within the limits of the integer type ``to``."""
+    dtype = torch_dtype(to)
+    low, high = NARROW_RANGES.get(to) or (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    rounded = torch.round(x)
+    if rounded.element_size() == 2:  # whose whole numbers do not reach the limits of 16 bits
+        rounded = rounded.to(torch.float32)
+    return torch.clamp(rounded + zero.to(rounded.dtype), low, high).to(dtype)
 
 
-def _along(node: Node, value: Tensor, x: Tensor) -> Tensor:
-    """Return ``value`` so that it broadcasts over x: one number for all of x, or one for each index of an axis."""
+def _along(value: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
+    """Return ``value`` so that it broadcasts over x: one number for all of x, for each index of an axis, or for blocks along it."""
     if value.dim() == 0 or value.numel() == 1:
         return value.reshape(())
-    axis = node.get("axis", 1) % x.dim()
+    axis = axis % x.dim()
+    if block_size and value.dim() == x.dim():
+        return value.repeat_interleave(block_size, axis).narrow(axis, 0, int(x.shape[axis]))
+    if value.dim() != 1:
+        raise Unsupported(f"scales of {value.dim()} dimensions")
     return value.reshape(-1, *[1] * (x.dim() - 1 - axis))
 
 
-def _column(value: Tensor) -> Tensor:
+def _rows(value: Tensor) -> Tensor:
     """Return one number for each row of a left side as a column."""
-    return value[..., None] if value.dim() else value
+    return value[..., None] if value.dim() == 1 else value
 
 
 def _of_outputs(value: Tensor, weight: Tensor) -> Tensor:
@@ -140,16 +206,18 @@ def _difference(x: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == 1 or b.dim() == 1:
+        return torch.matmul(a.double(), b.double()).to(torch.int32)
     return _in_parts(a.shape[-1], MAX_PRODUCTS, lambda s: torch.matmul(a[..., s], b[..., s, :]))
 
 
-def _conv(node: Node, x: Tensor, w: Tensor) -> Tensor:
-    taps, groups = w[0, 0].numel(), node.get("group", 1)
-    if w.shape[1] * taps > MAX_PRODUCTS and (groups > 1 or taps > MAX_PRODUCTS):
-        return conv(node, x.double(), w.double()).to(torch.int32)
-    if groups > 1:
-        return conv(node, x, w).to(torch.int32)
-    return _in_parts(w.shape[1], max(1, MAX_PRODUCTS // taps), lambda s: conv(node, x[:, s], w[:, s]))
+def _conv(x: Tensor, w: Tensor, group: int, window: dict[str, Any]) -> Tensor:
+    taps = w[0, 0].numel()
+    if w.shape[1] * taps > MAX_PRODUCTS and (group > 1 or taps > MAX_PRODUCTS):
+        return conv(x.double(), w.double(), group=group, **window).to(torch.int32)
+    if group > 1:
+        return conv(x, w, group=group, **window).to(torch.int32)
+    return _in_parts(w.shape[1], max(1, MAX_PRODUCTS // taps), lambda s: conv(x[:, s], w[:, s], **window))
 
 
 def _in_parts(size: int, part: int, product: Callable[[slice], Tensor]) -> Tensor:

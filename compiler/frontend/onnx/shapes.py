@@ -1,158 +1,190 @@
-"""ONNX operators that move elements and compute none, in torch."""
+"""ONNX operators that change the shape of a tensor, or make one of a shape, in torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thresher.frontend.onnx.rules import RULES, Node, Unsupported, rule
+from thresher.frontend.onnx.dtypes import torch_dtype
+from thresher.frontend.onnx.rules import Fixed, Ints, Node, rule
+from thresher.frontend.onnx.values import Unsupported, Value, constant
 
 
-@rule("Reshape")
-def reshape(node: Node, x: Any, shape: Any) -> Tensor:
-    """Return x in a shape whose zeros stand for sizes of x."""
-    x, sizes = node.tensor(x), node.numbers("shape", shape)
-    assert sizes is not None
-    if not node.get("allowzero", 0):
-        sizes = [x.shape[i] if s == 0 else s for i, s in enumerate(sizes)]
-    return x.reshape(sizes)
+@rule("Shape", since=1)
+def shape(x: Value, *, start: int = 0, end: int | None = None) -> Value:
+    """Return the sizes of x."""
+    return constant([int(s) for s in x.data.shape][start:end])
 
 
-def _rows(x: Tensor, axis: int) -> Tensor:
+@rule("Size")
+def size(x: Value) -> Value:
+    """Return the number of elements of x."""
+    return constant(math.prod(int(s) for s in x.data.shape))
+
+
+@rule("Reshape", since=5, unsigned="native")
+def reshape(x: Tensor, sizes: Ints, *, allowzero: int = 0) -> Tensor:
+    """Return x in another shape, whose zeros stand for sizes of x."""
+    if allowzero:
+        return x.reshape(tuple(sizes))
+    return x.reshape([x.shape[i] if s == 0 else s for i, s in enumerate(sizes)])
+
+
+@rule("Flatten", unsigned="native")
+def flatten(x: Tensor, *, axis: int) -> Tensor:
+    """Return x as a matrix: the dimensions before an axis, and the others."""
+    return matrix(x, axis)
+
+
+def matrix(x: Tensor, axis: int) -> Tensor:
+    """Return x as a matrix: the dimensions before an axis, and the others."""
     axis = axis % x.dim() if axis < 0 else axis
-    return x.reshape(math.prod(x.shape[:axis]), -1)
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
-def _expanded(x: Tensor, shape: list[int]) -> Tensor:
-    """Return x broadcast in both directions: where the shape says 1, x stays as wide as it is."""
-    return x.expand(torch.broadcast_shapes(x.shape, shape))
-
-
-@rule("Squeeze")
-def squeeze(node: Node, x: Tensor, axes: Any = None) -> Tensor:
+@rule("Squeeze", since=13, unsigned="native")
+def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
     """Return x without dimensions of size 1."""
-    dims = node.numbers("axes", axes)
-    return x.squeeze() if dims is None else x.squeeze(tuple(dims))
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes))
 
 
-@rule("Unsqueeze")
-def unsqueeze(node: Node, x: Any, axes: Any = None) -> Tensor:
+@rule("Squeeze", unsigned="native")
+def squeeze_by_attribute(x: Tensor, *, axes: Sequence[int] | None = None) -> Tensor:
+    """Return x without dimensions of size 1."""
+    return squeeze(x, axes)
+
+
+@rule("Unsqueeze", since=13, unsigned="native")
+def unsqueeze(x: Tensor, axes: Ints) -> Tensor:
     """Return x with new dimensions of size 1."""
-    x, dims = node.tensor(x), node.numbers("axes", axes) or []
-    rank = x.dim() + len(dims)
-    for d in sorted(d % rank for d in dims):
+    rank = x.dim() + len(axes)
+    for d in sorted(d % rank for d in axes):
         x = x.unsqueeze(d)
     return x
 
 
-@rule("Slice")
-def slice_(node: Node, x: Any, *bounds: Any) -> Tensor:
-    """Return x[starts:ends:steps] along the axes; negative steps pick by index."""
-    x = node.tensor(x)
-    values = [*bounds, *[None] * 4]
-    starts, ends = (node.numbers(k, v) or [] for k, v in zip(("starts", "ends"), values))
-    axes = node.numbers("axes", values[2]) or list(range(len(starts)))
-    for start, end, axis, step in zip(starts, ends, axes, node.numbers("steps", values[3]) or [1] * len(starts)):
-        if step > 0:
-            axis_slice: list[Any] = [slice(None)] * x.dim()
-            axis_slice[axis] = slice(start, end, step)
-            x = x[tuple(axis_slice)]
-        else:
-            indices = list(range(int(x.shape[axis])))[start : None if end < -int(x.shape[axis]) else end : step]
-            x = x.index_select(axis, torch.tensor(indices))
-    return x
+@rule("Unsqueeze", unsigned="native")
+def unsqueeze_by_attribute(x: Tensor, *, axes: Sequence[int]) -> Tensor:
+    """Return x with new dimensions of size 1."""
+    return unsqueeze(x, axes)
 
 
-@rule("Split")
-def split(node: Node, x: Tensor, sizes: Any = None) -> Sequence[Tensor]:
-    """Return x in parts along an axis, equal ones where no sizes are stated."""
-    axis = node.get("axis", 0)
-    lengths = node.numbers("split", sizes)
-    if lengths is None:
-        width = -(-int(x.shape[axis]) // node.outputs)
-        return x.split(width, axis)
-    return x.split(lengths, axis)
+@rule("Transpose", unsigned="native")
+def transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
+    """Return x with its dimensions in another order, without one in the reverse order."""
+    return x.permute(list(range(x.dim()))[::-1] if perm is None else list(perm))
 
 
-@rule("Gather")
-def gather(node: Node, x: Any, indices: Any) -> Tensor:
-    """Return the elements of x at indices along an axis; rows of a matrix as an embedding."""
-    x, axis = node.tensor(x), node.get("axis", 0)
-    if isinstance(indices, np.ndarray) and indices.ndim == 0:
-        return x.select(axis, int(indices))
-    index = node.tensor(indices).long()
-    index = torch.where(index < 0, index + x.shape[axis], index)
-    axis = axis % x.dim()
-    if axis == 0 and x.dim() == 2 and x.is_floating_point():
-        return F.embedding(index, x)
-    return x.index_select(axis, index.reshape(-1)).reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+@rule("Expand", unsigned="native")
+def expand(x: Tensor, sizes: Ints) -> Tensor:
+    """Return x broadcast in both directions: where the shape says 1, x stays as wide as it is."""
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes)))
 
 
-@rule("ScatterElements")
-def scatter_elements(node: Node, x: Any, indices: Any, updates: Any) -> Tensor:
-    """Return x with ``updates`` written at indices along an axis."""
-    if node.get("reduction", "none") != "none":
-        raise Unsupported(f"the reduction {node.get('reduction')}")
-    x, index, axis = node.tensor(x), node.tensor(indices).long(), node.get("axis", 0)
-    return x.scatter(axis, torch.where(index < 0, index + x.shape[axis], index), node.tensor(updates))
+@rule("Tile", since=6)
+def tile(x: Tensor, repeats: Ints) -> Tensor:
+    """Return x side by side with itself."""
+    return x.repeat(tuple(repeats))
 
 
-@rule("Pad")
-def pad(node: Node, x: Any, pads: Any = None, fill: Any = None, axes: Any = None) -> Tensor:
-    """Return x padded with a constant, its reflection, its edge or its other end."""
-    x, amounts = node.tensor(x), node.numbers("pads", pads) or []
-    over = node.numbers("axes", axes) or list(range(x.dim()))
-    value = node.get("value", 0.0) if fill is None else float(node.static(fill, "value"))
-    around = [0] * (2 * x.dim())
-    for i, axis in enumerate(over):
-        index = 2 * (x.dim() - 1 - axis % x.dim())
-        around[index : index + 2] = amounts[i], amounts[i + len(over)]
-    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}[
-        node.get("mode", "constant")
-    ]
-    if mode == "constant":
-        return F.pad(x, around, value=value)
-    while len(around) > 2 and around[-2:] == [0, 0]:
-        around = around[:-2]
-    lead = x.dim() - len(around) // 2  # torch pads the last ones of two to five dimensions
-    flat = x.reshape(1, -1, *x.shape[lead:])
-    padded = F.pad(flat, around, mode=mode)
-    return padded.reshape(*x.shape[:lead], *padded.shape[2:])
+@rule("Concat", since=4, unsigned="native")
+def concat(*values: Tensor, axis: int) -> Tensor:
+    """Return tensors side by side."""
+    return torch.cat(values, axis)
 
 
-@rule("ConstantOfShape")
-def constant_of_shape(node: Node, shape: Any) -> Tensor:
-    """Refuse: with a constant shape it is evaluated beforehand."""
-    raise Unsupported("its shape depends on values")
+@rule("Split", since=2)
+def split_by_attribute(
+    node: Node, x: Tensor, *, axis: int = 0, split: Sequence[int] | None = None, num_outputs: int | None = None
+) -> Sequence[Tensor]:
+    """Return x in parts along an axis: of the sizes stated, or of equal ones, of which the last may be smaller."""
+    if split is not None:
+        return x.split(list(split), axis)
+    length, count = int(x.shape[axis]), num_outputs or node.outputs
+    width = -(-length // count)
+    return x.split([min(width, length - i * width) for i in range(count)], axis)
 
 
-@rule("Range", "Mod")
-def on_values(node: Node, *values: Any) -> Tensor:
-    """Refuse: with constant inputs these are evaluated beforehand."""
-    raise Unsupported("its numbers depend on values, not on shapes")
+@rule("Split", since=13)
+def split(
+    node: Node, x: Tensor, sizes: Ints | None = None, *, axis: int, num_outputs: int | None = None
+) -> Sequence[Tensor]:
+    """Return x in parts along an axis: of the sizes stated, or of equal ones, of which the last may be smaller."""
+    return split_by_attribute(node, x, axis=axis, split=sizes, num_outputs=num_outputs)
 
 
 @rule("DepthToSpace")
-def depth_to_space(node: Node, x: Tensor) -> Tensor:
+def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     """Return blocks of channels as blocks of pixels."""
-    size = node.get("blocksize")
-    if node.get("mode", "DCR") == "CRD":
-        return F.pixel_shuffle(x, size)
+    if mode == "CRD":
+        return F.pixel_shuffle(x, blocksize)
     n, c, h, w = x.shape
-    y = x.reshape(n, size, size, c // size**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return y.reshape(n, c // size**2, h * size, w * size)
+    y = x.reshape(n, blocksize, blocksize, c // blocksize**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return y.reshape(n, c // blocksize**2, h * blocksize, w * blocksize)
 
 
-RULES |= {
-    "Shape": lambda n, x: np.array(x.shape[n.get("start", 0):n.get("end")]),
-    "Size": lambda n, x: np.array(math.prod(x.shape)), "Transpose": lambda n, x: x.permute(n.get("perm") or list(range(x.dim()))[::-1]),
-    "Concat": lambda n, *v: torch.cat([n.tensor(x) for x in v], n.get("axis")), "Flatten": lambda n, x: _rows(x, n.get("axis", 1)),
-    "GatherElements": lambda n, x, i: torch.gather(n.tensor(x), n.get("axis", 0), n.tensor(i).long()),
-    "Expand": lambda n, x, s: _expanded(n.tensor(x), n.numbers("shape", s)), "Tile": lambda n, x, r: x.repeat(n.numbers("repeats", r)),
-}  # fmt: skip
+@rule("SpaceToDepth")
+def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    """Return blocks of pixels as blocks of channels."""
+    if mode == "CRD":
+        return F.pixel_unshuffle(x, blocksize)
+    n, c, h, w = x.shape
+    y = x.reshape(n, c, h // blocksize, blocksize, w // blocksize, blocksize).permute(0, 3, 5, 1, 2, 4)
+    return y.reshape(n, c * blocksize**2, h // blocksize, w // blocksize)
+
+
+@rule("ConstantOfShape", unsigned="native")
+def constant_of_shape(sizes: Ints, *, value: Tensor | None = None) -> Tensor:
+    """Return a tensor of one number, which is 0 without another."""
+    if value is None:
+        return torch.zeros(tuple(sizes))
+    return value.reshape([1] * len(sizes)).expand(tuple(sizes))
+
+
+@rule("Constant")
+def constant_node(
+    *,
+    sparse_value: Tensor | None = None,
+    value_float: float | None = None,
+    value_floats: Sequence[float] | None = None,
+    value_int: int | None = None,
+    value_ints: Sequence[int] | None = None,
+) -> Value:
+    """Return the number or the numbers of the node; a ``value`` is among the constants of the graph already."""
+    if sparse_value is not None:
+        return Value(sparse_value, constant=True)
+    for number, dtype in (
+        (value_float, torch.float32), (value_floats, torch.float32), (value_int, torch.int64), (value_ints, torch.int64)
+    ):  # fmt: skip
+        if number is not None:
+            return constant(number, dtype)
+    raise Unsupported("a constant of no number")
+
+
+@rule("Range")
+def range_(start: Fixed, limit: Fixed, step: Fixed, *, stash_type: int = 1) -> Tensor:
+    """Return start, start + step, ... below the limit."""
+    if start.dtype.is_floating_point:
+        wide = torch_dtype(stash_type) if start.element_size() == 2 else start.dtype
+        first, last, width = (v.to(wide) for v in (start, limit, step))
+        count = max(0, math.ceil((last - first) / width))
+        return (first + torch.arange(count, dtype=wide) * width).to(start.dtype)
+    return torch.arange(int(start), int(limit), int(step), dtype=start.dtype)
+
+
+@rule("EyeLike")
+def eye_like(node: Node, x: Tensor, *, dtype: int | None = None, k: int) -> Tensor:
+    """Return a matrix of the shape of x, of ones on the k-th diagonal."""
+    rows, columns = x.shape
+    ones = torch.ones(rows, columns)
+    return (torch.triu(ones, k) - torch.triu(ones, k + 1)).to(x.dtype if dtype is None else torch_dtype(dtype))
+
+
+@rule("Trilu")
+def trilu(x: Tensor, k: Ints = (0,), *, upper: int) -> Tensor:
+    """Return a triangle of x, zeros elsewhere."""
+    return torch.triu(x, k[0]) if upper else torch.tril(x, k[0])
