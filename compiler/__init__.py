@@ -20,9 +20,22 @@ if TYPE_CHECKING:
     from thresher.driver.compile import compile, lower, rewrite
     from thresher.errors import ThresherError
     from thresher.frontend.capture import capture
+    from thresher.frontend.onnx.reader import read_onnx
     from thresher.tuning.options import Tune
 
-__all__ = ["Budget", "Bundle", "Compiled", "ThresherError", "Tune", "capture", "compile", "load", "lower", "rewrite"]
+__all__ = [
+    "Budget",
+    "Bundle",
+    "Compiled",
+    "ThresherError",
+    "Tune",
+    "capture",
+    "compile",
+    "load",
+    "lower",
+    "read_onnx",
+    "rewrite",
+]
 
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -37,6 +50,7 @@ _MODULES = {
     "compile": "thresher.driver.compile",
     "load": "thresher.artifact.reader" if _HAS_TORCH else "thresher.artifact.numpy_reader",
     "lower": "thresher.driver.compile",
+    "read_onnx": "thresher.frontend.onnx.reader",
     "rewrite": "thresher.driver.compile",
 }
 

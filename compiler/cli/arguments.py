@@ -105,13 +105,24 @@ def remote(text: str) -> Remote:
     return Remote(host, int(port), key)
 
 
-def named_number(text: str) -> tuple[str, float]:
-    """Return the name and the number of ``sr=16000``."""
-    name, _, number = text.partition("=")
+def named_numbers(text: str) -> tuple[str, float | list[float]]:
+    """Return the name and the number of ``sr=16000``, or the numbers of ``shape=1,-1``; ``k=5,`` is a list of one."""
+    name, _, numbers = text.partition("=")
     try:
-        return name, float(number)
+        values = [_number(number) for number in numbers.removesuffix(",").split(",")]
     except ValueError as error:
-        raise ArgumentTypeError(f"cannot read {text!r}: write an input, = and a number") from error
+        raise ArgumentTypeError(
+            f"cannot read {text!r}: write an input, = and a number, or numbers with commas"
+        ) from error
+    return name, values if "," in numbers else values[0]
+
+
+def _number(text: str) -> float:
+    """Return a whole number as it is, which a float might not have."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def named_artifact(text: str) -> tuple[str, str]:
@@ -163,6 +174,14 @@ INPUTS.add_argument(
     type=input_tensor,
     metavar="SHAPE",
     help="example input: 1x3x224x224, or 1x128:int64 for zeros of a dtype; repeat for more",
+)
+INPUTS.add_argument(
+    "--fixed",
+    action="append",
+    default=[],
+    type=named_numbers,
+    metavar="INPUT=NUMBERS",
+    help="an input of an .onnx file that is always this number or these numbers: sr=16000, or shape=1,-1",
 )
 
 MODEL = ArgumentParser(add_help=False)

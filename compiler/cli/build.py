@@ -17,7 +17,6 @@ from thresher.cli.arguments import (
     batch_sizes,
     budget,
     named_artifact,
-    named_number,
 )
 from thresher.cli.model import import_attribute, load_model
 from thresher.errors import ThresherError
@@ -68,14 +67,6 @@ def add(commands: Commands) -> None:
         type=batch_sizes,
         metavar="SIZES",
         help="the first dimension of every input may have any size; code is made for batches of these, for instance 1,8",
-    )
-    build.add_argument(
-        "--fixed",
-        action="append",
-        default=[],
-        type=named_number,
-        metavar="INPUT=NUMBER",
-        help="an input of an .onnx file that is always this number, for instance sr=16000",
     )
     build.add_argument("-o", "--output", default="model.thresher", metavar="FILE", help="default: model.thresher")
     build.add_argument("--html", metavar="FILE", help="write the report as a page, too")

@@ -75,7 +75,7 @@ def run_blame(options: Namespace) -> int:
     """Print the culprit and write the script, and return 1; return 0 where nothing is wrong."""
     from thresher.debugging.blame import blame
 
-    model, inputs = load_model(options.model, options.input)
+    model, inputs = load_model(options.model, options.input, dict(options.fixed))
     culprit = blame(model, inputs, passes=options.passes, target=options.target)
     if culprit is None:
         print("nothing is wrong: every pass is exact, and the lowered program agrees with torch")

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_model(spec: str, inputs: Sequence[Tensor], fixed: Mapping[str, float] | None = None) -> tuple[Any, tuple]:
+def load_model(spec: str, inputs: Sequence[Tensor], fixed: Mapping[str, float | list[float]]) -> tuple[Any, tuple]:
     """Return the model that ``spec`` names, as :func:`thresher.compile` takes it, and its example inputs.
 
     Args:
         spec: ``package.module:function``, or the path of a ``.pt2`` or ``.onnx`` file.
         inputs: the example inputs of the command line; where there are none, those that come with the model.
-        fixed: inputs of an .onnx file that are always these numbers.
+        fixed: inputs of an .onnx file that are always these numbers, by name.
 
     Raises :class:`ThresherError` where there is no such model, or where nothing describes its inputs.
     """
@@ -54,7 +54,7 @@ def import_attribute(spec: str) -> Any:
         sys.path.pop(0)
 
 
-def _onnx_model(path: str, inputs: tuple, fixed: Mapping[str, float] | None) -> tuple[Any, tuple]:
+def _onnx_model(path: str, inputs: tuple, fixed: Mapping[str, float | list[float]]) -> tuple[Any, tuple]:
     from thresher.frontend.onnx.reader import read_onnx
 
     model = read_onnx(path, fixed)

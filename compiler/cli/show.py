@@ -52,7 +52,7 @@ def run_inspect(options: Namespace) -> int:
     path = Path(options.subject)
     if path.suffix not in (".pt2", ".onnx") and (path.suffix == ".thresher" or path.is_file()):
         return _inspect_artifact(options)
-    model, inputs = load_model(options.subject, options.input)
+    model, inputs = load_model(options.subject, options.input, dict(options.fixed))
     compiled = thresher.compile(model, inputs, target="cpu", backend="eager", passes=options.passes)
     if options.json or options.graph:
         print(compiled.report.to_json() if options.json else compiled.text)

@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
 
 def run_tune(options: Namespace) -> int:
     """Measure, and print how many workloads gained by it and the times of the whole model."""
-    model, inputs = load_model(options.model, options.input)
+    model, inputs = load_model(options.model, options.input, dict(options.fixed))
     tune = Tune(options.trials, options.seconds, options.records, options.again, options.remote, options.search)
     compiled = thresher.compile(
         model,

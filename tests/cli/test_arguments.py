@@ -26,7 +26,9 @@ def test_passes() -> None:
 def test_values_with_separators() -> None:
     assert arguments.budget("cosine=0.01") == Budget(cosine=0.01)
     assert arguments.remote("10.0.0.1:9190:board") == Remote("10.0.0.1", 9190, "board")
-    assert arguments.named_number("sr=16000") == ("sr", 16000.0)
+    assert arguments.named_numbers("sr=16000") == ("sr", 16000)
+    assert arguments.named_numbers("shape=1,-1") == ("shape", [1, -1])
+    assert arguments.named_numbers("k=5,") == ("k", [5]) and arguments.named_numbers("s=0.5") == ("s", 0.5)
     assert arguments.named_artifact("prefill=a=b.thresher") == ("prefill", "a=b.thresher")
     assert arguments.batch_sizes("1,8") == (1, 8)
     assert arguments.removed_index("relu:1:7") == ("relu", 1, 7)

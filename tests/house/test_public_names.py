@@ -16,7 +16,19 @@ import thresher
 import thresher.authoring
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = ["Budget", "Bundle", "Compiled", "ThresherError", "Tune", "capture", "compile", "load", "lower", "rewrite"]
+PUBLIC = [
+    "Budget",
+    "Bundle",
+    "Compiled",
+    "ThresherError",
+    "Tune",
+    "capture",
+    "compile",
+    "load",
+    "lower",
+    "read_onnx",
+    "rewrite",
+]
 #: Packages that are slow to import and that few programs need.
 HEAVY = {"tvm", "onnx", "onnxruntime", "jinja2", "networkx", "scipy", "rich", "torch"}
 AFTER_COMPILE = {"networkx", "torch"}  # the first for ties between slices

@@ -19,8 +19,8 @@ from thresher.frontend.onnx.values import Unsupported
 Binary = Callable[[Tensor, Tensor], Tensor]
 
 
-def binary(name: str, function: Binary, unsigned: Unsigned = "bits") -> None:
-    """Register an operator of two inputs: broadcast as NumPy does, and before opset 7 by the attributes of that time."""
+def binary(name: str, function: Binary, unsigned: Unsigned = "bits", old: bool = True) -> None:
+    """Register an operator of two inputs: broadcast as NumPy does, and where it is ``old``, before opset 7 by attributes."""
 
     def broadcast_by_attributes(
         a: Tensor, b: Tensor, *, broadcast: int = 0, axis: int | None = None, consumed_inputs: Any = None
@@ -33,7 +33,8 @@ def binary(name: str, function: Binary, unsigned: Unsigned = "bits") -> None:
     def broadcast_both(a: Tensor, b: Tensor) -> Tensor:
         return function(a, b)
 
-    rule(name, unsigned=unsigned)(broadcast_by_attributes)
+    if old:
+        rule(name, unsigned=unsigned)(broadcast_by_attributes)
     rule(name, since=7, unsigned=unsigned)(broadcast_both)
 
 
@@ -81,16 +82,11 @@ binary("Less", torch.lt, "order")
 binary("And", torch.logical_and)
 binary("Or", torch.logical_or)
 binary("Xor", torch.logical_xor)
-for _name, _function in {"GreaterOrEqual": torch.ge, "LessOrEqual": torch.le}.items():
-    binary(_name, _function, "order")
-for _name, _function in {
-    "BitwiseAnd": torch.bitwise_and,
-    "BitwiseOr": torch.bitwise_or,
-    "BitwiseXor": torch.bitwise_xor,
-}.items():
-    binary(_name, _function)
-
-
+binary("GreaterOrEqual", torch.ge, "order", old=False)
+binary("LessOrEqual", torch.le, "order", old=False)
+binary("BitwiseAnd", torch.bitwise_and, old=False)
+binary("BitwiseOr", torch.bitwise_or, old=False)
+binary("BitwiseXor", torch.bitwise_xor, old=False)
 rule("Pow", since=7, unsigned="native")(power)
 
 

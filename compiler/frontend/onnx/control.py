@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thresher.frontend.onnx.rules import Fixed, Node, rule
+from thresher.frontend.onnx.rules import Ints, Node, rule
 from thresher.frontend.onnx.values import Unsupported, Value, combined, constant
 
 MAX_STEPS = 100_000
 
 
 @rule("If")
-def if_(node: Node, condition: Fixed, *, then_branch: Any, else_branch: Any) -> Sequence[Value | None]:
+def if_(node: Node, condition: Ints, *, then_branch: Any, else_branch: Any) -> Sequence[Value | None]:
     """Return the outputs of the branch that the condition selects."""
-    return node.run(then_branch if bool(condition) else else_branch, [])
+    return node.run(then_branch if condition[0] else else_branch, [])
 
 
 @rule("Loop")
@@ -25,8 +25,8 @@ def loop(
     node: Node, count: Value | None = None, condition: Value | None = None, *states: Value, body: Any
 ) -> Sequence[Value | None]:
     """Return the last states, and what the other outputs of the body were in each step, stacked."""
-    limit = MAX_STEPS if count is None else int(count.known("trip count"))
-    goes_on = condition is None or bool(condition.known("condition"))
+    limit = MAX_STEPS if count is None else _first(count.numbers("trip count"))
+    goes_on = condition is None or bool(_first(condition.numbers("condition")))
     current: list[Value | None] = list(states)
     steps: list[list[Value]] = []
     while goes_on and len(steps) < limit:
@@ -35,7 +35,7 @@ def loop(
         current, scanned = outputs[: len(states)], outputs[len(states) :]
         steps.append([_present(v) for v in scanned])
         if condition is not None:  # without one the specification ignores what the body returns
-            goes_on = bool(_present(again).known("condition"))
+            goes_on = bool(_first(_present(again).numbers("condition")))
     if len(steps) == MAX_STEPS:
         raise Unsupported(f"the loop takes {MAX_STEPS} steps or more")
     if not steps and node.outputs > len(states):
@@ -107,6 +107,11 @@ def _length(sizes: Sequence[int]) -> int:
     if len(set(sizes)) != 1 or sizes[0] == 0:
         raise Unsupported(f"a scan over {sorted(set(sizes))} steps")
     return sizes[0]
+
+
+def _first(numbers: Any) -> Any:
+    """Return the number of a tensor of one, with or without a dimension."""
+    return numbers[0] if isinstance(numbers, list) else numbers
 
 
 def _present(value: Value | None) -> Value:

@@ -106,7 +106,7 @@ def swish(x: Tensor, *, alpha: float) -> Tensor:
     return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
 
 
-@rule("PRelu", unsigned="native")
+@rule("PRelu", since=7, unsigned="native")
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """Return x, times ``slope`` where it is negative; ``slope`` is broadcast to x."""
     return torch.where(x < 0, x * slope, x) if x.dtype.is_signed else x
@@ -118,10 +118,7 @@ def prelu_of_channels(x: Tensor, slope: Tensor) -> Tensor:
     return prelu(x, slope.reshape(-1, *[1] * (x.dim() - 2)) if slope.dim() == 1 and x.dim() > 1 else slope)
 
 
-rule("PRelu", since=7, unsigned="native")(prelu)
-
-
-@rule("Clip", unsigned="order")
+@rule("Clip", since=11, unsigned="order")
 def clip(x: Tensor, low: Number = None, high: Number = None) -> Tensor:
     """Return x within bounds; where they contradict each other the upper one."""
     if low is None and high is None:
@@ -137,6 +134,3 @@ def clip_by_attributes(x: Tensor, *, min: float, max: float) -> Tensor:
     """Return x within bounds that are attributes."""
     limits = torch.finfo(x.dtype)
     return torch.clamp(x, builtins.max(min, limits.min), builtins.min(max, limits.max))
-
-
-rule("Clip", since=11, unsigned="order")(clip)

@@ -60,7 +60,7 @@ class Evaluator:
         try:
             return self._call(call, inputs, scope)
         except Unsupported as reason:
-            raise type(reason)(f"{node}: {reason}") from reason
+            raise Unsupported(f"{node}: {reason}", reason.inputs) from reason
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, CaptureError):
                 raise
@@ -70,7 +70,8 @@ class Evaluator:
         rule = find_rule(call.domain, call.op, call.opset)
         results = NotImplemented if rule is None else self._by_rule(rule, call, inputs, scope)
         if results is NotImplemented:
-            body = body_of(call, inputs, self.definitions)
+            with real_tensors():
+                body = body_of(call, inputs, self.definitions)
             if body is None:
                 raise Unsupported("there is no rule for this use, and no definition by other operators")
             results = self.run(body, inputs, {})
@@ -161,8 +162,7 @@ def _argument(value: Value | None, form: str, name: str, read: Callable[[Value, 
     if form in ("tensor", "number"):
         return carried(read(value, name), rule.unsigned)
     with real_tensors():
-        tensor = carried(value.known(name), rule.unsigned)
-        return tensor if form == "fixed" else tensor.reshape(-1).tolist()
+        return carried(value.known(name), rule.unsigned).reshape(-1).tolist()
 
 
 def _elem_type(value: Value | None) -> int | None:

@@ -55,7 +55,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Reading:
-    """How graphs of one file are read: its opsets, and what becomes of its constants."""
+    """Reads the graphs of one file: by its opsets, its constants as ``keep`` makes values of them."""
 
     opsets: Opsets
     keep: Keep = field(default=lambda _, tensor: Value(tensor, constant=True))

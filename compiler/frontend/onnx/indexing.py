@@ -46,7 +46,7 @@ def slice_by_attributes(
 def gather(x: Tensor, indices: Value, *, axis: int) -> Tensor:
     """Return the elements of x at indices along an axis; rows of a matrix as an embedding."""
     if indices.constant and indices.data.dim() == 0:
-        return x.select(axis, int(indices.known("indices")))
+        return x.select(axis, indices.numbers("indices"))
     axis = axis % x.dim()
     index = combined(lambda i: wrapped(i, x.shape[axis]), indices).tensor()
     if axis == 0 and x.dim() == 2 and x.is_floating_point():
@@ -75,7 +75,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
-@rule("Scatter", "ScatterElements", unsigned="order")
+@rule("ScatterElements", unsigned="order")
 def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int, reduction: str = "none") -> Tensor:
     """Return x with updates written, or added, multiplied or compared, at indices along an axis."""
     index = wrapped(indices, x.shape[axis])
@@ -84,6 +84,12 @@ def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int, 
     if reduction not in REDUCTIONS:
         raise Unsupported(f"the reduction {reduction}")
     return x.scatter_reduce(axis, index, updates, REDUCTIONS[reduction])
+
+
+@rule("Scatter", unsigned="order")
+def scatter(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int) -> Tensor:
+    """Return x with updates written at indices along an axis."""
+    return scatter_elements(x, indices, updates, axis=axis)
 
 
 @rule("ScatterND", unsigned="order")
@@ -141,11 +147,7 @@ def reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int, time_axis: 
 def compress(x: Tensor, condition: Value, *, axis: int | None = None) -> Tensor:
     """Return the slices of x along an axis, without one the elements, for which the condition holds."""
     x, axis = (x.reshape(-1), 0) if axis is None else (x, axis)
-    if condition.constant:
-        chosen = condition.known("condition").nonzero().reshape(-1)
-        return x.index_select(axis, chosen)
-    chosen = condition.tensor().nonzero().reshape(-1)
-    return x.index_select(axis, chosen)
+    return x.index_select(axis, combined(lambda c: c.nonzero().reshape(-1), condition).tensor())
 
 
 @rule("NonZero")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thresher.frontend.onnx.rules import rule
-from thresher.frontend.onnx.values import Unsupported
+from thresher.frontend.onnx.values import Unsupported, real_tensors
 
 ML, TRAINING = "ai.onnx.ml", "ai.onnx.preview.training"
 
@@ -94,21 +94,24 @@ def tree_ensemble(
     """
     if post_transform:
         raise Unsupported("a transform of the scores")
-    modes = [int(m) for m in nodes_modes]
+    with real_tensors():
+        modes = nodes_modes.tolist()
+        members = [] if membership_values is None else membership_values.tolist()
     missing = list(nodes_missing_value_tracks_true or [0] * len(modes))
     features = x.index_select(1, torch.tensor(list(nodes_featureids)))  # [samples, nodes]
-    holds = _compared(features, modes, nodes_splits.to(x.dtype), membership_values)
+    holds = _compared(features, modes, nodes_splits.to(x.dtype), members)
     holds = torch.where(features.isnan(), torch.tensor(missing, dtype=torch.bool), holds)
     count = len(modes)  # leaves are numbered behind the nodes
-    ways = [
-        torch.tensor([i + count if leaf else i for i, leaf in zip(ids, leaves)])
+    lists = [
+        [i + count if leaf else i for i, leaf in zip(ids, leaves)]
         for ids, leaves in ((nodes_falsenodeids, nodes_falseleafs), (nodes_truenodeids, nodes_trueleafs))
     ]
+    otherwise, following = (torch.tensor(way) for way in lists)
     current = torch.tensor(list(tree_roots)).expand(x.shape[0], len(tree_roots))
-    for _ in range(_depth(tree_roots, [w.tolist() for w in ways], count)):
+    for _ in range(_depth(tree_roots, lists, count)):
         node = current.clamp(max=count - 1)
-        following = torch.where(torch.gather(holds, 1, node), ways[1][node], ways[0][node])
-        current = torch.where(current < count, following, current)
+        reached = torch.where(torch.gather(holds, 1, node), following[node], otherwise[node])
+        current = torch.where(current < count, reached, current)
     leaf = current - count
     weights, targets = leaf_weights.to(x.dtype)[leaf], torch.tensor(list(leaf_targetids))[leaf]
     kind = {AVERAGE: "sum", SUM: "sum", MIN: "amin", MAX: "amax"}[aggregate_function]
@@ -118,7 +121,7 @@ def tree_ensemble(
     return result / len(tree_roots) if aggregate_function == AVERAGE else result
 
 
-def _compared(x: Tensor, modes: Sequence[int], splits: Tensor, members: Tensor | None) -> Tensor:
+def _compared(x: Tensor, modes: Sequence[int], splits: Tensor, members: list[float]) -> Tensor:
     """Return for each sample and node whether its comparison holds."""
     comparisons = {
         LEQ: x <= splits,
@@ -132,12 +135,11 @@ def _compared(x: Tensor, modes: Sequence[int], splits: Tensor, members: Tensor |
     result = torch.zeros_like(x, dtype=torch.bool)
     for kind in sorted(set(modes) - {MEMBER}):
         result = torch.where(kinds == kind, comparisons[kind], result)
-    values = [] if members is None else members.tolist()
     for i in (i for i, m in enumerate(modes) if m == MEMBER):
-        end = next(j for j, v in enumerate(values) if v != v)  # not a number: the end of a set
-        within = (x[:, i : i + 1] == torch.tensor(values[:end], dtype=x.dtype)).any(1, keepdim=True)
+        end = next(j for j, v in enumerate(members) if v != v)  # not a number: the end of a set
+        within = (x[:, i : i + 1] == torch.tensor(members[:end], dtype=x.dtype)).any(1, keepdim=True)
         result = torch.where(torch.arange(len(modes)) == i, within, result)
-        values = values[end + 1 :]
+        members = members[end + 1 :]
     return result
 
 

@@ -31,9 +31,8 @@ class OnnxModel(nn.Module):
         """Raise :class:`CaptureError` for operators that are not known, for types that torch does not have, and for a wrong ``fixed``."""
         super().__init__()
         self.definitions = Definitions.of(proto)
-        self._statistics = {
-            n.input[i] for n in _nodes(proto.graph) if n.op_type == "BatchNormalization" for i in (3, 4)
-        }
+        batch_norms = [n for n in _nodes(proto.graph) if n.op_type == "BatchNormalization"]
+        self._statistics = {name for n in batch_norms for name in n.input[3:5]}
         try:
             self.graph = Reading(self.definitions.opsets, self._keep).graph(proto.graph)
             calls = self.graph.all_calls()
@@ -93,8 +92,17 @@ class OnnxModel(nn.Module):
             results = evaluator.run(self.graph, [values.get(name) for name in self.graph.inputs], {})
             outputs = tuple(None if v is None else _output(v) for v in results)
         except Unsupported as reason:
-            raise CaptureError(str(reason)) from reason
+            raise CaptureError(f"{reason}{_cure(reason.inputs)}") from reason
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _cure(inputs: frozenset[str]) -> str:
+    """Return what the user can do where inputs would have to be constants."""
+    if not inputs:
+        return ""
+    fixed = ", ".join(f"{name!r}: ..." for name in sorted(inputs))
+    options = " ".join(f"--fixed {name}=..." for name in sorted(inputs))
+    return f". If they are always the same: read_onnx(path, fixed={{{fixed}}}), or {options}"
 
 
 def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from thresher.frontend.onnx.dtypes import torch_dtype
-from thresher.frontend.onnx.rules import Fixed, Node, rule
+from thresher.frontend.onnx.rules import Floats, Ints, Node, rule
 from thresher.frontend.onnx.values import Unsupported
 
 
@@ -134,10 +134,10 @@ def lp_normalization(x: Tensor, *, axis: int, p: int) -> Tensor:
 
 @rule("Dropout", since=12)
 def dropout(
-    x: Tensor, ratio: Fixed | None = None, training_mode: Fixed | None = None, *, seed: int | None = None
+    x: Tensor, ratio: Floats | None = None, training_mode: Ints | None = None, *, seed: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return x, and that all of it is kept; refuse training form, which is random unless the ratio is 0."""
-    if training_mode is not None and bool(training_mode) and (ratio is None or float(ratio) != 0):
+    if training_mode and training_mode[0] and (ratio is None or ratio[0] != 0):
         raise Unsupported("dropout in training form, which is random")
     return x, torch.ones_like(x, dtype=torch.bool)
 

@@ -20,7 +20,7 @@ from thresher.frontend.onnx.values import Unsupported
 
 @dataclass(frozen=True)
 class Method:
-    """How elements are weighted: attributes of Resize, as the specification names them."""
+    """The attributes of Resize that say how elements are weighted."""
 
     mode: str
     coordinates: str = "half_pixel"

@@ -8,7 +8,6 @@ Positional parameters are inputs, in the order of the specification. Their annot
     Tensor      a tensor that depends on inputs of the model, or a constant
     Ints        numbers that must be constants: a list of whole numbers, however many dimensions the tensor has
     Floats      the same of floating-point numbers
-    Fixed       a tensor that must be a constant
     Number      a Python number where the input is a constant of one element, else a tensor
     Tensors     a sequence as a list of tensors
     Value       the input as it is, for operators that compute nothing
@@ -35,7 +34,6 @@ from thresher.frontend.onnx.values import Unsupported, Value
 
 Ints: TypeAlias = Annotated[Sequence[int], "ints"]
 Floats: TypeAlias = Annotated[Sequence[float], "floats"]
-Fixed: TypeAlias = Annotated[Tensor, "fixed"]
 Number: TypeAlias = Annotated[Any, "number"]
 Tensors: TypeAlias = Annotated[list[Tensor], "tensors"]
 
@@ -46,7 +44,7 @@ Unsigned = Literal["native", "bits", "order"]
 
 @dataclass(frozen=True)
 class Node:
-    """What a rule may ask about its node.
+    """A node as its rule sees it.
 
     Attributes:
         outputs: the number of outputs that the file names.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thresher.frontend.onnx.rules import Fixed, Ints, Tensors, rule
+from thresher.frontend.onnx.rules import Ints, Tensors, rule
 from thresher.frontend.onnx.values import Unsupported, Value, combined, constant
 
 
@@ -65,16 +65,12 @@ def concat_from_sequence(items: Tensors, *, axis: int, new_axis: int) -> Tensor:
 
 
 @rule("SplitToSequence")
-def split_to_sequence(x: Value, split: Fixed | None = None, *, axis: int, keepdims: int) -> Value:
+def split_to_sequence(x: Value, split: Value | None = None, *, axis: int, keepdims: int) -> Value:
     """Return x in parts along an axis: of one size, of the sizes stated, or of size 1, then without the axis where ``keepdims`` is 0."""
     length = int(x.data.shape[axis])
-    if split is None:
-        sizes = [1] * length
-    elif split.dim() == 0:
-        size = int(split)
-        sizes = [min(size, length - start) for start in range(0, length, size)]
-    else:
-        sizes = split.tolist()
+    sizes = [1] * length if split is None else split.numbers("split")
+    if not isinstance(sizes, list):
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
     squeezed = split is None and not keepdims
     parts, start = [], 0
     for size in sizes:

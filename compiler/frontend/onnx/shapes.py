@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.frontend.onnx.dtypes import torch_dtype
-from thresher.frontend.onnx.rules import Fixed, Ints, Node, rule
-from thresher.frontend.onnx.values import Unsupported, Value, constant
+from thresher.frontend.onnx.rules import Ints, Node, rule
+from thresher.frontend.onnx.values import Unsupported, Value, constant, real_tensors
 
 
 @rule("Shape", since=1)
@@ -166,14 +166,17 @@ def constant_node(
 
 
 @rule("Range")
-def range_(start: Fixed, limit: Fixed, step: Fixed, *, stash_type: int = 1) -> Tensor:
+def range_(start: Value, limit: Value, step: Value, *, stash_type: int = 1) -> Value:
     """Return start, start + step, ... below the limit."""
-    if start.dtype.is_floating_point:
-        wide = torch_dtype(stash_type) if start.element_size() == 2 else start.dtype
-        first, last, width = (v.to(wide) for v in (start, limit, step))
+    with real_tensors():
+        first, last, width = (v.known(name) for v, name in ((start, "start"), (limit, "limit"), (step, "step")))
+        dtype = first.dtype
+        if not dtype.is_floating_point:
+            return Value(torch.arange(int(first), int(last), int(width), dtype=dtype), constant=True)
+        wide = torch_dtype(stash_type) if dtype.itemsize == 2 else dtype
+        first, last, width = (v.to(wide) for v in (first, last, width))
         count = max(0, math.ceil((last - first) / width))
-        return (first + torch.arange(count, dtype=wide) * width).to(start.dtype)
-    return torch.arange(int(start), int(limit), int(step), dtype=start.dtype)
+        return Value((first + torch.arange(count, dtype=wide) * width).to(dtype), constant=True)
 
 
 @rule("EyeLike")

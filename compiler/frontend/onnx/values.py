@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Unsupported(Exception):
-    """A use of an operator that is not covered; the message says which."""
+    """A use of an operator that is not covered; the message says which.
 
+    ``inputs``: the inputs of the model that would have to be constants.
+    """
 
-class DependsOnInputs(Unsupported):
-    """A number that must be known when the graph is captured, but is computed of inputs of the model."""
+    def __init__(self, message: str, inputs: frozenset[str] = frozenset()):
+        super().__init__(message)
+        self.inputs = inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +50,24 @@ class Value:
         return self.data if self.retrace is None else self.retrace()
 
     def known(self, name: str) -> Tensor:
-        """Return the tensor of a constant; raise :class:`DependsOnInputs` for another, calling it ``name``."""
+        """Return the tensor of a constant; raise :class:`Unsupported` for another, calling it ``name``."""
         if not self.constant:
-            names = ", ".join(sorted(self.sources))
-            raise DependsOnInputs(f"its {name} depends on values of the input {names}, not on shapes only")
+            raise Unsupported(f"its {name} depends on values of {', '.join(sorted(self.sources))}", self.sources)
         if not isinstance(self.data, Tensor):
             raise Unsupported(f"its {name} is no tensor")
-        return self.data.detach()
+        with real_tensors():
+            return self.data.detach()
+
+    def numbers(self, name: str) -> Any:
+        """Return the number of a constant, or the nested list of them, as :meth:`known` checks it."""
+        with real_tensors():
+            return self.known(name).tolist()
 
 
 @contextmanager
 def real_tensors() -> Iterator[None]:
     """Compute at once in the block, also while torch.export traces."""
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes():
         yield
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.frontend.onnx.rules import Floats, Ints, rule
-from thresher.frontend.onnx.values import Unsupported, Value
+from thresher.frontend.onnx.values import Unsupported, Value, real_tensors
 
 MAX_BOXES = 1000  # of a class; the choice of each is unrolled
 
@@ -42,13 +42,13 @@ def roi_align(
     extent = boxes[:, 2:] - boxes[:, :2]
     if not half_pixel:
         extent = extent.clamp(min=1.0)
-    bins = torch.tensor([output_width, output_height])
     if sampling_ratio > 0:
         return _bins(x, boxes, extent, batch_indices, (output_height, output_width), (sampling_ratio,) * 2, mode)
     # as many points as the region is large: that must be a constant
-    known = rois.known("rois") * spatial_scale - (0.5 if half_pixel else 0.0)
-    sizes = known[:, 2:] - known[:, :2]
-    counts = torch.ceil((sizes if half_pixel else sizes.clamp(min=1.0)) / bins).to(torch.int64).tolist()
+    with real_tensors():
+        sizes = (rois.known("rois")[:, 2:] - rois.known("rois")[:, :2]) * spatial_scale
+        bins = torch.tensor([output_width, output_height])
+        counts = torch.ceil((sizes if half_pixel else sizes.clamp(min=1.0)) / bins).to(torch.int64).tolist()
     results = [
         _bins(x, boxes[i : i + 1], extent[i : i + 1], batch_indices[i : i + 1], (output_height, output_width), (rows, columns), mode)
         for i, (columns, rows) in enumerate(counts)
