@@ -211,5 +211,6 @@ LIBRARY.add_argument(
     "--library",
     default="never",
     choices=("auto", "never"),
-    help="auto: torch's own kernels where tuning found them faster; the artifact then needs torch. never (default): it does not",
+    help="auto: torch's own kernels for operators that have no lowering, or where tuning found them faster; the artifact then needs "
+    "torch. never (default): such an operator is refused",
 )

@@ -73,7 +73,7 @@ def _floor_of_quotient(a: Any, b: Any) -> Any:
     quotient = tirx.Select(lower, quotient - one, quotient)
     whole = te.floor(quotient)
     whole = tirx.Select(quotient - whole > half, whole + one, whole)
-    return tirx.Select(b == zero, a / b, tirx.Select(quotient != zero, whole, zero * (a / b)))
+    return tirx.Select(b == zero, a / b, tirx.Select(quotient == zero, zero, whole))
 
 
 @semantics(aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default)

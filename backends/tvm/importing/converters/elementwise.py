@@ -78,13 +78,23 @@ def _arithmetic(operation: Callable) -> Converter:
 
     def convert(importer: Importer, node: fx.Node) -> Any:
         dtype = result_dtype(node)
-        a, b = (cast(importer, importer.value(x), dtype) for x in node.args[:2])
+        a, b = (cast(importer, _from_memory(importer.value(x), node), dtype) for x in node.args[:2])
         alpha = argument(node, 2, "alpha", 1)
         if alpha != 1:
             b = importer.emit(R.multiply(b, relax.const(alpha, dtype)))
         return importer.emit(operation(a, b))
 
     return convert
+
+
+def _from_memory(value: Any, node: fx.Node) -> Any:
+    """Return a literal 0 as an array of one element: TVM takes a product with the number for 0, also where the factor is not finite."""
+    floating = dtype_of(node).is_floating_point and shape_of(node)
+    return relax.const(np.zeros(1), result_dtype(node)) if floating and _is_zero(value) else value
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
 
 
 SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add)
@@ -155,22 +165,43 @@ SEMANTICS[aten.div.Tensor] = SEMANTICS[aten.div.Scalar] = _arithmetic(
 
 def _comparison(operation: Callable) -> Converter:
     def convert(importer: Importer, node: fx.Node) -> Any:
-        values = [torch.empty(0, dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
-        dtype = dtype_name(torch.result_type(*values))
-        return importer.emit(operation(*(cast(importer, importer.value(x), dtype) for x in node.args[:2])))
+        if node.args[0] is node.args[1] and dtype_of(node.args[0]).is_floating_point:
+            raise NotImplementedError("a value beside itself, which TVM takes for equal")
+        return importer.emit(operation(*_compared(importer, node)))
 
     return convert
 
 
+def _compared(importer: Importer, node: fx.Node) -> list[Any]:
+    """Return the two arguments in the dtype that torch compares them in."""
+    values = [torch.empty([1] * len(shape_of(x)), dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
+    dtype = dtype_name(torch.result_type(*values))
+    return [cast(importer, importer.value(x), dtype) for x in node.args[:2]]
+
+
 for _name, _operation in {
     "eq": R.equal,
-    "ne": R.not_equal,
     "lt": R.less,
     "le": R.less_equal,
     "gt": R.greater,
     "ge": R.greater_equal,
 }.items():
     SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
+
+
+@semantics(aten.ne.Tensor, aten.ne.Scalar)
+def not_equal(importer: Importer, node: fx.Node) -> Any:
+    """Return whether two values differ, as a NaN does from all: TVM's comparison is false for one."""
+    a, b = _compared(importer, node)
+    if "float" not in str(a.ty.dtype):
+        return importer.emit(R.not_equal(a, b))
+    if node.args[0] is node.args[1]:
+        return importer.emit(R.isnan(a))
+    tests = [R.less(a, b), R.greater(a, b), R.isnan(a), *([R.isnan(b)] if is_tensor(node.args[1]) else [])]
+    first, *others = (importer.emit(test) for test in tests)
+    for other in others:
+        first = importer.emit(R.logical_or(first, other))
+    return first
 
 
 ARITHMETIC = frozenset(

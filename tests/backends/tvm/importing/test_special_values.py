@@ -53,6 +53,8 @@ OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
         F.batch_norm(x[1:, 2:], None, None, training=True),
         torch.var_mean(x[1:, 2:], (0, 2)),
     ),
+    "comparisons": lambda x: (x != 0, x != x, x != x.flip(0), x == x.flip(0), x < x.flip(1), x.isnan()),
+    "times and by zero": lambda x: (x * 0, x * -0.0, 0.0 / x, x / 0.0),
     "cat with none": lambda x: torch.cat([x[..., :0], x, x.new_zeros(0), x.double()[..., :2]], -1),
 }
 OF_WHOLE: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -89,6 +91,21 @@ def test_images(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_whole_numbers(name: str, dtype: torch.dtype) -> None:
     check(OF_WHOLE[name], WHOLE.to(dtype), DIVISORS.to(dtype))
+
+
+def test_a_value_beside_itself() -> None:
+    """A NaN is not equal to itself."""
+    model = thresher.compile(Function(lambda x: (x == x, x <= x, x - x)).eval(), (IMAGE,), target="cpu")
+    for result, expected in zip(model(IMAGE), (IMAGE == IMAGE, IMAGE <= IMAGE, IMAGE - IMAGE), strict=True):
+        torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+def test_a_number_is_compared_in_the_dtype_of_the_tensor() -> None:
+    check(
+        lambda x, number: (x == number, x != number, x > number),
+        torch.full((3,), 0.1),
+        torch.tensor(0.1, dtype=torch.float64),
+    )
 
 
 def test_a_division_by_zero_does_not_end_the_process() -> None:
