@@ -172,7 +172,8 @@ def _positions(axis: Axis, method: Method) -> np.ndarray:
     if method.coordinates == "half_pixel":
         return half_pixel
     if method.coordinates == "half_pixel_symmetric":
-        return half_pixel + axis.old / 2 * (1 - axis.new / whole)
+        # added in the order of the reference: a last bit decides where a position is rounded down
+        return axis.old / 2 * (1 - axis.new / whole) + (index + 0.5) / axis.scale - 0.5
     if method.coordinates == "pytorch_half_pixel":
         return half_pixel if whole != 1 else np.full(axis.new, -0.5)
     if method.coordinates == "tf_half_pixel_for_nn":
