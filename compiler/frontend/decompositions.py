@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputSpec
 
 from thresher.errors import CaptureError
 from thresher.frontend.fast_decompositions import fast_decompositions
+from thresher.frontend.routed_experts import grouped_products
 from thresher.runtime.memory import shared_pair
 
 #: Passes match on these, and the backend has kernels for them.
@@ -47,11 +48,12 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
 
 
 def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
-    """Return torch's table of decompositions without those of KEPT_WHOLE."""
+    """Return torch's table of decompositions without those of KEPT_WHOLE, and with that of products of groups of rows."""
     table = torch.export.default_decompositions()
     for operator in list(table.keys()):
         if operator._schema.name.removeprefix("aten::") in KEPT_WHOLE:
             table.pop(operator)
+    table.update(grouped_products())
     return table
 
 

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from thresher.errors import CaptureError
 from thresher.frontend.decompositions import decompose
 from thresher.frontend.module_state import as_buffers, eval_mode, plain_tensors, same_attributes
+from thresher.frontend.routed_experts import static_experts
 from thresher.frontend.side_effects import SideEffects, depends_on_earlier_calls
 
 CURES = """Usual cures:
@@ -63,7 +64,7 @@ def _export(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[ExportedProgram, SideEffects]:
     effects = SideEffects()
-    with same_attributes(model), effects.watching(model):
+    with same_attributes(model), effects.watching(model), static_experts():
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), effects
         except CaptureError:

@@ -7,7 +7,6 @@ arguments.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,22 +40,28 @@ class NamingBuilder(relax.BlockBuilder):
 
 
 def kernels(before: tvm.IRModule, fused: tvm.IRModule, origins: Mapping[str, str]) -> Kernels:
-    """Return the calls of ``main`` in ``fused`` with the nodes they compute; ``before`` is the same module before ``FuseOps``."""
+    """Return the calls of ``main`` in ``fused`` with the nodes they compute; ``before`` is the same module before ``FuseOps``.
+
+    Calls are told apart by what they compute, all equal ones alike: which of two equal values another call reads, nobody can tell.
+    """
     main = before["main"]
     known: dict[Any, int] = {p: -1 - i for i, p in enumerate(main.params)}
-    calls: dict[Any, list[int]] = defaultdict(list)
-    names: list[str] = []
+    computations: dict[Any, int] = {}
+    names: list[list[str]] = []  # of the nodes of each computation
     for var, value in _bindings(main):
-        calls[_key(value, known)].append(len(names))
-        known[var] = len(names)
-        names.append(origins.get(var.name, ""))
+        known[var] = computations.setdefault(_key(value, known), len(names))
+        if known[var] == len(names):
+            names.append([])
+        names[known[var]].append(origins.get(var.name, ""))
+    unknown = len(names)
+    names.append([])  # of a call that has no counterpart
 
     def number(value: Any, numbers: dict[Any, int]) -> int:
-        """Return the index of the binding of ``before`` that ``value`` is; each is returned once."""
-        waiting = calls.get(_key(value, numbers))
-        return waiting.pop(0) if waiting else len(names)
+        return computations.get(_key(value, numbers), unknown)
 
-    names.append("")  # of a call that has no counterpart
+    def name(of: int) -> str:
+        return names[of].pop(0) if names[of] else ""
+
     result: Kernels = []
     main = fused["main"]
     numbers: dict[Any, int] = {p: -1 - i for i, p in enumerate(main.params)}
@@ -65,15 +70,16 @@ def kernels(before: tvm.IRModule, fused: tvm.IRModule, origins: Mapping[str, str
         inner = None if callee is None else fused[callee]
         if callee is None or not isinstance(inner, relax.Function):
             numbers[var] = number(value, numbers)
+            node = name(numbers[var])
             if _is_kernel(value):
-                result.append((_kernel_name(value), _named([names[numbers[var]]])))
+                result.append((_kernel_name(value), _named([node])))
             continue
         inside = {p: _key(a, numbers) for p, a in zip(inner.params, value.args)}
         nodes = []
         for inner_var, inner_value in _bindings(inner):
             inside[inner_var] = number(inner_value, inside)
-            nodes.append(names[inside[inner_var]])
-        numbers[var] = inside[inner.body.body] if inner.body.body in inside else len(names) - 1
+            nodes.append(name(inside[inner_var]))
+        numbers[var] = inside.get(inner.body.body, unknown)
         result.append((callee.name_hint, _named(nodes)))
     return result
 

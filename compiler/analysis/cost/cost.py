@@ -27,6 +27,10 @@ def _linear(node: fx.Node) -> int:
     return 2 * math.prod(sizes(node)) * sizes(node.args[1])[1]
 
 
+def _by_expert(node: fx.Node) -> int:
+    return 2 * math.prod(sizes(node)) * sizes(node.args[2])[2]
+
+
 def _matmul(node: fx.Node) -> int:
     return 2 * math.prod(sizes(node)) * sizes(node.args[0])[-1]
 
@@ -67,6 +71,7 @@ COUNTERS: dict[Any, Callable[[fx.Node], int]] = {
     ops.sparse_linear.default: _linear,
     ops.gated_linear.default: _linear,
     ops.pruned_linear.default: _linear,
+    ops.expert_linear.default: _by_expert,
     ops.conv2d_nhwc.default: _convolution,
     ops.conv3d_ndhwc.default: _convolution,
     ops.conv_transpose2d_nhwc.default: _transposed,

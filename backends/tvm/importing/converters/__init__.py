@@ -10,6 +10,7 @@ from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fi
     complex_numbers,
     convolutions,
     elementwise,
+    experts,
     extrema,
     movement,
     norms,

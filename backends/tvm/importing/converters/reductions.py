@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
+from tvm import te, tirx
 
 from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.registry import (
@@ -13,6 +14,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     cast,
     result_dtype,
     semantics,
+    sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
 
@@ -42,3 +44,29 @@ def product_over(importer: Importer, node: fx.Node) -> Any:
     """Compute products over one dimension in the dtype of the result."""
     value = cast(importer, importer.value(node.args[0]), result_dtype(node))
     return importer.emit(R.prod(value, [node.args[1]], bool(argument(node, 2, "keepdim", False))))
+
+
+@semantics(aten.histc.default)
+def histc(importer: Importer, node: fx.Node) -> Any:
+    """Count the elements of each of ``bins`` equal intervals from ``min`` to ``max``; what lies outside counts nowhere."""
+    bins, low, high = argument(node, 1, "bins", 100), argument(node, 2, "min", 0), argument(node, 3, "max", 0)
+    if low >= high:
+        raise NotImplementedError("intervals from the least to the largest element: give min and max, min below max")
+    dtype, shape = result_dtype(node), sizes(node.args[0])
+
+    def counted(x: te.Tensor) -> te.Tensor:
+        axes = [
+            te.reduce_axis((tirx.const(0, "int64"), tirx.const(size, "int64")), name=f"i{d}")
+            for d, size in enumerate(shape)
+        ]
+        first, last = tirx.const(float(low), dtype), tirx.const(float(high), dtype)
+
+        def count(interval: Any) -> Any:
+            value = x[tuple(axes)]
+            at = tirx.Cast("int64", (value - first) * tirx.const(float(bins), dtype) / (last - first))
+            hit = tirx.all(value >= first, value <= last, te.min(at, tirx.const(bins - 1, "int64")) == interval)
+            return te.sum(tirx.Select(hit, tirx.const(1.0, dtype), tirx.const(0.0, dtype)), axis=axes)
+
+        return te.compute((bins,), count, name="histc")
+
+    return importer.emit_te("histc", counted, importer.value(node.args[0]))

@@ -306,6 +306,9 @@ REDUCTIONS = {
     "normalize": lambda x: F.normalize(x, dim=1),
     "sum_int": lambda x: (x > 0).sum(1),
     "topk_values": lambda x: x.topk(2, -1).values,
+    "topk_any_order": lambda x: x.topk(3, 1, sorted=False).values.sort(1).values,
+    "topk_smallest": lambda x: tuple(x.topk(2, -1, largest=False)),
+    "histc": lambda x: x.histc(7, -1.5, 2.0),
     "sort": lambda x: x.sort(-1).values,
     "count": lambda x: (x > 0).float().mean((1, 2)),
 }
