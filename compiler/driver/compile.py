@@ -105,9 +105,9 @@ def run_stages(
     build, widths = build_widths(captured, lowering_options_of(options, session), calibration, options, session)
     build, approximation = keep_approximation_if_faster(build, calibration, options, session)
     build, tuning = tune_kernels(build, options.tune, session) if isinstance(options.tune, Tune) else (build, {})
-    build, checks = validate_build(build, captured, calibration, options, session)
+    validated = validate_build(build, captured, calibration, options, session)
     races = {"widths": widths, "approximation": approximation, "tuning": tuning}
-    return summarize(captured, build, checks, races, options, session)
+    return summarize(captured, validated, races, options, session)
 
 
 def lower(

@@ -34,6 +34,7 @@ from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Context, Pass, SkippedZeros
 from thresher.rewriting.manager import PassManager, PassRecord
+from thresher.runtime.comparison import Check
 from thresher.verification.certificate import Certificate
 
 BATCH_ROUNDS = 7  # of the race between batch sizes: their ratios decide, not their last per cent
@@ -92,7 +93,7 @@ class Rewritten:
     """The program after the passes, its constants rounded to the dtypes that they declare.
 
     ``exact`` is the program that approximate passes started from, None where none of them changed anything; ``certificate`` proves the
-    fold, ``ledger`` lists what was spent of the budget.
+    fold, ``ledger`` lists what was spent of the budget, and ``unmade`` are comparisons of passes that could not be made.
     """
 
     program: Program
@@ -101,6 +102,7 @@ class Rewritten:
     exact: Program | None = None
     certificate: Certificate | None = None
     ledger: Sequence[Spent] = ()
+    unmade: Sequence[Check] = ()
 
     def as_text(self) -> str:
         """Return the program, one line a node."""
@@ -193,7 +195,9 @@ def transform(
         program = manager.run(captured.program, context).rounded()
         approximated = any(r.status == "changed" and r.kind == "approximate" for r in manager.records)
         exact = manager.exact.rounded() if approximated and manager.exact is not None else None
-        return Rewritten(program, session.machine, manager.records, exact, manager.certificate, manager.ledger)
+        return Rewritten(
+            program, session.machine, manager.records, exact, manager.certificate, manager.ledger, manager.unmade
+        )
 
 
 # ---------------------------------------------------------------------- program -> code

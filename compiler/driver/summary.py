@@ -10,6 +10,7 @@ from thresher.analysis.cost.peak_memory import peak_bytes
 from thresher.artifact.compiled import Compiled
 from thresher.backends.base import Executable
 from thresher.backends.batched import BatchedExecutable
+from thresher.driver.check import Validated
 from thresher.driver.options import CompileOptions
 from thresher.driver.race import Times
 from thresher.driver.session import Session
@@ -20,27 +21,18 @@ from thresher.report.data import Figures, Kernel, TorchCall
 from thresher.report.graph_diff import Line, graph_lines, mark_differences
 from thresher.report.report import Report
 from thresher.runtime.comparison import Check
-from thresher.runtime.reference_run import ReferenceRun
-from thresher.verification.rounding import rounding_allowance
 
 
 def summarize(
-    captured: Captured,
-    build: Build,
-    checks: Sequence[Check],
-    races: Mapping[str, Times],
-    options: CompileOptions,
-    session: Session,
+    captured: Captured, validated: Validated, races: Mapping[str, Times], options: CompileOptions, session: Session
 ) -> Compiled:
     """Return the compiled model. ``races``: the times of ``widths``, ``approximation`` and ``tuning``, where they were measured."""
-    program, probe = build.rewritten.program, build.rewritten.program.probe
-    reference_run = ReferenceRun.of(probe, captured.eager(probe), rounding_allowance(program, probe))
-    report = _report(captured, build, checks, races, session)
+    build, program = validated.build, validated.build.rewritten.program
+    report = _report(captured, build, validated.checks, races, session)
     certificate = build.rewritten.certificate if options.certificate else None
     certificate = certificate and certificate.detached()
-    return Compiled(
-        program.signature(session.device), build.executable, report, program.text(), reference_run, certificate
-    )
+    signature = program.signature(session.device)
+    return Compiled(signature, build.executable, report, program.text(), validated.reference_run, certificate)
 
 
 def _report(

@@ -18,7 +18,8 @@ class Interpreter:
     Args:
         graph: the calls; its output node holds the flat results.
         constants: the tensor of each ``get_attr`` node, by its target.
-        dtype: evaluate everything floating in this dtype (inputs, constants, dtype literals); None: as the nodes declare.
+        dtype: evaluate everything floating in this dtype, and complex numbers in the one that has it as parts (inputs, constants, dtype
+            literals); None: as the nodes declare.
         watch: called with every node and its value as soon as it is computed.
     """
 
@@ -34,11 +35,11 @@ class Interpreter:
     def _convert(self, value: Any) -> Any:
         if self.dtype is None:
             return value
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self.dtype)
-        if isinstance(value, torch.dtype) and value.is_floating_point:
-            return self.dtype
-        return value
+        kind = value.dtype if isinstance(value, Tensor) else value
+        if not isinstance(kind, torch.dtype) or not (kind.is_floating_point or kind.is_complex):
+            return value
+        dtype = self.dtype.to_complex() if kind.is_complex else self.dtype
+        return value.to(dtype) if isinstance(value, Tensor) else dtype
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """Return the flat results for one flat input per placeholder. Raises :class:`ProgramError` for a graph without an output node."""

@@ -8,6 +8,7 @@ from thresher.approximation.ledger import Spent
 from thresher.report.data import Kernel, ReportData
 from thresher.rewriting.contract import SkippedZeros
 from thresher.rewriting.manager import PassRecord
+from thresher.runtime.comparison import Check
 
 Row = tuple[str, ...]
 Table = tuple[Sequence[str], list[Row]]  # column titles, rows
@@ -37,11 +38,10 @@ def passes(report: ReportData, idle: bool = True) -> Table:
 
 
 def checks(report: ReportData) -> Table:
-    """Return the comparisons that validation made."""
-    return ("check", "error", "allowed", "result"), [
-        (c.name, f"{c.error:.1e}", f"{c.tolerance:.0e}", "ok" if c.passed else f"FAILED {c.detail}")
-        for c in report.checks
-    ]
+    """Return the comparisons that validation made; where the model in float64 judged, with the errors of both sides against it."""
+    judged = any(c.ours is not None for c in report.checks)
+    columns = ("check", "error", "allowed", *(("ours against float64", "the reference's") if judged else ()), "result")
+    return columns, [_check_row(c, judged) for c in report.checks]
 
 
 def ledger(report: ReportData) -> Table:
@@ -114,6 +114,13 @@ def _pass_row(record: PassRecord) -> Row:
     error = "" if record.error is None else f"{record.error:.1e}"
     counts = str(len(record.rewrites)), str(len(record.refusals))
     return record.name, result, record.kind, *counts, error, f"{record.seconds:.2f}"
+
+
+def _check_row(check: Check, judged: bool) -> Row:
+    errors = [f"{check.error:.1e}", f"{check.tolerance:.0e}"] if not check.skipped else ["", ""]
+    truth = ["" if e is None else f"{e:.1e}" for e in (check.ours, check.eager)] if judged else []
+    verdict = " ".join(filter(None, ("ok" if check.passed else "FAILED", check.detail)))
+    return check.name, *errors, *truth, f"not made: {check.skipped}" if check.skipped else verdict
 
 
 def _ledger_row(spent: Spent) -> Row:

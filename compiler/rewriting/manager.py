@@ -23,6 +23,7 @@ from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
 from thresher.rewriting.registry import make_pass
+from thresher.runtime.comparison import Check
 from thresher.verification.certificate import Certificate
 from thresher.verification.compare import (
     EXACT_TOLERANCE,
@@ -72,13 +73,15 @@ class PassManager:
     the end, and only if that fails runs again with ``"each"`` to find and revert the pass that failed; ``"off"`` checks
     well-formedness only. Approximate passes are measured by themselves; exact ones after them preserve what they left.
 
-    After :meth:`run`, ``applied`` has an entry for every pass, and ``exact`` is the program before the first approximate one.
+    After :meth:`run`, ``applied`` has an entry for every pass, ``exact`` is the program before the first approximate one, and ``unmade``
+    are comparisons that could not be made, because the program itself fails on a random input.
     """
 
     passes: Sequence[str | Pass]
     verify: Literal["each", "final", "off"] = "final"
     applied: list[Applied] = field(default_factory=list)
     exact: Program | None = None
+    unmade: list[Check] = field(default_factory=list)
 
     @property
     def records(self) -> list[PassRecord]:
@@ -111,7 +114,7 @@ class PassManager:
         _check_order(chain)
         if self.verify not in ("each", "final", "off"):
             raise PassError(f"verify must be 'each', 'final' or 'off', not {self.verify!r}")
-        self.applied, self.exact = [], None
+        self.applied, self.exact, self.unmade = [], None, []
         with _no_collections():
             return self._run_stages(chain, program, context)
 
@@ -137,6 +140,9 @@ class PassManager:
         before = observe(program) if self.verify != "off" else None
         result, applied = self._run(chain, program, context, before if self.verify == "each" else None)
         changed = [a for a in applied if a.changed]
+        if before is not None and before.skipped and changed:
+            name = f"{changed[0].record.name} to {changed[-1].record.name} in float64, random input"
+            self.unmade.append(Check.not_made(name, f"the model itself fails on it: {before.skipped}"))
         if before is None or self.verify != "final" or not changed:
             return result, applied
         divergence = compare_programs(before, result)

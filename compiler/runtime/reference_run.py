@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thresher.errors import ValidationError
-from thresher.runtime.comparison import Check, check_outputs
+from thresher.runtime.comparison import Check, Truth, check_outputs
 from thresher.runtime.signature import Signature
 from thresher.runtime.tensor_spec import is_tensor
 
@@ -16,21 +16,26 @@ from thresher.runtime.tensor_spec import is_tensor
 class ReferenceRun:
     """Flat example inputs, the state before the first call among them, and the outputs of the eager model for them.
 
-    ``steps``: see :func:`thresher.verification.rounding.rounding_allowance`.
+    Attributes:
+        steps: see :func:`thresher.verification.rounding.rounding_allowance`.
+        truth: the outputs in float64 and the spread of each, where the model's own rounding is large; None where it is not.
     """
 
     inputs: list[Any]
     outputs: list[Any]
     steps: float = 0.0
+    truth: Truth | None = None
 
     @staticmethod
-    def of(inputs: Sequence[Any], outputs: Sequence[Any], steps: float = 0.0) -> ReferenceRun:
+    def of(
+        inputs: Sequence[Any], outputs: Sequence[Any], steps: float = 0.0, truth: Truth | None = None
+    ) -> ReferenceRun:
         """Return a reference run of copies of these torch tensors: the user may write into the originals."""
 
         def copied(values: Sequence[Any]) -> list[Any]:
             return [v.detach().clone() if is_tensor(v) else v for v in values]
 
-        return ReferenceRun(copied(inputs), copied(outputs), steps)
+        return ReferenceRun(copied(inputs), copied(outputs), steps, truth)
 
     def state(self, signature: Signature) -> dict[str, Any]:
         """Return the state before the first call, by name."""
@@ -42,9 +47,9 @@ class ReferenceRun:
         Raises :class:`ValidationError` with the numbers if they differ.
         """
         outputs = signature.with_literals(run(signature.check(self.inputs)))
-        check = check_outputs("compiled = eager, stored probe", self.outputs, outputs, self.steps)
+        check = check_outputs("compiled = eager, stored probe", self.outputs, outputs, self.steps, lambda: self.truth)
         if not check.passed:
-            raise ValidationError(f"{check.name}: error {check.error:.2e} > {check.tolerance:.0e} {check.detail}")
+            raise ValidationError(str(check))
         return check
 
     # ------------------------------------------------------------------ in an artifact
@@ -53,7 +58,7 @@ class ReferenceRun:
         """Return the lists for the manifest, which say of each value which tensor or which literal it is, and the tensors by name."""
         lists: dict[str, Any] = {"steps": self.steps}
         tensors: dict[str, Any] = {}
-        for side, values in (("inputs", self.inputs), ("outputs", self.outputs)):
+        for side, values in self._sides().items():
             names = [f"{side}.{i}" if is_tensor(v) else None for i, v in enumerate(values)]
             tensors |= {name: v for name, v in zip(names, values) if name}
             lists[side] = [{"tensor": name} if name else {"value": v} for name, v in zip(names, values)]
@@ -62,8 +67,14 @@ class ReferenceRun:
     @staticmethod
     def from_json(lists: Mapping[str, Any], tensors: Mapping[str, Any]) -> ReferenceRun:
         """Return the reference run of :meth:`to_json`."""
-        inputs, outputs = (
-            [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in lists[side]]
-            for side in ("inputs", "outputs")
-        )
-        return ReferenceRun(inputs, outputs, float(lists["steps"]))
+        sides = {
+            side: [tensors[v["tensor"]] if "tensor" in v else v["value"] for v in lists[side]]
+            for side in ("inputs", "outputs", "truth", "spread")
+            if side in lists
+        }
+        truth = Truth(sides["truth"], sides["spread"]) if "truth" in sides else None
+        return ReferenceRun(sides["inputs"], sides["outputs"], float(lists["steps"]), truth)
+
+    def _sides(self) -> dict[str, Sequence[Any]]:
+        sides: dict[str, Sequence[Any]] = {"inputs": self.inputs, "outputs": self.outputs}
+        return sides if self.truth is None else {**sides, "truth": self.truth.outputs, "spread": self.truth.spread}

@@ -6,6 +6,7 @@ same for logits and for probabilities. NaN and infinities must be in the same pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
 from thresher.runtime.comparison import EXACT_TOLERANCE as EXACT_TOLERANCE  # the public name
 from thresher.runtime.comparison import TOLERANCE, Divergence, compare
+from thresher.verification.probes import probes, random_inputs
 
 #: The tolerances of :mod:`thresher.runtime.comparison` by torch's dtypes.
 LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOLERANCE.items()}
@@ -27,45 +29,43 @@ LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOL
 
 @dataclass
 class Observed:
-    """A program with its outputs on its probes, for comparison with a later version of it."""
+    """A program with its outputs on its probes, for comparison with a later version of it.
+
+    ``skipped`` says why there is no random input among them: the program itself fails on it; empty where there is one.
+    """
 
     program: Program
     probes: list[tuple] = field(default_factory=list)
     outputs: list[list] = field(default_factory=list)
-
-
-def probes(program: Program, seed: int = 0) -> list[tuple]:
-    """Return two lists of flat inputs: the user's example, and a random one of the same shapes.
-
-    The columns of the random one differ in scale by powers of four; integers are the example's, in another order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    random = tuple(_random_like(v, generator) for v in program.probe)
-    return [program.probe, random]
-
-
-def _random_like(value: Any, generator: torch.Generator) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point():
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        if value.dim() > 1:
-            steps = torch.arange(value.shape[-1], dtype=torch.float64) % 3 - 1
-            noise = noise * 4.0**steps
-        scale = value.double().std().item() if value.numel() > 1 else 1.0
-        return (noise * (scale if scale > 0 else 1.0)).to(value.dtype)
-    if value.dtype is torch.bool or value.numel() == 0:
-        return value.clone()
-    order = torch.randperm(
-        value.numel(), generator=generator
-    )  # integers may be indices: only values already seen are safe
-    return value.flatten()[order].reshape(value.shape)
+    skipped: str = ""
 
 
 def observe(program: Program) -> Observed:
-    """Run ``program`` in float64 on its probes."""
-    inputs = probes(program)
-    return Observed(program, inputs, [program.run(*flat, dtype=torch.float64) for flat in inputs])
+    """Run ``program`` in float64 on its example, on random inputs that fit it, and, where the range of those is limited, on noise.
+
+    An exact pass is exact for numbers that the example does not show, too. Inputs on which the program fails are left out.
+    """
+    example, fitting = probes(program)
+    observed = Observed(program, [example], [program.run(*example, dtype=torch.float64)])
+    noise = random_inputs(program, ranges=False)
+    try:
+        observed.outputs.append(program.run(*fitting, dtype=torch.float64))
+        observed.probes.append(fitting)
+        if not _equal(fitting, noise):
+            observed.outputs.append(program.run(*noise, dtype=torch.float64))
+            observed.probes.append(noise)
+    except Exception as error:  # whatever an operator of torch raises
+        observed.skipped = "" if len(observed.probes) > 1 else describe(error)
+    return observed
+
+
+def describe(error: Exception) -> str:
+    """Return one line that names an error of the model itself."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else True for x, y in zip(a, b))
 
 
 def compare_programs(before: Observed, after: Program) -> Divergence:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.ir.program import Program
 from thresher.runtime.comparison import compare
+from thresher.verification.truth import neighbour
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 #: Operators whose result jumps: who is first, who merges with whom, what is looked at, what is kept.
@@ -23,21 +24,25 @@ DISCONTINUOUS_THRESHOLDS = (
     "above",
 )  # the others are continuous, and rounding moves them by no more than itself
 PERTURBATION = 1e-5  # of a value, relative to itself: more than rounding does
+NEIGHBOURS = 4  # points at which the choice in float64 is compared with that in the program's own dtypes
 SAFETY_FACTOR = 4  # so many times as many values may be rounded to the other side than are here
 
 
 def find_undecided_choice(program: Program, flat: Sequence[Any]) -> fx.Node | None:
     """Return the first choice that rounding decides on the inputs ``flat``; None where there is none.
 
-    Such a choice comes out differently in float64, or for inputs that differ by PERTURBATION.
+    Such a choice comes out differently in float64, on these inputs or on what is next to them and the constants
+    (:func:`thresher.verification.truth.neighbour`), or for inputs that differ by PERTURBATION.
     """
     if not any(map(_is_choice, program.calls(*CHOICES))):
         return None
-    reference = _choices(program, flat, torch.float64)
     generator = torch.Generator().manual_seed(0)
-    runs = [_choices(program, flat, None)]
-    runs += [_choices(program, [_perturbed(v, generator) for v in flat], torch.float64) for _ in range(2)]
-    return next((n for n in reference if any(not torch.equal(reference[n], r[n]) for r in runs)), None)
+    exact = _choices(program, flat, torch.float64)
+    pairs = [(exact, _choices(program, [_perturbed(v, generator) for v in flat], torch.float64)) for _ in range(2)]
+    for seed in range(NEIGHBOURS):
+        near, inputs = neighbour(program, flat, seed)
+        pairs.append((_choices(near, inputs, torch.float64), _choices(near, inputs, None)))
+    return next((n for n in exact if any(not torch.equal(a[n], b[n]) for a, b in pairs)), None)
 
 
 def rounding_allowance(program: Program, flat: Sequence[Any]) -> float:

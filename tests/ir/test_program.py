@@ -182,6 +182,20 @@ def test_float64_run_replaces_every_dtype() -> None:
     assert result.dtype is torch.float64
 
 
+def test_float64_run_replaces_complex_types_by_the_wider_one() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("phase", torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.phase).to(torch.complex64) / 3
+
+    program = capture(Casts(), (torch.randn(2, 4),))
+    (result,) = program.run(torch.ones(2, 4), dtype=torch.float64)
+    assert result.dtype is torch.complex128 and abs(result[0, 0].item() - 1 / 3) < 1e-15
+
+
 def test_dynamic_batch() -> None:
     batch = torch.export.Dim("batch", min=1, max=32)
     model, args = ZOO["vit"]()

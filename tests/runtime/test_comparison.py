@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from thresher.runtime.comparison import check_outputs, compare
+from thresher.runtime.comparison import Check, Truth, check_outputs, compare
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,6 +47,49 @@ def test_integers_are_exact(dtype: str) -> None:
     reference = np.array([100, 50]).astype(dtype)
     assert passed(reference, reference) and not passed(reference, reference + np.array(1, dtype))
     assert passed(reference, reference + np.array(1, dtype), steps=0.02)  # a quantised model that rounds
+
+
+def test_large_integers_are_compared_as_such() -> None:
+    """float64 does not tell them apart."""
+    large = np.array([2**60, 3])
+    assert passed(large, large) and not passed(large, large + np.array([1, 0]))
+
+
+def test_dtypes_must_be_equal() -> None:
+    check = check_outputs("x", [np.zeros(2, "int64")], [np.zeros(2, "int32")])
+    assert not check.passed and check.detail == "output 0 is int32 instead of int64"
+
+
+def test_each_output_has_the_tolerance_of_its_dtype() -> None:
+    reference = [np.array([1.0, 2.0], "float16"), np.array([1.0, 2.0], "float32"), np.array([7, 100])]
+    assert check_outputs("x", reference, [reference[0] * np.float16(1.01), *reference[1:]]).passed
+    for index, change in ((1, np.float32(1.001)), (2, 2)):
+        wrong = [v * change if i == index else v for i, v in enumerate(reference)]
+        assert not check_outputs("x", reference, wrong).passed
+
+
+def test_the_check_names_the_output_that_is_nearest_to_its_tolerance() -> None:
+    reference = [np.ones(2, "float16"), np.ones(2, "float32")]
+    check = check_outputs("x", reference, [reference[0] * np.float16(1.001), reference[1] * np.float32(1 + 5e-5)])
+    assert check.passed and check.tolerance == 1e-4 and check.error == pytest.approx(5e-5, rel=0.01)
+
+
+def test_a_check_that_was_not_made() -> None:
+    check = Check.not_made("random input", "it fails")
+    assert check.passed and not check.excused and str(check) == "random input: not made: it fails"
+
+
+def test_the_truth_of_complex_numbers_and_infinities() -> None:
+    """Parts are finite or not for themselves; what is not finite must be so in the truth."""
+    truth = Truth([np.array([1 + 1j, np.inf + 1j, np.nan])], [np.array([1.0, 0.0, 0.0])])
+    reference = np.array([1.5 + 1j, np.inf + 1j, np.nan], "complex64")
+
+    def verdict(value: list) -> bool:
+        return check_outputs("x", [reference], [np.array(value, "complex64")], truth=lambda: truth).passed
+
+    assert verdict([2 + 2j, np.inf + 1j, np.nan]) and verdict([5 + 1j, np.inf + 7j, np.nan])
+    assert not verdict([20 + 1j, np.inf + 1j, np.nan])
+    assert not verdict([2 + 2j, -np.inf + 1j, np.nan]) and not verdict([2 + 2j, np.inf + 1j, 0.0])
 
 
 def test_booleans_are_exact() -> None:
