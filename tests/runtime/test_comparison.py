@@ -119,6 +119,10 @@ def test_literals_must_be_equal() -> None:
     assert not passed(7, 8) and not passed(7, 7.0) and not passed(7, np.array(7.0)) and not passed(1, True)
 
 
+def test_numbers_that_are_read_of_tensors_are_rounded() -> None:
+    assert passed(0.3, 0.3000001) and not passed(0.3, 0.301) and not passed(3, 4)
+
+
 def test_steps_allow_what_rounding_moves() -> None:
     reference, moved = np.array([1.0, 2.0], "float32"), np.array([1.0, 2.2], "float32")
     assert not passed(reference, moved) and passed(reference, moved, steps=0.11)
