@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+import thresher.ops
 from thresher.errors import CaptureError
 from thresher.frontend.capture import capture
 from thresher.frontend.routed_experts import TABLE

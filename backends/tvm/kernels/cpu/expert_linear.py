@@ -90,19 +90,19 @@ class _Body:
     def group_rows(self) -> None:
         """List the rows by expert, in their order, and the tiles."""
         count, rows = self.problem.experts, self.problem.rows
-        place = buffer(count + 1, "int64")
+        slot = buffer(count + 1, "int64")
         with T.serial(count + 2) as e:
             store(self.start, i64(0), e)
         with T.serial(rows) as row:
             expert = self.expert_of(row)
             store(self.start, self.start[expert + 1] + 1, expert + 1)
         with T.serial(count + 1) as e:
-            store(place, self.start[e], e)
+            store(slot, self.start[e], e)
             store(self.start, self.start[e + 1] + self.start[e], e + 1)
         with T.serial(rows) as row:
             expert = self.expert_of(row)
-            store(self.listed, row, place[expert])
-            store(place, place[expert] + 1, expert)
+            store(self.listed, row, slot[expert])
+            store(slot, slot[expert] + 1, expert)
         store(self.tiles, i64(0), i64(0))
         with T.serial(count) as e:
             size = self.start[e + 1] - self.start[e]
