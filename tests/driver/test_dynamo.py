@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -170,16 +169,12 @@ class Counts(nn.Module):
 
 
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:
-    model, x = Counts().eval(), torch.ones(3)
-    compiled = torch.compile(model, backend="thresher")
-    with torch.no_grad(), pytest.warns(UserWarning, match="runs in eager mode: the model writes to"):
-        assert compiled(x)[0] == 1
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert compiled(x)[0] == 2 and model.calls == 2
+    x = torch.ones(3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="runs in eager mode: the model draws random numbers"):
+        assert torch.compile(lambda x: torch.rand_like(x) + x, backend="thresher")(x).min() >= 1
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="the model writes to"):
-        run(Counts().eval(), x, fallback=False)
+    with pytest.raises(Exception, match="draws random numbers"):
+        run(lambda x: torch.rand_like(x) + x, x, fallback=False)
 
 
 def test_found_without_an_import() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.backends.tvm import TVMBackend
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
