@@ -106,6 +106,17 @@ def stored_model_tests(folder: Path) -> list[StoredTest]:
     ]
 
 
+def light_model_test(path: Path) -> StoredTest:
+    """Return the test of a large model with made-up weights: its input is a ramp from 0 to 1, its output lies beside it."""
+    model = onnx.load(path)
+    constants = {t.name for t in model.graph.initializer}
+    (spec,) = (i for i in model.graph.input if i.name not in constants)
+    sizes = [d.dim_value for d in spec.type.tensor_type.shape.dim]
+    ramp = (np.arange(np.prod(sizes)).reshape(sizes) / np.prod(sizes)).astype(np.float32)
+    output = TensorProto.FromString(path.with_name(f"{path.stem}_output_0.pb").read_bytes())
+    return StoredTest(model, {spec.name: torch.from_numpy(ramp)}, [as_torch(output, model.graph.output[0].type)], 1e-3)
+
+
 def _stored(folder: Path, kind: str, specs: Sequence[onnx.ValueInfoProto]) -> list[Any]:
     values = []
     for i, spec in enumerate(specs):
