@@ -43,6 +43,8 @@ def random_like(example: Any, generator: torch.Generator, ranges: bool = True) -
 def _wide(value: Tensor) -> Tensor:
     if value.is_complex():
         return value.resolve_conj().cdouble()
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # with which torch hardly computes
+        return value.to(torch.int64)
     return value.double() if value.is_floating_point() else value
 
 

@@ -204,3 +204,18 @@ def test_dynamic_batch() -> None:
     torch.testing.assert_close(program(x), model(x), atol=1e-5, rtol=1e-4)
     assert program.verify().signature("cpu").inputs[0].shape[1:] == (3, 32, 32)
     assert isinstance(program.signature("cpu").inputs[0].shape[0], str)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2fnuz]
+)
+def test_every_type_has_a_text(dtype: torch.dtype) -> None:
+    """A program of unsigned integers, or of numbers of 8 bits, is written, and read back as the same."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 3)
+
+    program = capture(Model(), (torch.zeros(6, dtype=torch.uint8).to(dtype),))
+    again = parse(program.text())
+    assert again.structurally_equal(program) and again.text() == program.text()

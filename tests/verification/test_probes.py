@@ -123,3 +123,12 @@ def test_a_model_that_fails_on_random_input_is_compared_on_its_example() -> None
     a = torch.tensor([5, 0, 4, 1, 3, 2, 0, 5])
     observed = observe(capture(Function(picky), (a, 5 - a)))
     assert len(observed.probes) == 1 and observed.skipped.startswith("IndexError: index")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_keep_their_numbers(dtype: torch.dtype) -> None:
+    """Numbers above the largest signed one among them; torch itself subtracts and sorts none of these."""
+    largest = torch.iinfo(dtype).max
+    example = torch.tensor([5, largest, 0, largest // 2 + 1], dtype=dtype)
+    probe = random_like(example, torch.Generator().manual_seed(0))
+    assert probe.dtype == dtype and sorted(probe.tolist()) == sorted(example.tolist())
