@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch._decomp
 import torch._refs
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thresher.backends.tvm.importing.own_decompositions import OWN
@@ -40,7 +40,8 @@ def decomposed(node: fx.Node, program: Program) -> tuple[fx.GraphModule, list[fx
             raise NotImplementedError("there is none for these arguments")
         return result
 
-    values = [n.meta["val"] for n in sources]
+    # nodes may share one fake tensor as their value, and make_fx knows its inputs by that
+    values = [v.detach() if isinstance(v, Tensor) else v for v in (n.meta["val"] for n in sources)]
     with program.fake_mode, torch.no_grad():
         graph_module = make_fx(on_values)(*values)
         if any(map(_writes, graph_module.graph.nodes)):

@@ -215,10 +215,7 @@ class Importer:
         for source in node.all_input_nodes:  # TVM's converters look into env themselves
             if source.op == "get_attr":
                 self.value(source)
-        result, value = convert(node), node.meta["val"]
-        if isinstance(value, tuple) and isinstance(getattr(result, "ty", None), relax.TensorType):
-            return [result, *(self.emit(relax.op.zeros([0], stored_dtype(v.dtype))) for v in value[1:] if is_empty(v))]
-        return result
+        return convert(node)
 
     def _decomposed(self, node: fx.Node) -> Any:
         """Convert the calls of torch's decomposition of a node."""
