@@ -93,14 +93,11 @@ def compile(
         library, calibration, budget, share, progress,
     )  # fmt: skip
     with open_session(options) as session:
-        return run_stages(model, args, kwargs, options, session)
+        return run_stages(capture_model(model, args, kwargs, options, session), options, session)
 
 
-def run_stages(
-    model: Model, args: Sequence[Any], kwargs: dict[str, Any] | None, options: CompileOptions, session: Session
-) -> Compiled:
-    """Return the compiled model: the stages of :func:`compile`, in a session of the caller's."""
-    captured = capture_model(model, args, kwargs, options, session)
+def run_stages(captured: Captured, options: CompileOptions, session: Session) -> Compiled:
+    """Return the compiled model: the stages of :func:`compile` after the capture, in a session of the caller's."""
     calibration = calibration_of(captured.program, options.calibration, options.budget)
     build, widths = build_widths(captured, lowering_options_of(options, session), calibration, options, session)
     build, approximation = keep_approximation_if_faster(build, calibration, options, session)

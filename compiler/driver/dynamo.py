@@ -4,10 +4,12 @@
     with torch.no_grad():
         y = compiled(x)
 
-Dynamo hands over a graph whose inputs are the user's tensors and the parameters and buffers of the modules. The latter are taken as the
-constants that they are, so pruned channels fold. A graph is built at its first call with given shapes (a dynamic dimension is built for
-each of its sizes) and again when a parameter has changed since. Training stays Dynamo's: where a gradient is asked for, the graph runs as
-it is. What cannot be captured or lowered runs as it is, too, with a warning that says why; a *wrong* result raises, as everywhere.
+Dynamo hands over a graph whose inputs are the user's tensors and the parameters and buffers of the modules. AOTAutograd makes it
+functional: it is torch that writes into inputs and buffers, and that makes the views which the user gets. Parameters, and buffers that
+the graph does not write, are taken as the constants that they are, so pruned channels fold; a graph is built again when one has changed.
+A graph with free sizes is built once, for any of them; only where that cannot be, for each of a few sizes. Training stays Dynamo's:
+where a gradient is asked for, the graph runs as it is. What cannot be captured or lowered runs as it is, too, with a warning that says
+why; a *wrong* result raises, as everywhere.
 """
 
 from __future__ import annotations
@@ -23,11 +25,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
 from thresher.artifact.compiled import Compiled
-from thresher.driver.compile import compile as compile_model
+from thresher.driver.compile import run_stages
 from thresher.driver.options import CompileOptions
+from thresher.driver.session import open_session
+from thresher.driver.stages import Captured
 from thresher.errors import BackendError, CaptureError, InputError
+from thresher.frontend.functional_graph import FunctionalGraph, functionalize
+from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
 from thresher.rewriting.registry import make_pass
@@ -35,6 +42,7 @@ from thresher.rewriting.registry import make_pass
 #: What ``options=`` may say: the arguments of thresher.compile() that describe how to build, and ``fallback``.
 OPTIONS = {f.name for f in dataclasses.fields(CompileOptions)} - {"masks", "certificate", "dynamic_shapes"}
 MAX_REMEMBERED = 32  # compiled graphs
+MAX_SIZES = 8  # that one graph is built for where its free sizes cannot stay free
 
 _CACHE: OrderedDict[str, Compiled] = OrderedDict()
 
@@ -54,7 +62,25 @@ def thresher_backend(
     if unknown := sorted(settings.keys() - OPTIONS):
         known = ", ".join(sorted({*OPTIONS, "fallback"}))
         raise InputError(f"torch.compile(backend='thresher') has no option {unknown[0]!r}; its options: {known}")
-    return _Graph(module, settings, fallback)
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+        _warn_once("a gradient is asked for: thresher compiles for inference, under torch.no_grad()")
+        return module
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names, parameters = [_name(n) for n in placeholders], {i for i, n in enumerate(placeholders) if _is_state(n)}
+
+    def build(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return _Graph(FunctionalGraph.of(graph, names, parameters), settings, fallback)
+
+    try:
+        return functionalize(module, inputs, build)
+    except (RestartAnalysis, TensorifyScalarRestartAnalysis):  # Dynamo's own affair
+        raise
+    except Exception as error:
+        message = f"torch cannot make a graph functional: {str(error).strip()[:500]}"
+        if not fallback:
+            raise CaptureError(message) from error
+        warnings.warn(f"a graph of {len(module.graph.nodes)} nodes runs in eager mode: {message}", stacklevel=2)
+        return module
 
 
 def built() -> list[Compiled]:
@@ -82,120 +108,135 @@ def identity(item: str | Pass) -> str:
 
 
 class _Graph:
-    """One graph of Dynamo's, built for each combination of shapes that it is called with."""
+    """One functional graph, built when it is called first, and again for other constants."""
 
-    def __init__(self, module: fx.GraphModule, settings: dict[str, Any], fallback: bool):
-        self.module, self.settings, self.fallback = module, settings, fallback
-        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        self.state = [i for i, n in enumerate(placeholders) if _is_state(n)]
-        self.inputs = [i for i in range(len(placeholders)) if i not in self.state]
-        self.numbers = [i for i in self.inputs if any(map(_is_number, placeholders[i].users))]
-        self.outputs = _depending(module.graph, [placeholders[i] for i in self.inputs if i not in self.numbers])
+    def __init__(self, graph: FunctionalGraph, settings: dict[str, Any], fallback: bool):
+        self.graph, self.settings, self.fallback = graph, settings, fallback
+        self.constants = set(graph.constants)
+        self.free = any(isinstance(n.meta["val"], torch.SymInt) for n in graph.placeholders)
         self.runs: dict[Any, Callable[..., Any]] = {}
-        self.last_state: Any = None
+        self.seen: dict[int, tuple[Tensor, int, int]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            _warn_once("a gradient is asked for: thresher compiles for inference, under torch.no_grad()")
-            return self.module(*args)
-        state = tuple((id(args[i]), _version(args[i])) for i in self.state)
-        if state != self.last_state:
-            self.runs.clear()
-            self.last_state = state
-        key = tuple(_kind(args[i].item() if i in self.numbers else args[i]) for i in self.inputs)
+        self._forget_changed(args)
+        key = None if self.free else self._sizes(args)
         if key not in self.runs:
             with torch.inference_mode(False), torch.no_grad():
-                self.runs[key] = self.build(args)
+                self.runs[key] = self._build(args)
         return self.runs[key](*args)
 
-    def build(self, args: Sequence[Any]) -> Callable[..., Any]:
-        if not any(self.outputs) or not any(isinstance(args[i], Tensor) for i in self.inputs):
-            return self.module
-        examples = [_plain(args[i]) for i in self.inputs]
-        model = _bound(self.module, args, self.state, self.outputs)
+    def _forget_changed(self, args: Sequence[Any]) -> None:
+        """Drop what was built for constants that are others now. A buffer that changes between calls is an input from then on."""
+        seen = {i: (args[i], _version(args[i]), args[i].data_ptr()) for i in self.constants}
+        changed = [
+            i for i, (tensor, *rest) in seen.items() if i in self.seen and not _same(self.seen[i], (tensor, *rest))
+        ]
+        if changed:
+            self.runs.clear()
+            self.constants -= {i for i in changed if not isinstance(args[i], nn.Parameter)}
+        self.seen = seen  # the tensors, too: an id is only good while its tensor lives
+
+    def _sizes(self, args: Sequence[Any]) -> Any:
+        inputs = self.graph.inputs(self.constants)
+        return tuple(tuple(args[i].shape) for i in inputs), tuple(args[i] for i in sorted(self.graph.numbers))
+
+    def _build(self, args: Sequence[Any]) -> Callable[..., Any]:
+        outputs = self.graph.depending(self.constants)
+        if not outputs or not self.graph.inputs(self.constants):
+            return self.graph.module
+        if not self.free and len(self.runs) >= MAX_SIZES:
+            return self._as_it_is(f"it is called with more than {MAX_SIZES} sizes")
         try:
-            compiled = _remembered(model, examples, self.settings)
+            compiled = self._compiled(args, outputs)
         except (CaptureError, BackendError) as error:
             if not self.fallback:
                 raise
-            calls = sum(n.op.startswith("call") for n in self.module.graph.nodes)
-            warnings.warn(f"a graph of {calls} calls runs in eager mode: {error}", stacklevel=2)
-            return self.module
-        constants = [] if all(self.outputs) else self.module(*args)  # results that depend on no input: computed once
+            return self._as_it_is(str(error))
+        return _Run(compiled, self.graph, self.graph.inputs(self.constants), outputs, args)
 
-        def run(*args: Any) -> Any:
-            results = iter(compiled(*(args[i] for i in self.inputs)))
-            return [next(results) if depends else constants[k] for k, depends in enumerate(self.outputs)]
+    def _compiled(self, args: Sequence[Any], outputs: Sequence[int]) -> Compiled:
+        """Return the compiled graph: with free sizes where it has some and that can be, else for the sizes of ``args``."""
+        if self.free:
+            try:
+                return _remembered(self.graph.program(args, self.constants, outputs, free=True), self.settings)
+            except (CaptureError, BackendError):
+                self.free = False
+                self.runs.clear()
+        return _remembered(self.graph.program(args, self.constants, outputs, free=False), self.settings)
 
-        return run
+    def _as_it_is(self, reason: str) -> Callable[..., Any]:
+        calls = sum(n.op == "call_function" for n in self.graph.module.graph.nodes)
+        warnings.warn(f"a graph of {calls} calls runs in eager mode: {reason}", stacklevel=2)
+        return self.graph.module
 
 
-def _remembered(model: fx.GraphModule, args: Sequence[Any], settings: dict[str, Any]) -> Compiled:
+class _Run:
+    """A compiled graph, called like the functional one: results that depend on no input are those of a run by torch."""
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        graph: FunctionalGraph,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        args: Sequence[Any],
+    ):
+        self.compiled, self.graph, self.inputs, self.outputs = compiled, graph, list(inputs), list(outputs)
+        self.count = len(graph.outputs)
+        self.constant = [i for i in range(self.count) if i not in set(outputs)]
+        self.values = self._constant_results(args)
+
+    def __call__(self, *args: Any) -> list[Any]:
+        results: list[Any] = [None] * self.count
+        for i, value in zip(self.outputs, self.compiled(*(args[i] for i in self.inputs))):
+            results[i] = value
+        if any(_written(value, version) for value, version in self.values):
+            self.values = self._constant_results(args)
+        for i, (value, _) in zip(self.constant, self.values):
+            results[i] = value
+        return results
+
+    def _constant_results(self, args: Sequence[Any]) -> list[tuple[Any, int]]:
+        if not self.constant:
+            return []
+        with torch.no_grad():
+            results = self.graph.module(*args)
+        return [(results[i], _version(results[i])) for i in self.constant]
+
+
+def _remembered(program: Program, settings: dict[str, Any]) -> Compiled:
     """Return what was built before from the same graph, numbers, shapes and passes, or build it now."""
     settings = dict(settings)
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    if device.type == "cpu":
+    if next(v.device for v in program.probe if isinstance(v, Tensor)).type == "cpu":
         settings.setdefault("target", "cpu")
+    options = CompileOptions.of(settings)
     if "calibration" in settings:  # what samples make of a model is not known by a key
-        return compile_model(model, tuple(args), **settings)
+        return _compile(program, options)
     passes = [identity(p) for p in pipelines.resolve(settings.get("passes", "exact"))]
-    digest = hashlib.sha256(repr((model.code, [_kind(a) for a in args], passes)).encode())
+    digest = hashlib.sha256(repr((program.text(), passes)).encode())
     digest.update(repr(sorted((k, v) for k, v in settings.items() if k != "passes")).encode())
-    for value in [*model.parameters(), *model.buffers()]:
-        digest.update(repr(_kind(value)).encode())
+    for name, value in program.constants.items():
+        digest.update(repr((name, program.role(name), _kind(value))).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     key = digest.hexdigest()
     if key not in _CACHE:
-        _CACHE[key] = compile_model(model, tuple(args), **settings)
+        _CACHE[key] = _compile(program, options)
         while len(_CACHE) > MAX_REMEMBERED:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)
     return _CACHE[key]
 
 
-def _bound(
-    module: fx.GraphModule, args: Sequence[Any], state: Sequence[int], outputs: Sequence[bool]
-) -> fx.GraphModule:
-    """Return the graph with parameters and buffers as its own, numbers as they are now, and the outputs that depend on an input."""
-    graph, root = fx.Graph(), nn.Module()
-    mapping: dict[fx.Node, Any] = {}
-    for name, child in module.named_children():
-        root.add_module(name, child)
-    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        root.register_buffer(name, value.detach())
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for index, (node, value) in enumerate(zip(placeholders, args)):
-        if index in state:
-            name = f"{_name(node)}_{index}" if hasattr(root, _name(node)) else _name(node)
-            if isinstance(value, nn.Parameter):
-                root.register_parameter(name, nn.Parameter(value.detach(), value.is_floating_point()))
-            else:
-                root.register_buffer(name, value.detach())
-            mapping[node] = graph.get_attr(name)
-        else:
-            mapping[node] = graph.node_copy(node)
-    values = dict(zip(placeholders, args))
-    for node in module.graph.nodes:
-        if node.op == "output":
-            results = [v for v, depends in zip(node.args[0], outputs) if depends]
-            graph.output(tuple(fx.map_arg(results, lambda n: mapping[n])))
-        elif _is_number(node):
-            mapping[node] = values[node.args[0]].item()
-        elif node.op != "placeholder":
-            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph).eval()
+def _compile(program: Program, options: CompileOptions) -> Compiled:
+    """Return the compiled program; its reference is itself, run by torch."""
+    with open_session(options) as session:
+        return run_stages(Captured(program, None, session.machine), options, session)
 
 
 def _name(node: fx.Node) -> str:
     """``l_self_modules_layers_modules_0_parameters_weight_`` -> ``layers_0_weight``"""
     path = re.sub(r"_(modules|parameters|buffers)_", "_", node.name.strip("_"))
     return re.sub(r"^l_(self|fn)_", "", path)
-
-
-def _is_number(node: fx.Node) -> bool:
-    """Dynamo passes some numbers of Python's (an epsilon) as tensors, to build once for all of their values."""
-    return node.op == "call_method" and node.target == "item" and node.args[0].op == "placeholder"
 
 
 def _is_state(node: fx.Node) -> bool:
@@ -209,27 +250,21 @@ def _is_state(node: fx.Node) -> bool:
     return False
 
 
-def _depending(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[bool]:
-    """Return, for each output, whether it depends on one of the inputs."""
-    moved = set(inputs)
-    for node in graph.nodes:
-        if any(n in moved for n in node.all_input_nodes):
-            moved.add(node)
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    return [isinstance(v, fx.Node) and v in moved for v in output.args[0]]
-
-
-def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _kind(value: Any) -> Any:
     return (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
 
 
-def _plain(value: Any) -> Any:
-    """An example that torch.export takes: no inference tensor, no part of a graph of gradients."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _same(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int]) -> bool:
+    return a[0] is b[0] and a[1:] == b[1:]
+
+
+def _written(value: Any, version: int) -> bool:
+    """Return whether a result has been written since it was computed."""
+    return _version(value) != version
 
 
 _WARNED: set[str] = set()

@@ -58,10 +58,13 @@ def cost_of(program: Program, machine: MachineModel) -> Cost:
 
 @dataclass(frozen=True)
 class Captured:
-    """A model as a program. ``model`` is the module that was captured, with its masks applied; it is the reference."""
+    """A model as a program. ``model`` is the module that was captured, with its masks applied; it is the reference.
+
+    None is a graph that no module stands for: the program itself, run by torch, is the reference.
+    """
 
     program: Program
-    model: Model
+    model: Model | None
     machine: MachineModel
 
     def as_text(self) -> str:

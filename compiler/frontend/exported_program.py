@@ -6,42 +6,24 @@ value of an input that is written. What a :class:`Program` cannot say is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, OutputSpec
 from torch.utils._pytree import tree_leaves
 
 from thresher.errors import CaptureError
+from thresher.frontend.calls import copy_call, is_assertion, refuse_subgraphs
 from thresher.frontend.random_operators import refuse_random_numbers
-from thresher.ir.nodes import copy_origin, source_line
 from thresher.ir.program import Original, Program, Role
 
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 STATE_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 #: Calls that return their first argument's values.
 COPIES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)
-
-#: The operators of torch that call a subgraph: what users write for them, and what to write instead.
-SUBGRAPH_CURES = {
-    "cond": ("torch.cond", "compute both branches and select with torch.where, or branch on a Python bool"),
-    "while_loop": (
-        "while_loop",
-        "write a Python loop over a fixed number of steps, and keep the state of finished samples with torch.where",
-    ),
-    "scan": ("scan", "write a Python loop over the steps; it is unrolled"),
-    "map_impl": ("map", "use torch.vmap, or operators on the whole batch"),
-    "flex_attention": (
-        "flex_attention",
-        "use torch.nn.functional.scaled_dot_product_attention, with what is added to the scores as its attn_mask",
-    ),
-}
-OTHER_CURE = "write its body with operators on whole tensors"
 
 
 def to_program(
@@ -63,14 +45,13 @@ def to_program(
             subgraph.
     """
     refuse_random_numbers(exported.graph)
+    refuse_subgraphs(exported.graph_module)
     graph = fx.Graph()
     results, written, written_state = _outputs(exported, attributes)
     mapping, constants, state = _add_inputs(exported, graph, written_state)
     for node in exported.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator) and _subgraphs(exported, node):
-            _refuse_subgraphs(exported, node)
-        if node.op == "call_function" and not _is_assertion(node):
-            mapping[node] = _copy_call(graph, node, mapping.__getitem__)
+        if node.op == "call_function" and not is_assertion(node):
+            mapping[node] = copy_call(graph, node, mapping.__getitem__)
     outputs = [*results, *written.values(), *(written_state[name] for name in state)]
     graph.output(tuple(fx.map_arg(outputs, mapping.__getitem__)))
     inputs = tree_leaves(example_inputs)
@@ -159,26 +140,6 @@ def _same_type(a: Any, b: Any, *_: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
 
 
-# ---------------------------------------------------------------------- refusals
-
-
-def _subgraphs(exported: ExportedProgram, node: fx.Node) -> list[fx.GraphModule]:
-    """Return the graphs that ``node`` calls."""
-    modules = (getattr(exported.graph_module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr")
-    return [module for module in modules if isinstance(module, fx.GraphModule)]
-
-
-def _refuse_subgraphs(exported: ExportedProgram, node: fx.Node) -> NoReturn:
-    operator = node.target.name() if isinstance(node.target, HigherOrderOperator) else str(node.target)
-    name, cure = SUBGRAPH_CURES.get(operator, (operator, OTHER_CURE))
-    # torch keeps the user's line for the calls inside, not for the operator
-    lines = [source_line(n) for n in [node, *(n for graph in _subgraphs(exported, node) for n in graph.graph.nodes)]]
-    line = next(filter(None, lines), "")
-    raise CaptureError(
-        f"the model calls {name}{f' ({line})' if line else ''}, whose subgraphs a compiled model does not have; {cure}"
-    )
-
-
 # ---------------------------------------------------------------------- nodes
 
 
@@ -223,31 +184,6 @@ def _constant_name(spec: InputSpec) -> str:
 
 def _constant(exported: ExportedProgram, name: str) -> Tensor:
     return exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
-
-
-def _copy_call(graph: fx.Graph, source: fx.Node, new_node: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    node = graph.node_copy(source, new_node)
-    copy_origin(node, source)
-    if node.target in VIEWS:  # strides are the backend's business: a view here is a reshape
-        node.target = torch.ops.aten.reshape.default
-    if node.target is torch.ops.aten.rms_norm.default:
-        _name_epsilon(node)
-    return node
-
-
-def _name_epsilon(node: fx.Node) -> None:
-    """Write the eps of rms_norm out: its default is that of the model's dtype, also when a proof runs the program in float64."""
-    x, shape, *rest = node.args
-    weight = rest[0] if rest else node.kwargs.get("weight")
-    eps = rest[1] if len(rest) > 1 else node.kwargs.get("eps")
-    eps = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
-    node.args, node.kwargs = (x, shape, weight, eps), {}
-
-
-def _is_assertion(node: fx.Node) -> bool:
-    """Return whether ``node`` is a guard of export (shape and range checks): the compiled module checks its inputs itself."""
-    name = str(node.target)
-    return "_assert" in name or "sym_constrain_range" in name
 
 
 def _share_storage(constants: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from helpers.writes import METADATA, PATTERNS
 from thresher.driver import dynamo
+from thresher.errors import CaptureError
 from thresher.testing import ZOO, mask_channels, settle
 
 
@@ -27,13 +31,13 @@ def fresh() -> Iterator[None]:
 def builds(monkeypatch) -> list[dict]:
     """The options of every build."""
     found: list[dict] = []
-    real = dynamo.compile_model
+    real = dynamo._compile
 
-    def build(model, args, **how):
-        found.append(how)
-        return real(model, args, **how)
+    def build(program, options):
+        found.append(vars(options))
+        return real(program, options)
 
-    monkeypatch.setattr(dynamo, "compile_model", build)
+    monkeypatch.setattr(dynamo, "_compile", build)
     return found
 
 
@@ -93,14 +97,42 @@ def test_models(name: str) -> None:
     assert dynamo.built()
 
 
-def test_every_size_is_built_once(builds) -> None:
+def test_free_sizes_are_built_once(builds) -> None:
     model = mlp()
     compiled = torch.compile(model, backend="thresher", dynamic=True)
     with torch.no_grad():
-        for n in (2, 5, 2, 5, 5):
+        for n in (2, 5, 2, 9, 3):
             x = torch.randn(n, 16)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    assert len(builds) == len(dynamo.built()) == 2
+    assert len(builds) == len(dynamo.built()) == 1
+
+
+def test_sizes_that_cannot_stay_free_are_built_a_few_times(builds, monkeypatch) -> None:
+    monkeypatch.setattr(dynamo, "MAX_SIZES", 2)
+    real = dynamo.FunctionalGraph.program
+
+    def fixed(graph, values, constants, outputs, free):
+        if free:
+            raise CaptureError("not for any size")
+        return real(graph, values, constants, outputs, free)
+
+    monkeypatch.setattr(dynamo.FunctionalGraph, "program", fixed)
+    model = mlp()
+    compiled = torch.compile(model, backend="thresher", dynamic=True)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in (2, 5, 2, 9, 9):
+            x = torch.randn(n, 16)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(builds) == 2 and sum("called with more than 2 sizes" in str(w.message) for w in caught) == 1
+
+
+def test_numbers_of_python_are_inputs(builds) -> None:
+    compiled = torch.compile(lambda x, scale: x * scale + 1, backend="thresher")
+    with torch.no_grad():
+        for scale in (0.5, 0.25, 0.125, 2.5):
+            torch.testing.assert_close(compiled(torch.ones(3), scale), torch.ones(3) * scale + 1)
+    assert len(builds) <= 2
 
 
 def test_options_reach_the_passes(builds) -> None:
@@ -157,7 +189,7 @@ def test_gradients_are_dynamos(builds) -> None:
 
 
 class Counts(nn.Module):
-    """Writes into a buffer: a compiled model has no state."""
+    """Writes into a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +198,82 @@ class Counts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * self.calls
+
+
+def test_buffers_are_written(builds) -> None:
+    model, x = Counts().eval(), torch.ones(3)
+    compiled = torch.compile(model, backend="thresher")
+    with torch.no_grad():
+        assert [compiled(x)[0].item() for _ in range(3)] == [1, 2, 3]
+    assert model.calls == 3 and len(builds) == 1
+
+
+def test_a_buffer_that_others_change_becomes_an_input(builds) -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    model, x = Shifts(), torch.ones(3)
+    compiled = torch.compile(model, backend="thresher")
+    with torch.no_grad():
+        for step in range(4):
+            assert compiled(x).tolist() == [1 + step] * 3
+            model.shift += 1
+    assert len(builds) == 2
+
+
+def clones(tree: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, tree)
+
+
+def memory(*trees: Any) -> list[int]:
+    """Which tensors share storage: for each the index of the first one with its storage."""
+    storages = [v.untyped_storage().data_ptr() for v in pytree.tree_leaves(trees) if isinstance(v, Tensor)]
+    return [storages.index(s) for s in storages]
+
+
+def assert_as_eager(function: Any, args: tuple, **options: Any) -> None:
+    """Results, arguments and what shares memory with what, over two calls."""
+    compiled = torch.compile(function, backend="thresher", options=options or None)
+    mine, its = clones(args), clones(args)
+    with torch.no_grad():
+        for _ in range(2):
+            found, wanted = compiled(*mine), function(*its)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+            assert memory(found, mine) == memory(wanted, its)
+
+
+@pytest.mark.parametrize("name", [*PATTERNS, *(n for n in METADATA if n not in ("resized", "data_replaced"))])
+def test_writes_views_and_aliases_are_torchs(name: str) -> None:
+    function, args = {**PATTERNS, **METADATA}[name]
+    assert_as_eager(function, args(), backend="eager")
+
+
+def test_an_input_given_twice_is_written_once() -> None:
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        x.add_(1)
+        return x * y
+
+    compiled = torch.compile(both, backend="thresher", options={"backend": "eager"})
+    for overlap in (lambda x: x, lambda x: x[:], lambda x: x.view(-1)[:4]):
+        mine, its = torch.ones(4), torch.ones(4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(mine, overlap(mine)), both(its, overlap(its)))
+        torch.testing.assert_close(mine, its)
+
+
+def test_a_copy_is_a_copy() -> None:
+    """Also where a pass sees that it has the values of the input."""
+    x = torch.ones(4)
+    with torch.no_grad():
+        y, z = torch.compile(lambda x: (x.clone(), x.clone() + 0), backend="thresher")(x)
+    y.add_(1)
+    assert x.tolist() == [1] * 4 and z.tolist() == [1] * 4
 
 
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:

@@ -15,6 +15,7 @@ from thresher.driver.clock import Clock
 from thresher.driver.compile import run_stages
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import open_session
+from thresher.driver.stages import capture_model
 
 
 class FakeClock(Clock):
@@ -48,4 +49,4 @@ def compile_with(clock: Clock, model: nn.Module, args: Sequence[Any], **settings
     """``thresher.compile`` by another clock."""
     options = CompileOptions.of(settings)
     with open_session(options, clock) as session:
-        return run_stages(model, args, None, options, session)
+        return run_stages(capture_model(model, args, None, options, session), options, session)
