@@ -99,7 +99,8 @@ class Executable(ABC):
                 them. They need be neither contiguous nor aligned, and stay as they are.
 
         Returns:
-            The tensor outputs of the program in their order, of the kind of the inputs.
+            The tensor outputs of the program in their order, of the kind of the inputs. They share memory neither with these nor with
+            each other.
         """
 
     def profile(self, inputs: Sequence[Any]) -> list[KernelTime]:

@@ -15,7 +15,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime.vm import VirtualMachine
 
-from thresher.runtime.memory import memory_of
+from thresher.runtime.memory import is_array, memory_of, span
 
 PROFILE_RUNS, PROFILE_SECONDS = 7, 1.0  # every build makes a profile
 ALIGNMENT = 64  # bytes; TVM's code assumes it, torch's allocator gives it, a view into a tensor may not have it
@@ -53,6 +53,7 @@ class TVMModule:
             values = [tvm.runtime.tensor(_array(x), self.device) for x in inputs]
             with self.lock:
                 results = [_to_numpy(y) for y in self.main(*values, self.weights)]
+            _separate(results, ())
             for i in self.complex_outputs:
                 results[i] = results[i].view(np.result_type(results[i].dtype, np.complex64))[..., 0]
             return results
@@ -61,6 +62,7 @@ class TVMModule:
         values = [tvm_ffi.from_dlpack(aligned(x)) for x in inputs]
         with self.lock:
             outputs = [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
+        _separate(outputs, inputs)
         for i in self.complex_outputs:
             outputs[i] = torch.view_as_complex(outputs[i])
         return outputs
@@ -114,6 +116,16 @@ def load_code(code: bytes) -> Any:
 def _to_numpy(output: Any) -> np.ndarray:
     """Return an array that keeps the memory of ``output``; bfloat16, which NumPy does not read from others, is copied."""
     return output.numpy() if str(output.dtype) == "bfloat16" else np.from_dlpack(output)
+
+
+def _separate(outputs: list[Any], inputs: Sequence[Any]) -> None:
+    """Copy the outputs whose memory is that of an input or of an earlier output: code hands on what it only reshapes."""
+    addresses = {span(x)[0] for x in inputs}
+    for i, y in enumerate(outputs):
+        start, end = span(y)
+        if start in addresses and end > start:
+            outputs[i] = y.copy() if is_array(y) else y.clone()
+        addresses.add(start)
 
 
 def _array(x: np.ndarray) -> np.ndarray:

@@ -119,11 +119,12 @@ class _Graph:
 
     def __call__(self, *args: Any) -> Any:
         self._forget_changed(args)
-        key = None if self.free else self._sizes(args)
-        if key not in self.runs:
+        run = self.runs.get(self._key(args))
+        if run is None:
             with torch.inference_mode(False), torch.no_grad():
-                self.runs[key] = self._build(args)
-        return self.runs[key](*args)
+                run = self._build(args)
+            self.runs[self._key(args)] = run  # by then it may be known that sizes do not stay free
+        return run(*args)
 
     def _forget_changed(self, args: Sequence[Any]) -> None:
         """Drop what was built for constants that are others now. A buffer that changes between calls is an input from then on."""
@@ -136,7 +137,10 @@ class _Graph:
             self.constants -= {i for i in changed if not isinstance(args[i], nn.Parameter)}
         self.seen = seen  # the tensors, too: an id is only good while its tensor lives
 
-    def _sizes(self, args: Sequence[Any]) -> Any:
+    def _key(self, args: Sequence[Any]) -> Any:
+        """Return the sizes and numbers that a build is for; None where it is for any."""
+        if self.free:
+            return None
         inputs = self.graph.inputs(self.constants)
         return tuple(tuple(args[i].shape) for i in inputs), tuple(args[i] for i in sorted(self.graph.numbers))
 
