@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from thresher.analysis.cost.cost import constant_bytes
 from thresher.backends.base import DEFAULT, Backend, Executable, LoweringOptions
 from thresher.errors import BackendError
 from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
+from thresher.runtime.memory import Region
 from thresher.runtime.weight_store import Weights
 
 
@@ -27,7 +28,13 @@ class EagerExecutable(Executable):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         tensors = iter(inputs)
         outputs = self.program.run(*(literal[0] if literal else next(tensors) for literal in self.literals))
-        return [value for value, computed in zip(outputs, self.computed) if computed]
+        results: list[Any] = []
+        for value, computed in zip(outputs, self.computed):
+            if computed:
+                others = [*inputs, *self.program.constants.values(), *results]
+                shares = isinstance(value, Tensor) and Region(t for t in others if isinstance(t, Tensor)).touches(value)
+                results.append(value.clone() if shares else value)
+        return results
 
     def as_text(self) -> str:
         return self.program.text()

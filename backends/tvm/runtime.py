@@ -45,6 +45,7 @@ class TVMModule:
         self.main = self.machine["main"]
         self.weights = weight_array(weights, self.device, placed)
         self.complex_outputs = complex_outputs
+        self.weight_addresses = frozenset(w.data_ptr() for w in self.weights)
         self.lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -53,7 +54,7 @@ class TVMModule:
             values = [tvm.runtime.tensor(_array(x), self.device) for x in inputs]
             with self.lock:
                 results = [_to_numpy(y) for y in self.main(*values, self.weights)]
-            _separate(results, ())
+            self._separate(results, ())
             for i in self.complex_outputs:
                 results[i] = results[i].view(np.result_type(results[i].dtype, np.complex64))[..., 0]
             return results
@@ -62,10 +63,19 @@ class TVMModule:
         values = [tvm_ffi.from_dlpack(aligned(x)) for x in inputs]
         with self.lock:
             outputs = [torch.from_dlpack(y) for y in self.main(*values, self.weights)]
-        _separate(outputs, inputs)
+        self._separate(outputs, inputs)
         for i in self.complex_outputs:
             outputs[i] = torch.view_as_complex(outputs[i])
         return outputs
+
+    def _separate(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
+        """Copy outputs that begin where an input, a weight or an earlier output does: code hands on what it only reshapes."""
+        addresses = {x.data_ptr() for x in inputs}
+        for i, y in enumerate(outputs):
+            start, end = span(y)
+            if end > start and (start in addresses or start in self.weight_addresses):
+                outputs[i] = y.copy() if is_array(y) else y.clone()
+            addresses.add(start)
 
     def profile(self, inputs: Sequence[Any], kernels: Container[str]) -> list[tuple[str, float]]:
         """Return the calls of ``kernels`` in the order in which they run, each with the median of its milliseconds.
@@ -116,16 +126,6 @@ def load_code(code: bytes) -> Any:
 def _to_numpy(output: Any) -> np.ndarray:
     """Return an array that keeps the memory of ``output``; bfloat16, which NumPy does not read from others, is copied."""
     return output.numpy() if str(output.dtype) == "bfloat16" else np.from_dlpack(output)
-
-
-def _separate(outputs: list[Any], inputs: Sequence[Any]) -> None:
-    """Copy the outputs whose memory is that of an input or of an earlier output: code hands on what it only reshapes."""
-    addresses = {span(x)[0] for x in inputs}
-    for i, y in enumerate(outputs):
-        start, end = span(y)
-        if start in addresses and end > start:
-            outputs[i] = y.copy() if is_array(y) else y.clone()
-        addresses.add(start)
 
 
 def _array(x: np.ndarray) -> np.ndarray:

@@ -270,10 +270,17 @@ def test_an_input_given_twice_is_written_once() -> None:
 def test_a_copy_is_a_copy() -> None:
     """Also where a pass sees that it has the values of the input."""
     x = torch.ones(4)
+    table = torch.full((4,), 3.0)
+    compiled = torch.compile(
+        lambda x: (x.clone(), x.clone() + 0, table.clone() * x.clone(), x.clone()), backend="thresher"
+    )
     with torch.no_grad():
-        y, z = torch.compile(lambda x: (x.clone(), x.clone() + 0), backend="thresher")(x)
-    y.add_(1)
-    assert x.tolist() == [1] * 4 and z.tolist() == [1] * 4
+        for _ in range(2):
+            results = compiled(x)
+            assert len(set(memory(x, results))) == 5
+            for result in results:
+                result.add_(1)
+    assert x.tolist() == [1] * 4 and results[2].tolist() == [4] * 4
 
 
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:

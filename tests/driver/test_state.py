@@ -163,6 +163,29 @@ def test_calls_of_several_threads_wait_for_each_other() -> None:
     assert compiled.state["steps"] == 100
 
 
+class Table(nn.Module):
+    """Gives away a constant, its input, and one value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.full((4,), 3.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        return self.table, x, y, y.view(2, 2)
+
+
+@pytest.mark.parametrize("backend", ["eager", "tvm"])
+def test_results_are_the_callers(backend: str) -> None:
+    compiled, x = thresher.compile(Table(), (torch.ones(4),), backend=backend, target="cpu"), torch.ones(4)
+    for _ in range(2):
+        results = compiled(x)
+        assert [r.sum() for r in results] == [12, 4, 8, 8]
+        for result in results:
+            result.zero_()
+    assert x.tolist() == [1] * 4
+
+
 class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
