@@ -33,7 +33,7 @@ from thresher.driver.options import CompileOptions
 from thresher.driver.session import open_session
 from thresher.driver.stages import Captured
 from thresher.errors import BackendError, CaptureError, InputError
-from thresher.frontend.functional_graph import FunctionalGraph, functionalize
+from thresher.frontend.functional_graph import FunctionalGraph, functionalize, views
 from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
@@ -108,65 +108,80 @@ def identity(item: str | Pass) -> str:
 
 
 class _Graph:
-    """One functional graph, built when it is called first, and again for other constants."""
+    """One functional graph, built when it is called first, and again for other constants: Dynamo hands modules of one kind to one graph."""
 
     def __init__(self, graph: FunctionalGraph, settings: dict[str, Any], fallback: bool):
         self.graph, self.settings, self.fallback = graph, settings, fallback
         self.constants = set(graph.constants)
         self.free = any(isinstance(n.meta["val"], torch.SymInt) for n in graph.placeholders)
-        self.runs: dict[Any, Callable[..., Any]] = {}
-        self.seen: dict[int, tuple[Tensor, int, int]] = {}
+        self.modules: OrderedDict[Any, _Builds] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
-        self._forget_changed(args)
-        run = self.runs.get(self._key(args))
+        builds = self.modules.get(self._identity(args))
+        if builds is None:
+            builds = self._builds_for(args)
+        run = builds.runs.get(self._sizes(args))
         if run is None:
             with torch.inference_mode(False), torch.no_grad():
-                run = self._build(args)
-            self.runs[self._key(args)] = run  # by then it may be known that sizes do not stay free
+                run = self._build(args, len(builds.runs))
+            if not self.free:  # by now it may be known that sizes do not stay free
+                builds.runs.pop(None, None)
+            builds.runs[self._sizes(args)] = run
         return run(*args)
 
-    def _forget_changed(self, args: Sequence[Any]) -> None:
-        """Drop what was built for constants that are others now. A buffer that changes between calls is an input from then on."""
-        seen = {i: (args[i], _version(args[i]), args[i].data_ptr()) for i in self.constants}
-        changed = [
-            i for i, (tensor, *rest) in seen.items() if i in self.seen and not _same(self.seen[i], (tensor, *rest))
-        ]
-        if changed:
-            self.runs.clear()
-            self.constants -= {i for i in changed if not isinstance(args[i], nn.Parameter)}
-        self.seen = seen  # the tensors, too: an id is only good while its tensor lives
+    def _identity(self, args: Sequence[Any]) -> Any:
+        """Return a key of the constants that are handed in: the same tensors, not written since."""
+        return tuple([_stamp(args[i]) for i in self.constants])
 
-    def _key(self, args: Sequence[Any]) -> Any:
+    def _builds_for(self, args: Sequence[Any]) -> _Builds:
+        """Return an entry for constants that are new. A buffer that changes between calls is an input from then on."""
+        parameters = {i for i in self.constants if isinstance(args[i], nn.Parameter)}
+        for key, builds in list(self.modules.items()):
+            changed = {i for i in self.constants if builds.stamps[i] != _stamp(args[i])}
+            if changed and not changed & parameters:
+                self.constants -= changed
+                self.modules.clear()
+                break
+            if any(builds.tensors[i] is args[i] for i in changed):  # written: what it was does not come back
+                del self.modules[key]
+        while len(self.modules) >= MAX_REMEMBERED:
+            self.modules.popitem(last=False)
+        tensors = {i: args[i] for i in self.constants}
+        builds = _Builds(tensors, {i: _stamp(t) for i, t in tensors.items()})
+        self.modules[self._identity(args)] = builds
+        return builds
+
+    def _sizes(self, args: Sequence[Any]) -> Any:
         """Return the sizes and numbers that a build is for; None where it is for any."""
         if self.free:
             return None
         inputs = self.graph.inputs(self.constants)
         return tuple(tuple(args[i].shape) for i in inputs), tuple(args[i] for i in sorted(self.graph.numbers))
 
-    def _build(self, args: Sequence[Any]) -> Callable[..., Any]:
+    def _build(self, args: Sequence[Any], others: int) -> Callable[..., Any]:
+        """Return what computes the graph for ``args``, of which there are ``others`` for the same constants."""
         outputs = self.graph.depending(self.constants)
         if not outputs or not self.graph.inputs(self.constants):
             return self.graph.module
-        if not self.free and len(self.runs) >= MAX_SIZES:
+        if not self.free and others >= MAX_SIZES:
             return self._as_it_is(f"it is called with more than {MAX_SIZES} sizes")
+        results = list(dict.fromkeys(self.graph.memory_of(outputs)))
         try:
-            compiled = self._compiled(args, outputs)
+            compiled = self._compiled(args, results)
         except (CaptureError, BackendError) as error:
             if not self.fallback:
                 raise
             return self._as_it_is(str(error))
-        return _Run(compiled, self.graph, self.graph.inputs(self.constants), outputs, args)
+        return _Run(compiled, self.graph, self.graph.inputs(self.constants), outputs, results, args)
 
-    def _compiled(self, args: Sequence[Any], outputs: Sequence[int]) -> Compiled:
+    def _compiled(self, args: Sequence[Any], results: Sequence[fx.Node]) -> Compiled:
         """Return the compiled graph: with free sizes where it has some and that can be, else for the sizes of ``args``."""
         if self.free:
             try:
-                return _remembered(self.graph.program(args, self.constants, outputs, free=True), self.settings)
+                return _remembered(self.graph.program(args, self.constants, results, free=True), self.settings)
             except (CaptureError, BackendError):
                 self.free = False
-                self.runs.clear()
-        return _remembered(self.graph.program(args, self.constants, outputs, free=False), self.settings)
+        return _remembered(self.graph.program(args, self.constants, results, free=False), self.settings)
 
     def _as_it_is(self, reason: str) -> Callable[..., Any]:
         calls = sum(n.op == "call_function" for n in self.graph.module.graph.nodes)
@@ -174,8 +189,20 @@ class _Graph:
         return self.graph.module
 
 
+@dataclasses.dataclass
+class _Builds:
+    """What was built for some constants: these ``tensors`` (an id is only good while its tensor lives), with their ``stamps``."""
+
+    tensors: dict[int, Tensor]
+    stamps: dict[int, tuple[int, int, int]]
+    runs: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+
 class _Run:
-    """A compiled graph, called like the functional one: results that depend on no input are those of a run by torch."""
+    """A compiled graph, called like the functional one.
+
+    Results that depend on no input are those of a run by torch; results that share memory are torch's views of one compiled result.
+    """
 
     def __init__(
         self,
@@ -183,18 +210,27 @@ class _Run:
         graph: FunctionalGraph,
         inputs: Sequence[int],
         outputs: Sequence[int],
+        results: Sequence[fx.Node],
         args: Sequence[Any],
     ):
         self.compiled, self.graph, self.inputs, self.outputs = compiled, graph, list(inputs), list(outputs)
         self.count = len(graph.outputs)
         self.constant = [i for i in range(self.count) if i not in set(outputs)]
         self.values = self._constant_results(args)
+        wanted = [graph.outputs[i] for i in outputs]
+        self.views = None
+        if wanted != list(results):
+            self.views, sizes = views(results, wanted)
+            self.sizes = [graph.placeholders.index(n) for n in sizes]
 
     def __call__(self, *args: Any) -> list[Any]:
         results: list[Any] = [None] * self.count
-        for i, value in zip(self.outputs, self.compiled(*(args[i] for i in self.inputs))):
+        computed = self.compiled(*(args[i] for i in self.inputs))
+        if self.views is not None:
+            computed = self.views(*computed, *(args[i] for i in self.sizes))
+        for i, value in zip(self.outputs, computed):
             results[i] = value
-        if any(_written(value, version) for value, version in self.values):
+        if any(_version(value) != version for value, version in self.values):  # somebody wrote them
             self.values = self._constant_results(args)
         for i, (value, _) in zip(self.constant, self.values):
             results[i] = value
@@ -262,13 +298,9 @@ def _kind(value: Any) -> Any:
     return (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
 
 
-def _same(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int]) -> bool:
-    return a[0] is b[0] and a[1:] == b[1:]
-
-
-def _written(value: Any, version: int) -> bool:
-    """Return whether a result has been written since it was computed."""
-    return _version(value) != version
+def _stamp(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what is another one for another tensor, and after each write."""
+    return id(tensor), _version(tensor), tensor.data_ptr()
 
 
 _WARNED: set[str] = set()

@@ -6,6 +6,7 @@ makes the views anew that the user gets, and finds inputs that share memory. The
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,20 +95,28 @@ class FunctionalGraph:
                 moved.add(node)
         return [i for i, v in enumerate(self.outputs) if isinstance(v, fx.Node) and v in moved]
 
-    def program(self, values: Sequence[Any], constants: Collection[int], outputs: Sequence[int], free: bool) -> Program:
+    def memory_of(self, outputs: Sequence[int]) -> list[fx.Node]:
+        """Return for each of these outputs, nodes, the one to compute: the value that it and others are views of, else itself."""
+        wanted = [self.outputs[i] for i in outputs]
+        origins = [_viewed(node) for node in wanted]
+        return [o if origins.count(o) > 1 and o.op != "placeholder" else n for n, o in zip(wanted, origins)]
+
+    def program(
+        self, values: Sequence[Any], constants: Collection[int], results: Sequence[fx.Node], free: bool
+    ) -> Program:
         """Return the program of the graph.
 
         Args:
             values: a value for each placeholder: parameters and buffers, and examples of the inputs.
             constants: the indices of what is a constant now.
-            outputs: the indices of the outputs that are wanted.
+            results: the nodes whose values are wanted.
             free: sizes that are symbols stay free; otherwise every size is that of ``values``.
 
         Raises :class:`CaptureError` for random numbers, subgraphs, and a free number that is no size of an input.
         """
         refuse_random_numbers(self.module.graph)
         refuse_subgraphs(self.module)
-        return _Conversion(self, values, constants, free).run(outputs)
+        return _Conversion(self, values, constants, free).run(results)
 
 
 class _Conversion:
@@ -123,7 +132,7 @@ class _Conversion:
         self.constants: dict[str, Tensor] = {}
         self.roles: dict[str, Role] = {}
 
-    def run(self, outputs: Sequence[int]) -> Program:
+    def run(self, results: Sequence[fx.Node]) -> Program:
         placeholders = self.source.placeholders
         for i in self.input_indices:
             self._add_input(placeholders[i], self.source.names[i], self.values[i])
@@ -135,7 +144,6 @@ class _Conversion:
             self.mapping[placeholders[i]] = self._size(placeholders[i], self.values[i])
         for node in self.source.module.graph.nodes:
             self._convert(node)
-        results = [self.source.outputs[i] for i in outputs]
         self.graph.output(tuple(self._value(v) for v in results))
         probe = tuple(_example(self.values[i]) for i in self.input_indices)
         learned = {id(t): t.numel() for name, t in self.constants.items() if name not in self.roles}
@@ -210,6 +218,35 @@ class _Conversion:
         if source.target is SIZE:
             return int(args[0].meta["val"].shape[args[1]])
         return source.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def views(results: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Return the module that makes ``outputs`` of ``results`` by views alone, and the placeholders that it takes after these: sizes."""
+    graph, sizes = fx.Graph(), []
+    copies = {node: graph.placeholder(node.name) for node in results}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies and node.op == "placeholder":
+            sizes.append(node)
+            copies[node] = graph.placeholder(node.name)
+        elif node not in copies:
+            for source in node.all_input_nodes:
+                copied(source)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    graph.output([copied(node) for node in outputs])
+    return fx.GraphModule(torch.nn.Module(), graph), sizes
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """Return the value whose memory that of ``node`` is."""
+    while node.op == "call_function":
+        call = node.args[0] if node.target is operator.getitem else node  # of a list of views
+        if not isinstance(call, fx.Node) or not getattr(call.target, "is_view", False):
+            break
+        node = call.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _example(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,10 +112,10 @@ def test_sizes_that_cannot_stay_free_are_built_a_few_times(builds, monkeypatch) 
     monkeypatch.setattr(dynamo, "MAX_SIZES", 2)
     real = dynamo.FunctionalGraph.program
 
-    def fixed(graph, values, constants, outputs, free):
+    def fixed(graph, values, constants, results, free):
         if free:
             raise CaptureError("not for any size")
-        return real(graph, values, constants, outputs, free)
+        return real(graph, values, constants, results, free)
 
     monkeypatch.setattr(dynamo.FunctionalGraph, "program", fixed)
     model = mlp()
@@ -125,6 +126,36 @@ def test_sizes_that_cannot_stay_free_are_built_a_few_times(builds, monkeypatch) 
             x = torch.randn(n, 16)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert len(builds) == 2 and sum("called with more than 2 sizes" in str(w.message) for w in caught) == 1
+
+
+def test_modules_that_share_a_graph_keep_their_builds(builds) -> None:
+    """Dynamo hands both to one graph; each has its own constants, and a write makes those anew that it concerns."""
+    x, models = torch.randn(5, 16), [mlp(), mlp()]
+    with torch.no_grad():
+        models[1][3].weight.mul_(2)
+        compiled = [torch.compile(model, backend="thresher") for model in models]
+        for _ in range(3):
+            for run_it, model in zip(compiled, models):
+                torch.testing.assert_close(run_it(x), model(x), rtol=1e-4, atol=1e-5)
+        assert len(builds) == 2
+        models[0][3].bias.add_(1)
+        for run_it, model in zip(compiled, models):
+            torch.testing.assert_close(run_it(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(builds) == 3
+    assert all(c.report.after.parameters < 0.7 * c.report.before.parameters for c in dynamo.built())
+
+
+def test_results_of_free_sizes_share_memory() -> None:
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return y[: x.shape[0] // 2], y.view(-1)
+
+    compiled = torch.compile(halves, backend="thresher", dynamic=True)
+    with torch.no_grad():
+        for n in (4, 6):
+            first, whole = compiled(torch.zeros(n, 3))
+            whole.add_(1)
+            assert first.tolist() == [[2.0] * 3] * (n // 2)
 
 
 def test_numbers_of_python_are_inputs(builds) -> None:

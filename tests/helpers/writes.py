@@ -150,6 +150,12 @@ def outputs_share_memory(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y.view(-1)[2:]
 
 
+def siblings(x: Tensor) -> tuple[Tensor, ...]:
+    y = x + 1
+    first, second = y.split(2)
+    return first, second.t()[1:], y[::2, 0], y.sum(), x * 2
+
+
 def detached(x: Tensor) -> Tensor:
     x.detach().add_(1)
     return x * 1
@@ -260,6 +266,7 @@ PATTERNS: dict[str, Pattern] = {
         (output_is_an_input, lambda: (grid(), grid())),
         (output_is_a_view, lambda: (grid(),)),
         (outputs_share_memory, lambda: (grid(),)),
+        (siblings, lambda: (grid(),)),
         (detached, lambda: (grid(),)),
         (written_and_left, lambda: (grid(),)),
         (zeroed_many_times, lambda: (grid(),)),
