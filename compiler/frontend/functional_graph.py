@@ -217,7 +217,7 @@ class _Conversion:
         args, kwargs = fx.map_arg((source.args, source.kwargs), self._value)
         if source.target is SIZE:
             return int(args[0].meta["val"].shape[args[1]])
-        return source.target(*args, **kwargs)  # type: ignore[operator]
+        return source.target(*args, **kwargs)
 
 
 def views(results: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
@@ -245,7 +245,7 @@ def _viewed(node: fx.Node) -> fx.Node:
         call = node.args[0] if node.target is operator.getitem else node  # of a list of views
         if not isinstance(call, fx.Node) or not getattr(call.target, "is_view", False):
             break
-        node = call.args[0]  # type: ignore[assignment]
+        node = call.args[0]
     return node
 
 
