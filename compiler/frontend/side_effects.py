@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from thresher.analysis.slices.facts import hint
 from thresher.errors import CaptureError
 from thresher.frontend.module_state import plain_tensors, tables
 from thresher.runtime.comparison import compare
@@ -115,7 +116,9 @@ def _arguments(tree: Any) -> dict[str, tuple[Any, str]]:
 def _layout(value: Any) -> str:
     if not isinstance(value, Tensor):
         return ""
-    return f"{tuple(value.shape)} {value.stride()} {value.untyped_storage()._cdata}"
+    # free sizes that forward finds to be equal get one name: the numbers of the example stay what they are
+    sizes, strides = ([hint(d) for d in dims] for dims in (value.shape, value.stride()))
+    return f"{sizes} {strides} {value.untyped_storage()._cdata}"
 
 
 def _check_arguments(old: Mapping[str, tuple[Any, str]], new: Mapping[str, tuple[Any, str]], output: Any) -> None:

@@ -196,3 +196,10 @@ def test_what_is_returned_or_written_is_there() -> None:
     assert program(pair())["a"].tolist() == [2, 2, 2] and not program.writes
     program = capture(Function(writes), (pair(),))
     assert program.writes == (0,)
+
+
+def test_free_sizes_that_turn_out_equal_are_no_change() -> None:
+    a, b = torch.export.Dim("a", min=2), torch.export.Dim("a", min=2)
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+    program = capture(Function(lambda x, y: x + y), (x, y), dynamic_shapes=(({0: a}, {0: b}),))
+    assert torch.equal(program.run(x, y)[0], x + y)
