@@ -31,6 +31,10 @@ class ValidationError(ThresherError):
     """A compiled result differs from the eager model by more than is allowed."""
 
 
+class MemoryLimitError(ThresherError, MemoryError):
+    """A build would need more memory than there is."""
+
+
 class ArtifactError(ThresherError):
     """An artifact is damaged, foreign, newer than this library, or built for another machine."""
 

@@ -10,6 +10,7 @@ from thresher.approximation.calibration import Calibration
 from thresher.artifact.compiled import Compiled
 from thresher.backends.base import LoweringOptions
 from thresher.driver.check import validate as validate_build
+from thresher.driver.memory_limit import check_memory
 from thresher.driver.options import CompileOptions, Validate, Verify, check_calibration
 from thresher.driver.race import build_widths, keep_approximation_if_faster, tune_kernels
 from thresher.driver.session import Session, open_session
@@ -157,6 +158,7 @@ def rewrite(
     """
     check_calibration(calibration, budget)
     program = capture(masked(model, masks, args, kwargs), args, kwargs, dynamic_shapes=dynamic_shapes)
+    check_memory(program, verify)
     manager = PassManager(pipelines.resolve(passes), verify)
     context = Context(calibration=calibration_of(program, calibration, budget))
     program = manager.run(program, context)

@@ -23,6 +23,7 @@ from thresher.approximation.calibration import Calibration
 from thresher.approximation.ledger import Spent
 from thresher.backends.base import Executable, LoweringOptions
 from thresher.backends.batched import BatchedExecutable
+from thresher.driver.memory_limit import check_memory
 from thresher.driver.options import CompileOptions
 from thresher.driver.session import Session
 from thresher.errors import InputError
@@ -166,6 +167,7 @@ def capture_model(
     with session.stage("capture", "capturing"):
         model = masked(model, options.masks, args, kwargs)
         program = capture(model, args, kwargs, dynamic_shapes=options.dynamic_shapes)
+        check_memory(program, options.verify)
         return Captured(program, model, session.machine)
 
 
