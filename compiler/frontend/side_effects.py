@@ -16,7 +16,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from thresher.analysis.slices.facts import hint
 from thresher.errors import CaptureError
 from thresher.frontend.module_state import plain_tensors, tables
 from thresher.runtime.comparison import compare
@@ -104,8 +103,11 @@ def _check_buffers(old: Mapping[str, str], new: Mapping[str, str]) -> None:
             )
 
 
-def _arguments(tree: Any) -> dict[str, tuple[Any, str]]:
-    """Return the leaves of the arguments by their paths, each with its shape, strides and memory."""
+def _arguments(tree: Any) -> dict[str, tuple[Any, tuple]]:
+    """Return the leaves of the arguments by their paths, each with its shape, strides and memory.
+
+    They are no text yet: of two free sizes that turn out to be one, both have the name of that one then.
+    """
     leaves, _ = pytree.tree_flatten_with_path(tree)
     return {
         pytree.keystr(path[1:]): (value, _layout(value))
@@ -113,15 +115,11 @@ def _arguments(tree: Any) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _layout(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return ""
-    # free sizes that forward finds to be equal get one name: the numbers of the example stay what they are
-    sizes, strides = ([hint(d) for d in dims] for dims in (value.shape, value.stride()))
-    return f"{sizes} {strides} {value.untyped_storage()._cdata}"
+def _layout(value: Any) -> tuple:
+    return (tuple(value.shape), value.stride(), value.untyped_storage()._cdata) if isinstance(value, Tensor) else ()
 
 
-def _check_arguments(old: Mapping[str, tuple[Any, str]], new: Mapping[str, tuple[Any, str]], output: Any) -> None:
+def _check_arguments(old: Mapping[str, tuple[Any, tuple]], new: Mapping[str, tuple[Any, tuple]], output: Any) -> None:
     returned = {id(v) for v in pytree.tree_leaves(output)}
     for path, (value, layout) in new.items():
         if path not in old or not _same(old[path][0], value):
@@ -130,7 +128,7 @@ def _check_arguments(old: Mapping[str, tuple[Any, str]], new: Mapping[str, tuple
                     f"the model puts something into its argument at {path} that it does not return: a compiled model cannot change the "
                     "containers of its caller. Return it, or write into the tensor that is there (.copy_())"
                 )
-        elif layout != old[path][1]:
+        elif str(layout) != str(old[path][1]):
             raise CaptureError(
                 f"the model changes the shape, the strides or the memory of its argument at {path} in place (resize_, transpose_, set_, "
                 ".data); use the operator that returns a tensor"

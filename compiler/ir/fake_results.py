@@ -1,8 +1,8 @@
 """The result of a call: its shapes and dtypes, by a run on fake tensors, once for each kind of call.
 
 The layers of a network repeat, and passes ask again and again: a call with the same operator, the same literals and arguments of the
-same shape, stride and dtype yields what it did the last time. Calls with dynamic shapes are run every time. A call whose size its data
-decide has new symbols for it whenever it is run, so it is run once, and keeps them.
+same shape, stride and dtype yields what it did the last time. A call whose size its data decide has new symbols for it whenever it is
+run, so it is run once, and keeps them. Where sizes are free the result must hold for all of them (:mod:`thresher.ir.free_results`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 import torch._refs
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from thresher.ir.free_results import for_free_sizes
+from thresher.ir.sizes import SIZES, symbols_of
 
 
 def result_of(node: fx.Node, mode: FakeTensorMode) -> Any:
@@ -30,15 +34,17 @@ def empty(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor
 
 def _remembered(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
     memory = vars(mode).setdefault("_thresher_results", {})  # as long-lived as the fake tensors in it
-    try:
-        key = (target, _kind(args), _kind(kwargs))
-        if key in memory:
-            return memory[key]
-    except _Dynamic:
-        key = None
-    with mode, torch.no_grad():
-        result = (target if key is not None else SYMBOLIC.get(target, target))(*args, **kwargs)
-    if key is not None and not decides_sizes(target):
+    key = (target, _kind(args), _kind(kwargs))
+    if key in memory:
+        return memory[key]
+    symbols = symbols_of(pytree.tree_leaves((args, kwargs)))
+    target = SYMBOLIC.get(target, target) if symbols else target
+    if symbols and all(s in environment.backed_var_to_val for environment, s in symbols):
+        result = for_free_sizes(mode, target, args, kwargs)
+    else:
+        with mode, torch.no_grad():
+            result = target(*args, **kwargs)
+    if not decides_sizes(target):
         memory[key] = result
     return result
 
@@ -53,24 +59,14 @@ def decides_sizes(target: Any) -> bool:
 SYMBOLIC = {torch.ops.aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
 
 
-class _Dynamic(Exception):
-    """The call has a symbolic number in it."""
-
-
 def _kind(value: Any) -> Any:
+    """Return what tells a call from others."""
     if isinstance(value, Tensor):
-        return (_numbers(value.shape), _numbers(value.stride()), value.dtype, value.device)
+        return _kind(tuple(value.shape)), _kind(value.stride()), value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return tuple([_kind(v) for v in value])
     if isinstance(value, dict):
         return tuple([(k, _kind(v)) for k, v in value.items()])
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        raise _Dynamic
+    if isinstance(value, SIZES):
+        return type(value), value.node.expr
     return type(value), str(value) if isinstance(value, float) else value  # nan is not itself
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if not all(type(n) is int for n in numbers):
-        raise _Dynamic
-    return numbers

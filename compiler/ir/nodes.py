@@ -42,9 +42,36 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+class Shape(tuple):
+    """A shape with free sizes (``SymInt``). It equals another one that it equals whatever the free sizes are.
+
+    To ask a free size itself with ``==`` answers for the example, and fixes the size at that for the whole program.
+    """
+
+    __hash__ = tuple.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple) and len(self) == len(other) and all(map(same_size, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return Shape(part) if isinstance(index, slice) else part
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Return whether two sizes are equal whatever the free sizes are; no free size is fixed by the question."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(a == b)
+    return a == b
+
+
 def shape_of(node: fx.Node) -> tuple:
-    """Return the shape of a tensor node; dynamic dimensions are ``SymInt``."""
-    return tuple(node.meta["val"].shape)
+    """Return the shape of a tensor node; where it has free sizes (``SymInt``), a :class:`Shape`."""
+    shape = tuple(node.meta["val"].shape)
+    return Shape(shape) if any(type(d) is not int for d in shape) else shape
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:

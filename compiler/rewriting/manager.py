@@ -1,7 +1,7 @@
 """Run passes in order, and hold them to their contract.
 
-The manager checks order, well-formedness and meaning after each pass, goes back to the program before a pass that fails, times passes, and
-dumps what they do.
+The manager checks order, well-formedness and meaning after each pass, keeps free sizes free, goes back to the program before a pass that
+fails, times passes, and dumps what they do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Literal
 
 from thresher.approximation.ledger import Spent
 from thresher.errors import PassError, ProgramError, ThresherError
+from thresher.ir.free_sizes import sizes_kept_free
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
@@ -176,13 +177,16 @@ def _apply(item: Pass, program: Program, context: Context, before: Observed | No
     applied = Applied(PassRecord(item.name, 0.0, "unchanged", kind=item.kind))
     record = applied.record
     try:
-        applied.result = result = item.apply(program, context)
-        record.rewrites, record.refusals = result.rewrites, result.refusals
-        if _fingerprint(program) != fingerprint:
-            raise ProgramError(f"pass {item.name!r} changed the program it was given; it must work on program.clone()")
-        if not result.rewrites:
-            return applied, program
-        result.program.verify()
+        with sizes_kept_free(program):
+            applied.result = result = item.apply(program, context)
+            record.rewrites, record.refusals = result.rewrites, result.refusals
+            if _fingerprint(program) != fingerprint:
+                raise ProgramError(
+                    f"pass {item.name!r} changed the program it was given; it must work on program.clone()"
+                )
+            if not result.rewrites:
+                return applied, program
+            result.program.verify()
     except ProgramError as error:
         record.status, record.failure = "reverted", str(error)
         if _fingerprint(program) != fingerprint:

@@ -6,6 +6,7 @@ same for logits and for probabilities. NaN and infinities must be in the same pl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
+from thresher.ir.free_sizes import at_other_sizes
 from thresher.ir.nodes import is_tensor
 from thresher.ir.program import Program
 from thresher.runtime.comparison import EXACT_TOLERANCE as EXACT_TOLERANCE  # the public name
@@ -23,6 +25,8 @@ from thresher.verification.probes import probes, random_inputs
 #: The tolerances of :mod:`thresher.runtime.comparison` by torch's dtypes.
 LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOLERANCE.items()}
 
+
+MAX_SIZES = 6  # that are tried, until the model runs on one
 
 # ---------------------------------------------------------------------- programs in float64
 
@@ -39,23 +43,34 @@ class Observed:
     outputs: list[list] = field(default_factory=list)
     skipped: str = ""
 
+    def add(self, flat: tuple) -> Exception | None:
+        """Run the program on one more input; return its error, where it fails."""
+        try:
+            outputs = self.program.run(*flat, dtype=torch.float64)
+        except Exception as error:  # whatever an operator of torch raises
+            return error
+        self.probes.append(flat)
+        self.outputs.append(outputs)
+        return None
+
 
 def observe(program: Program) -> Observed:
-    """Run ``program`` in float64 on its example, on random inputs that fit it, and, where the range of those is limited, on noise.
+    """Run ``program`` in float64 on its example, on random inputs that fit it, and, where it can be, on more.
 
-    An exact pass is exact for numbers that the example does not show, too. Inputs on which the program fails are left out.
+    That is normal noise, where the range of the random inputs is limited, and other sizes, where sizes are free: an exact pass is exact for
+    numbers and sizes that the example does not show, too. Inputs on which the program fails are left out.
     """
     example, fitting = probes(program)
     observed = Observed(program, [example], [program.run(*example, dtype=torch.float64)])
+    if error := observed.add(fitting):
+        observed.skipped = describe(error)
+        return observed
     noise = random_inputs(program, ranges=False)
-    try:
-        observed.outputs.append(program.run(*fitting, dtype=torch.float64))
-        observed.probes.append(fitting)
-        if not _equal(fitting, noise):
-            observed.outputs.append(program.run(*noise, dtype=torch.float64))
-            observed.probes.append(noise)
-    except Exception as error:  # whatever an operator of torch raises
-        observed.skipped = "" if len(observed.probes) > 1 else describe(error)
+    if not _equal(fitting, noise):
+        observed.add(noise)
+    for resized in itertools.islice(at_other_sizes(program, fitting), MAX_SIZES):
+        if observed.add(resized) is None:
+            break
     return observed
 
 

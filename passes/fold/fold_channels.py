@@ -256,11 +256,22 @@ class _Plan:
 
     def add_after(self, node: fx.Node, term: Tensor) -> None:
         """Add a bias map after ``node``: what padding lets through differs at the border."""
-        constant = self.program.add_constant(
-            term, f"bias_map.{node.name}", dtype_of(node), like=node, role=Role.DERIVED
-        )
+        self._add(node, self._derived(node, term))
+
+    def add_border(self, node: fx.Node, weight: Tensor) -> None:
+        """Add after the convolution ``node`` what it makes of one channel of ones with this weight: a bias map of the size of its input."""
+        insert = partial(self.program.insert_call, node, like=node)
+        corner = insert(aten.slice.Tensor, (insert(aten.slice.Tensor, (node.args[0], 0, 0, 1)), 1, 0, 1))
+        operands = (insert(aten.ones_like.default, (corner,)), self._derived(node, weight), None)
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+        self._add(node, insert(node.target, (*operands, *node.args[3:]), kwargs))
+
+    def _derived(self, node: fx.Node, value: Tensor) -> fx.Node:
+        return self.program.add_constant(value, f"bias_map.{node.name}", dtype_of(node), like=node, role=Role.DERIVED)
+
+    def _add(self, node: fx.Node, term: fx.Node) -> None:
         with self.program.graph.inserting_after(node):
-            total = self.program.graph.call_function(aten.add.Tensor, (node, constant))
+            total = self.program.graph.call_function(aten.add.Tensor, (node, term))
         total.meta = dict(node.meta)
         for dim in range(len(sizes(node))):  # to what comes later the sum is what the operator was
             self.keep[(total, dim)] = self.keep[(node, dim)]

@@ -8,29 +8,59 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.slices.facts import reduce_to, sizes, slices
+from thresher.analysis.slices.facts import Known, along_free, assuming, for_any_size, reduce_to, sizes, slices
 from thresher.analysis.slices.operators import facts_of_constants, rule_of
 from thresher.analysis.slices.ties import Key, Tie, close_all, coupling_graph
 from thresher.analysis.slices.transfer.base import Facts
 from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.ir.nodes import is_tensor, shape_of
 from thresher.ir.program import Program
+from thresher.ir.sizes import Numbers, number, other_sizes, symbols_of
+
+BORDER = 8  # a dimension that is longer has, for most kernels, an inside that no padding reaches
 
 
 def known_facts(program: Program) -> Facts:
-    """Return the elements that are constant, by node; a node without an entry has no constant element."""
+    """Return the elements that are constant, by node; a node without an entry has no constant element.
+
+    Where sizes are free they are constant whatever the sizes are.
+    """
     facts = facts_of_constants(program)
     for node in program.calls():
         if is_tensor(node):
             fact = rule_of(node).forward(node, facts)
+            if fact is not None and (values := _with_free_sizes(node)):
+                fact = for_any_size(node, fact, _at_other_sizes(node, facts, values))
             if fact is not None:
                 facts[node] = fact
     return facts
+
+
+def _with_free_sizes(node: fx.Node) -> list[Any]:
+    """Return the result of a call and its arguments, if some size among them is free; else nothing."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    return values if symbols_of(values) else []
+
+
+def _other_sizes(values: list[Any]) -> Numbers | None:
+    """Return other sizes for a call, large enough for a border and what is inside of it; None where there are no others."""
+    free = [d for v in values if isinstance(v, Tensor) for d in v.shape if isinstance(d, torch.SymInt)]
+    choices = list(other_sizes(values))
+    return next((c for c in choices if all(number(d, c) > BORDER for d in free)), next(iter(choices), None))
+
+
+def _at_other_sizes(node: fx.Node, facts: Facts, values: list[Any]) -> Known | None:
+    numbers = _other_sizes(values)
+    if numbers is None:
+        return None
+    with assuming(numbers):
+        return rule_of(node).forward(node, facts)
 
 
 def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> dict[fx.Node, Tensor]:
@@ -43,6 +73,8 @@ def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> di
 
     def add(node: fx.Node, wanted: Tensor) -> None:
         wanted = reduce_to(wanted, sizes(node))
+        for dim in along_free(wanted, node):
+            wanted = wanted.any(dim, keepdim=True)
         read[node] = read[node] | wanted if node in read else wanted
 
     for node in reversed(program.graph.nodes):
@@ -60,6 +92,11 @@ def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> di
             wanted = read[node] & ~facts[node].mask if node in facts else read[node]
             for source, fact in rule_of(node).backward(node, wanted, facts).items():
                 add(source, fact)
+            numbers = _other_sizes(values) if (values := _with_free_sizes(node)) else None
+            if numbers is not None:
+                with assuming(numbers):
+                    for source, fact in rule_of(node).backward(node, wanted, facts).items():
+                        add(source, fact)
     return read
 
 

@@ -10,6 +10,9 @@ dimension where it does not vary. A fact about channels of an image is ``[1, C, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from thresher.ir.nodes import shape_of
+from thresher.ir.sizes import Numbers, number
 
+_ASSUMED: ContextVar[Numbers] = ContextVar("_ASSUMED", default={})
 BLOCK_SIZE = 1 << 20  # bytes, or elements, that stay in the cache between two steps
 
 
@@ -76,16 +81,28 @@ class Connections:
         return torch.from_numpy(np.unpackbits(joined, count=self.columns).astype(bool))
 
 
+@contextmanager
+def assuming(numbers: Numbers) -> Iterator[None]:
+    """Within the block, free sizes have these numbers instead of those of the example."""
+    token = _ASSUMED.set(numbers)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def hint(dim: int | torch.SymInt) -> int:
-    """Return the size of a dimension in the example; facts never vary along dynamic ones."""
-    if isinstance(dim, torch.SymInt):
-        example = dim.node.hint
-        return int(example) if example is not None else 2
-    return int(dim)
+    """Return a size as a number: that of the example, or what is assumed."""
+    if not isinstance(dim, torch.SymInt):
+        return int(dim)
+    if assumed := _ASSUMED.get():
+        return int(number(dim, assumed))
+    example = dim.node.hint
+    return int(example) if example is not None else 2
 
 
 def sizes(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node, with the example's sizes for dynamic dimensions."""
+    """Return the shape of a node, with the numbers of :func:`hint` for free sizes."""
     return tuple(hint(d) for d in shape_of(node))
 
 
@@ -106,6 +123,34 @@ def known(mask: Tensor, value: Tensor) -> Known | None:
     mask = compress(mask)
     zero = torch.zeros((), dtype=value.dtype)
     return Known(mask, compress(torch.where(mask, value, zero)))
+
+
+def along_free(tensor: Tensor, node: fx.Node) -> list[int]:
+    """Return the free dimensions of ``node`` along which ``tensor``, a fact of it, varies."""
+    return [d for d, size in enumerate(shape_of(node)) if isinstance(size, torch.SymInt) and tensor.shape[d] > 1]
+
+
+def for_any_size(node: fx.Node, fact: Known | None, other: Known | None) -> Known | None:
+    """Return what is known of ``node`` for any free size, from what is for the example's sizes and for others.
+
+    It is the same in both, and does not vary along a free dimension.
+    """
+    facts = [_without_variation(f, node) for f in (fact, other) if f is not None]
+    if len(facts) < 2:
+        return None
+    (mask, value), (other_mask, other_value) = facts
+    return known(mask & other_mask & ((value == other_value) | (value.isnan() & other_value.isnan())), value)
+
+
+def _without_variation(fact: Known, node: fx.Node) -> tuple[Tensor, Tensor]:
+    mask, value = fact.mask, fact.value
+    for dim in range(mask.dim()):
+        if not isinstance(shape_of(node)[dim], torch.SymInt):
+            continue
+        first = value.narrow(dim, 0, 1) if value.shape[dim] > 0 else value
+        same = ((value == first) | (value.isnan() & first.isnan())).all(dim, keepdim=True)
+        mask, value = mask.all(dim, keepdim=True) & same, first
+    return mask, value
 
 
 def known_constant(tensor: Tensor) -> Known:

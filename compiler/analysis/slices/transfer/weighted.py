@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from thresher.analysis.slices.facts import Known, compress, known, sizes, slices, take
 from thresher.analysis.slices.ties import Key, Tie, balanced, equal
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, concrete, is_constant, mask_of
+from thresher.ir.nodes import shape_of
 
 
 class Weighted(TransferRule):
@@ -19,7 +20,8 @@ class Weighted(TransferRule):
 
     A row of the weight that is zero wherever its input is unknown makes the output channel known; a column that is zero for all
     wanted rows makes the input channel unread; a known input channel that is cut leaves a term, which goes into the bias, or, where padding
-    shows (the term differs at the border), into a bias map that is added after the operator.
+    shows (the term differs at the border), into a bias map that is added after the operator. Where a free size decides where the border is,
+    the map is computed when the model runs: by the same operator on one channel of ones.
     """
 
     supported = True
@@ -31,10 +33,20 @@ class Weighted(TransferRule):
             return
         channel = self.channel(node)
         narrow = all(size == 1 for d, size in enumerate(term.shape) if d != channel)
-        if narrow:
+        if self.border_is_free(node):
+            plan.add_border(node, self.of_ones(node, plan))
+        elif narrow:
             plan.add_to_bias(node, term.reshape(-1))
         else:
             plan.add_after(node, term)
+
+    def border_is_free(self, node: fx.Node) -> bool:
+        """Return whether the term differs at a border whose place a free size decides."""
+        return False
+
+    def of_ones(self, node: fx.Node, plan: Any) -> Tensor:
+        """Return the weight with which this operator makes the term of one channel of ones, where :meth:`border_is_free`."""
+        raise NotImplementedError
 
     def channel(self, node: fx.Node) -> int:
         """Return the dimension whose indices are the channels."""
@@ -42,6 +54,17 @@ class Weighted(TransferRule):
 
     def left_behind(self, node: fx.Node, plan: Any) -> Tensor | None:
         """Return the (narrow) sum that the known inputs that are cut contributed to the kept outputs; None where it is 0."""
+        gone = self.cut_away(node, plan)
+        if gone is None:
+            return None
+        term = self.apply(node, gone, plan.facts[node.args[1]].content, plan.keep[(node, self.channel(node))])
+        for dim in range(term.dim()):
+            if term.shape[dim] > 1 and not plan.full(node, dim):
+                term = term.index_select(dim, plan.keep[(node, dim)].nonzero().reshape(-1))
+        return term if bool(term.any()) else None
+
+    def cut_away(self, node: fx.Node, plan: Any) -> Tensor | None:
+        """Return the content of the known inputs that are cut (narrow, 0 at all others); None where all of it is 0."""
         operand: fx.Node = node.args[0]
         fact, channel = plan.facts.get(operand), self.channel(node)
         if fact is None or plan.full(operand, channel):
@@ -51,13 +74,7 @@ class Weighted(TransferRule):
         gone = torch.where(
             fact.mask & ~plan.keep[(operand, channel)].reshape(shape), fact.value, torch.zeros((), dtype=torch.float64)
         )
-        if not bool(gone.any()):
-            return None
-        term = self.apply(node, gone, plan.facts[node.args[1]].content, plan.keep[(node, channel)])
-        for dim in range(term.dim()):
-            if term.shape[dim] > 1 and not plan.full(node, dim):
-                term = term.index_select(dim, plan.keep[(node, dim)].nonzero().reshape(-1))
-        return term if bool(term.any()) else None
+        return gone if bool(gone.any()) else None
 
     def apply(self, node: fx.Node, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Return the operator without its bias on a narrow float64 input: narrow, and right for the output channels in ``rows``."""
@@ -191,6 +208,29 @@ class Convolution(Weighted):
         """Return whether the input is padded."""
         padding = argument(node, 4, "padding", 0)
         return padding != "valid" and (padding == "same" or any([padding] if isinstance(padding, int) else padding))
+
+    def border_is_free(self, node: fx.Node) -> bool:
+        free = any(isinstance(d, torch.SymInt) for d in shape_of(node.args[0])[2:])
+        return free and (self.padded(node) or self.transposed)
+
+    def of_ones(self, node: fx.Node, plan: Any) -> Tensor:
+        """Return sum_i weight[o, i] c_i for the inputs i that are cut and their content c_i: [O, 1, *k], transposed [1, O, *k]."""
+        gone, weight = self.cut_away(node, plan), plan.facts[node.args[1]].content.double()
+        i, o = (0, 1) if self.transposed else (1, 0)
+        shape = [1] * weight.dim()
+        shape[i] = -1
+        total = (weight * gone.expand(1, weight.shape[i], *gone.shape[2:]).reshape(shape)).sum(i, keepdim=True)
+        return total.index_select(o, plan.keep[(node, 1)].nonzero().reshape(-1))
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        """Keep known inputs whose term at a free border is none of one channel of ones: of groups, or with content that differs."""
+        x = node.args[0]
+        if not self.usable(node, facts) or x not in facts or not self.border_is_free(node):
+            return []
+        content = torch.where(facts[x].mask, facts[x].value, torch.zeros((), dtype=torch.float64))
+        if self.groups(node) == 1 and content.shape[0] == 1 and content.shape[2:].numel() == 1:
+            return []
+        return [((x, 1), slices(content != 0, 1, sizes(x)[1], every=False))]
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         if not self.usable(node, facts):

@@ -1,0 +1,55 @@
+"""Free sizes as expressions: the symbols in them, and what they are for other sizes than those of the example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+Numbers = Mapping[sympy.Symbol, int]
+#: Other sizes than that of the example, for the i-th symbol, so that no two symbols have the same number: multiples first, because a size
+#: may have to be one, then what keeps the remainder of a division.
+OTHERS: tuple[Callable[[int, int], int], ...] = (
+    *(lambda i, size, k=k: (i + k) * size for k in (2, 3, 5, 8)),
+    *(lambda i, size, k=k: size + (i + 1) * k for k in (64, 32, 16, 8, 4, 2, 1)),
+    lambda i, size: size // (i + 2),
+    lambda i, size: size - i - 1,
+)  # fmt: skip
+
+
+def symbols_of(values: Iterable[Any]) -> list[tuple[Any, sympy.Symbol]]:
+    """Return every symbol in the sizes and the shapes of tensors among ``values``, with the environment it belongs to, in order of names."""
+    symbols: dict[sympy.Symbol, Any] = {}
+    for value in values:
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, SIZES):
+                symbols |= dict.fromkeys(size.node.expr.free_symbols, size.node.shape_env)
+    return [(symbols[s], s) for s in sorted(symbols, key=str)]
+
+
+def number(size: Any, numbers: Numbers) -> Any:
+    """Return a size for these numbers of its symbols; what is no free size as it is."""
+    if not isinstance(size, SIZES):
+        return size
+    value = size.node.expr.xreplace({s: sympy.Integer(n) for s, n in numbers.items()})
+    kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return kinds[type(size)](value)
+
+
+def other_sizes(values: Iterable[Any]) -> Iterator[dict[sympy.Symbol, int]]:
+    """Yield numbers for the symbols in ``values``, within their bounds and other than those of the example.
+
+    None where there are no symbols, or where data decide one of them.
+    """
+    symbols = symbols_of(values)
+    if not symbols or not all(s in environment.backed_var_to_val for environment, s in symbols):
+        return
+    for other in OTHERS:
+        numbers = {s: other(i, int(e.backed_var_to_val[s])) for i, (e, s) in enumerate(symbols)}
+        bounds = (e.var_to_range[s] for e, s in symbols)
+        if all(max(1, b.lower) <= n <= b.upper for b, n in zip(bounds, numbers.values())):
+            yield numbers
