@@ -22,10 +22,10 @@ OTHERS: tuple[Callable[[int, int], int], ...] = (
 
 
 def symbols_of(values: Iterable[Any]) -> list[tuple[Any, sympy.Symbol]]:
-    """Return every symbol in the sizes and the shapes of tensors among ``values``, with the environment it belongs to, in order of names."""
+    """Return the symbols in the sizes among ``values``, and in shapes and strides of tensors, each with its environment, by name."""
     symbols: dict[sympy.Symbol, Any] = {}
     for value in values:
-        for size in value.shape if isinstance(value, Tensor) else (value,):
+        for size in (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,):
             if isinstance(size, SIZES):
                 symbols |= dict.fromkeys(size.node.expr.free_symbols, size.node.shape_env)
     return [(symbols[s], s) for s in sorted(symbols, key=str)]

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from thresher.ir.nodes import shape_of
 from thresher.ir.sizes import Numbers, number
 
-_ASSUMED: ContextVar[Numbers] = ContextVar("_ASSUMED", default={})
+_ASSUMED: ContextVar[Numbers | None] = ContextVar("_ASSUMED", default=None)
 BLOCK_SIZE = 1 << 20  # bytes, or elements, that stay in the cache between two steps
 
 
