@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from thresher.approximation.calibration import Calibration
 from thresher.driver.session import Session
 from thresher.driver.stages import Build, Captured
 from thresher.errors import ValidationError
-from thresher.ir.free_sizes import at_other_sizes
 from thresher.ir.program import Program
 from thresher.runtime.comparison import Check, Truth, check_outputs, tolerance_of
 from thresher.runtime.reference_run import ReferenceRun
 from thresher.runtime.tensor_spec import is_tensor
-from thresher.verification.compare import MAX_SIZES, describe
+from thresher.verification.compare import describe, resized_inputs
 from thresher.verification.probes import probes
 from thresher.verification.rounding import find_undecided_choice, rounding_allowance
 from thresher.verification.truth import SampledTruth
@@ -64,7 +62,7 @@ class SideBySide:
         inputs = [("example input", example, 0), ("random input", random, 0)]
         sizes = sorted(set(self.build.specialized) - {0})
         inputs += [(f"batch of {size}", resized(self.program, example, size), size) for size in sizes]
-        if not sizes and (other := self._other_sizes(random)) is not None:
+        if not sizes and (other := resized_inputs(self.captured.program, random)) is not None:
             inputs.append(("other sizes", other, 0))
         compared = []
         for number, (label, flat, size) in enumerate(inputs):
@@ -104,11 +102,6 @@ class SideBySide:
                 label = f"another input: rounding decides {choice.name} of the {label}"
                 return Compared(other, [*(c for c in checks if c.passed and not c.excused), *self._on(other, label)])
         return Compared(flat, checks)
-
-    def _other_sizes(self, flat: tuple) -> tuple | None:
-        """Return inputs of other sizes on which the model runs; None where no size is free, or it runs on none of those tried."""
-        tried = itertools.islice(at_other_sizes(self.captured.program, flat), MAX_SIZES)
-        return next((other for other in tried if self._runs(other)), None)
 
     def _choice(self, flat: tuple) -> fx.Node | None:
         try:

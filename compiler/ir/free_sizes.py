@@ -7,6 +7,7 @@ nobody would check in a compiled model. The error comes before the supposition, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,10 +30,11 @@ def free_sizes(program: Program) -> dict[str, tuple[str, ...]]:
 def at_other_sizes(program: Program, flat: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Yield flat inputs of other sizes than the example's: those of ``flat``, repeated and cut. Not all may fit the model.
 
-    None where no size is free.
+    Sizes are all different, and then those alike that are in the example, in turn. None where no size is free.
     """
     values = [n.meta.get("val") for n in program.placeholders]
-    for numbers in other_sizes(values):
+    pairs = itertools.zip_longest(other_sizes(values), other_sizes(values, together=True))
+    for numbers in filter(None, itertools.chain.from_iterable(pairs)):
         yield tuple(_resized(value, declared, numbers) for value, declared in zip(flat, values, strict=True))
 
 

@@ -40,16 +40,19 @@ def number(size: Any, numbers: Numbers) -> Any:
     return kinds[type(size)](value)
 
 
-def other_sizes(values: Iterable[Any]) -> Iterator[dict[sympy.Symbol, int]]:
+def other_sizes(values: Iterable[Any], together: bool = False) -> Iterator[dict[sympy.Symbol, int]]:
     """Yield numbers for the symbols in ``values``, within their bounds and other than those of the example.
 
-    None where there are no symbols, or where data decide one of them.
+    No two are the same; ``together``: but those that are the same in the example. None where there are no symbols, or where data decide one
+    of them.
     """
     symbols = symbols_of(values)
     if not symbols or not all(s in environment.backed_var_to_val for environment, s in symbols):
         return
+    example = [int(e.backed_var_to_val[s]) for e, s in symbols]
+    index = [example.index(size) if together else i for i, size in enumerate(example)]
     for other in OTHERS:
-        numbers = {s: other(i, int(e.backed_var_to_val[s])) for i, (e, s) in enumerate(symbols)}
+        numbers = {s: other(i, size) for i, size, (_, s) in zip(index, example, symbols)}
         bounds = (e.var_to_range[s] for e, s in symbols)
         if all(max(1, b.lower) <= n <= b.upper for b, n in zip(bounds, numbers.values())):
             yield numbers

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.ir.free_sizes import at_other_sizes
@@ -26,7 +27,7 @@ from thresher.verification.probes import probes, random_inputs
 LOWERING_TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in TOLERANCE.items()}
 
 
-MAX_SIZES = 6  # that are tried, until the model runs on one
+MAX_SIZES = 12  # that are tried, until the model runs on one
 
 # ---------------------------------------------------------------------- programs in float64
 
@@ -68,10 +69,24 @@ def observe(program: Program) -> Observed:
     noise = random_inputs(program, ranges=False)
     if not _equal(fitting, noise):
         observed.add(noise)
-    for resized in itertools.islice(at_other_sizes(program, fitting), MAX_SIZES):
-        if observed.add(resized) is None:
-            break
+    if (resized := resized_inputs(program, fitting)) is not None:
+        observed.add(resized)
     return observed
+
+
+def resized_inputs(program: Program, flat: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Return flat inputs like ``flat`` of other sizes that fit ``program``; None where no size is free, or none of those tried fits.
+
+    Attention is computed step by step to find that out: torch's fused kernels read past the end of keys and values of different lengths.
+    """
+    for resized in itertools.islice(at_other_sizes(program, flat), MAX_SIZES):
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                program.run(*resized)
+        except Exception:  # whatever an operator of torch raises
+            continue
+        return resized
+    return None
 
 
 def describe(error: Exception) -> str:

@@ -117,9 +117,9 @@ def test_foreign_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edited_manifest(format=99), "format 99; this library reads 3"),
-        (edited_manifest(format=1), "format 1; this library reads 3"),
-        (edited_manifest(format=2), "format 2; this library reads 3"),
+        (edited_manifest(format=99), "format 99; this library reads 4"),
+        (edited_manifest(format=1), "format 1; this library reads 4"),
+        (edited_manifest(format=2), "format 2; this library reads 4"),
         (edited_manifest(entries={"../main": {}}), "entry '../main' is not complete"),
         (edited_manifest(entries={"other": {}}), "entry 'other' is not complete"),
         (edited_manifest(versions={"tvm": "0.1"}), "built with TVM 0.1"),

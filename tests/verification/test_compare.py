@@ -7,8 +7,9 @@ import torch
 
 import thresher
 import thresher.ops
+from helpers.modules import Function
 from thresher.frontend.capture import capture
-from thresher.verification.compare import compare
+from thresher.verification.compare import compare, resized_inputs
 from thresher.verification.rounding import find_undecided_choice
 
 NAN, INF = float("nan"), float("inf")
@@ -82,3 +83,16 @@ class Shrunk(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.thresher.shrink(x, torch.tensor(0.4), self.kind)
+
+
+def test_sizes_on_which_attention_reads_past_the_end_are_left_out() -> None:
+    """Keys and values of two lengths, free both: torch's fused kernels do not look."""
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    free = (None, {2: torch.export.Dim("keys")}, {2: torch.export.Dim("values")})
+    args = (torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4))
+    program = capture(Function(call), args, dynamic_shapes=(free,))
+    resized = resized_inputs(program, program.probe)
+    assert resized is not None and resized[1].shape[2] == resized[2].shape[2] != 5

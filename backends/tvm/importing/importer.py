@@ -109,7 +109,8 @@ class Importer:
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if separate_weights else [relax.Var("weights", relax.ObjectType())]
         self.sizes = Sizes()
-        self.widened: set[fx.Node] = set()  # their values have the zeros already that the padding after them adds
+        #: Nodes whose values have the zeros already that the padding adds which is their only user.
+        self.widened: set[fx.Node] = set()
         self.library: list[LibraryCall] = []  # the nodes that torch computes
         self._weight_of: dict[Any, relax.Var] = {}
         self._constants: dict[fx.Node, Tensor] = {}  # those of decompositions
@@ -200,6 +201,7 @@ class Importer:
                 return self._checked(way(node), node)
             except Exception as error:  # whatever a converter raises: another way may do
                 hindrances.append(f"{name}: {first_line(error)}")
+                self.widened.discard(node)
         raise Unlowered("; ".join(hindrances))
 
     def _ways(self, node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], Any]]]:
@@ -246,7 +248,7 @@ class Importer:
 
         Raises :class:`NotImplementedError` where it is not of the kind that the node declares.
         """
-        value = node.meta["val"]
+        value = (next(iter(node.users)) if node in self.widened else node).meta["val"]
         if reason := misfit(result, value):
             raise NotImplementedError(reason)
         return bound(self.builder, result, value, self.sizes) if isinstance(value, Tensor) else result

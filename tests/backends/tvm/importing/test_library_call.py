@@ -40,7 +40,6 @@ BY_TORCH = {
         lambda x: torch.unique(x.round(), return_counts=True),
         "aten._unique2.default",
     ),
-    "a kernel that TVM cannot compile": (lambda x: x / 0.0, "aten.div.Tensor"),
     "half": (lambda x: torch.special.i0e(x.half()), "aten.special_i0e.default"),
     "complex inside": (lambda x: torch.polar(x.abs(), x).log().real, "aten.log.default"),
     "no elements read": (lambda x: x[:0].sum(0) + x, "aten.sum.dim_IntList"),
