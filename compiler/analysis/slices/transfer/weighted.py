@@ -216,6 +216,7 @@ class Convolution(Weighted):
     def of_ones(self, node: fx.Node, plan: Any) -> Tensor:
         """Return sum_i weight[o, i] c_i for the inputs i that are cut and their content c_i: [O, 1, *k], transposed [1, O, *k]."""
         gone, weight = self.cut_away(node, plan), plan.facts[node.args[1]].content.double()
+        assert gone is not None  # some of it was left behind
         i, o = (0, 1) if self.transposed else (1, 0)
         shape = [1] * weight.dim()
         shape[i] = -1
