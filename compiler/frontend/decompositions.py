@@ -18,7 +18,7 @@ from thresher.frontend.fast_decompositions import fast_decompositions
 from thresher.frontend.routed_experts import grouped_products
 from thresher.runtime.memory import shared_pair
 
-#: Passes match on these, and the backend has kernels for them.
+#: Passes match on these, or the backend has kernels for them. Those of linear algebra raise for some values, as no parts of them do.
 KEPT_WHOLE = frozenset(
     """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding matmul
     scaled_dot_product_attention layer_norm group_norm instance_norm rms_norm batch_norm softmax log_softmax
@@ -26,7 +26,8 @@ KEPT_WHOLE = frozenset(
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
     upsample_nearest2d upsample_bilinear2d upsample_bicubic2d
-    im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle""".split()
+    im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle
+    linalg_cholesky linalg_inv linalg_solve linalg_lu_factor linalg_ldl_factor linalg_tensorinv""".split()
 )
 
 
@@ -54,7 +55,32 @@ def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
         if operator._schema.name.removeprefix("aten::") in KEPT_WHOLE:
             table.pop(operator)
     table.update(grouped_products())
+    table[torch.ops.aten.instance_norm.default] = _instance_norm
     return table
+
+
+def _instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """Spell out the instance norm that writes running statistics: its schema says that it writes nothing. Any other stays whole."""
+    if not use_input_stats or running_mean is None or running_var is None:
+        return NotImplemented
+    batch, channels, *image = x.shape
+    mean, var = running_mean.repeat(batch), running_var.repeat(batch)
+    scale, shift = (None if t is None else t.repeat(batch) for t in (weight, bias))
+    flat = x.reshape(1, batch * channels, *image)
+    result = torch.batch_norm(flat, scale, shift, mean, var, True, momentum, eps, cudnn_enabled)
+    running_mean.copy_(mean.reshape(batch, channels).mean(0))
+    running_var.copy_(var.reshape(batch, channels).mean(0))
+    return result.reshape(x.shape)
 
 
 def _without_aliases(exported: ExportedProgram) -> ExportedProgram:

@@ -141,6 +141,20 @@ class Dropout(nn.Module):
         return torch.dropout(x, 0.5, True)
 
 
+class Seeded(nn.Module):
+    """Draws the same numbers at every call, as PyTorch's own samples of random operators do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(42)
+        return torch.dropout(x, 0.5, True)
+
+
+class SeededForNothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(42)
+        return x + 1
+
+
 class Uninitialized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.empty(x.shape)
@@ -159,6 +173,7 @@ def excluded() -> Case:
     ("build", "outcome"),
     [
         (lambda: Case(Dropout(), Inputs((torch.ones(64),))), "random"),
+        (lambda: Case(Seeded(), Inputs((torch.ones(64),))), "random"),
         (lambda: Case(Uninitialized(), Inputs((torch.ones(64),))), "random"),
         (lambda: Case(Failing(), Inputs((torch.ones(64),))), "eager"),
         (excluded, "excluded"),
@@ -167,6 +182,11 @@ def excluded() -> Case:
 def test_counted_apart(build: Callable[[], Case], outcome: str) -> None:
     """None of these reaches the compiler."""
     assert judge(build, raising(AssertionError("compiled"))).outcome == outcome
+
+
+def test_a_seed_alone_makes_no_sample_random() -> None:
+    case = Case(SeededForNothing(), Inputs((torch.ones(4),)))
+    assert judge(lambda: case, compiler(lambda outputs: outputs)).outcome == "equal"
 
 
 class Cancelling(nn.Module):

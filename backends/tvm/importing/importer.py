@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tvm
 from torch import Tensor, fx
-from tvm import relax, te
+from tvm import relax, te, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from thresher.backends.base import DEFAULT, MEASURED_AS_FASTER, LibraryCall, LoweringOptions
@@ -35,7 +35,7 @@ from thresher.backends.tvm.importing.library_call import library_call
 from thresher.backends.tvm.importing.provenance import NamingBuilder
 from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes
 from thresher.backends.tvm.importing.stock import is_trusted
-from thresher.backends.tvm.importing.values import is_empty, misfit, stored_dtype, tensor_type
+from thresher.backends.tvm.importing.values import is_empty, misfit, tensor_type
 from thresher.backends.tvm.kernels.blocks import OPAQUE
 from thresher.backends.tvm.plans import torch_kernels
 from thresher.backends.tvm.plans.plan_selection import PlanSelector, workload_of
@@ -46,7 +46,6 @@ from thresher.ir.program import Program
 
 BUILDER_LOCK = threading.Lock()  # TVM's builders share one stack in a process
 GET_WEIGHT = "vm.builtin.tuple_getitem"
-MAX_EMBEDDED_ELEMENTS = 1  # constants of at most this many elements stay in the code
 
 #: ``f(importer, node)`` returns the Relax expression of a call.
 Converter = Callable[["Importer", fx.Node], Any]
@@ -195,7 +194,7 @@ class Importer:
                 results[index] if isinstance(results, (tuple, list)) else self.emit(relax.TupleGetItem(results, index))
             )
         if is_empty(value):
-            return self.emit(relax.op.zeros(tensor_type(value, self.sizes).shape, stored_dtype(value.dtype)))
+            return self._empty(node)
         for name, way in self._ways(node):
             try:
                 return self._checked(way(node), node)
@@ -203,6 +202,13 @@ class Importer:
                 hindrances.append(f"{name}: {first_line(error)}")
                 self.widened.discard(node)
         raise Unlowered("; ".join(hindrances))
+
+    def _empty(self, node: fx.Node) -> Any:
+        """Return the value of a node that has no elements; TVM cannot read such a constant of its code from a file."""
+        kind = tensor_type(node.meta["val"], self.sizes)
+        if all(isinstance(d, tirx.IntImm) for d in kind.shape.values):
+            return self.weight(np.zeros([int(d) for d in kind.shape.values], str(kind.dtype)), node)
+        return self.emit(relax.op.zeros(kind.shape, kind.dtype))
 
     def _ways(self, node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], Any]]]:
         convert = self.table(node, self)
@@ -293,7 +299,7 @@ class Importer:
 
     def weight(self, array: np.ndarray, key: Any) -> Any:
         """Return a constant array as an expression: an element of the parameter ``weights``, the same one for the same ``key``."""
-        if array.size <= MAX_EMBEDDED_ELEMENTS:
+        if array.size == 1:  # it stays in the code
             return relax.const(array, str(array.dtype))
         if key not in self._weight_of:
             kind, index = relax.TensorType(array.shape, str(array.dtype)), len(self.weights)

@@ -5,6 +5,7 @@ operator sweep (``tests/backends/tvm/importing/test_operator_sweep.py``).
 """
 
 from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fills the tables)
+    activations,
     arithmetic,
     attention,
     complex_numbers,

@@ -14,6 +14,7 @@ from tvm import te, tirx, topi
 from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.registry import aten, cast, result_dtype, semantics
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cpu.elementwise import c_function
 
 
 def _binary(importer: Importer, node: fx.Node, name: str, element: Callable[[Any, Any], Any]) -> Any:
@@ -51,14 +52,6 @@ def _unless_zero(b: Any, result: Any) -> Any:
     return tirx.Select(b == tirx.const(0, b.ty.dtype), tirx.const(0, b.ty.dtype), result)
 
 
-def _fmod(a: Any, b: Any) -> Any:
-    """Compute the exact remainder by the C library."""
-    names = {"float32": "fmodf", "float64": "fmod"}
-    if str(a.ty.dtype) not in names:
-        return tirx.Cast(a.ty.dtype, _fmod(tirx.Cast("float32", a), tirx.Cast("float32", b)))
-    return tirx.call_pure_extern(a.ty.dtype, names[str(a.ty.dtype)], a, b)
-
-
 def _differ(one: Any, other: Any) -> Any:
     """Return whether of two conditions one alone holds; code for ``!=`` of conditions is refused by LLVM."""
     return tirx.any(tirx.all(one, tirx.Not(other)), tirx.all(other, tirx.Not(one)))
@@ -67,7 +60,7 @@ def _differ(one: Any, other: Any) -> Any:
 def _floor_of_quotient(a: Any, b: Any) -> Any:
     """Compute floor(a / b) of floating numbers by the exact remainder, as torch does."""
     zero, one, half = (tirx.const(v, a.ty.dtype) for v in (0.0, 1.0, 0.5))
-    rest = _fmod(a, b)
+    rest = c_function("fmod", a, b)
     quotient = (a - rest) / b
     lower = tirx.all(rest != zero, _differ(b < zero, rest < zero))
     quotient = tirx.Select(lower, quotient - one, quotient)
@@ -101,7 +94,7 @@ def remainder(importer: Importer, node: fx.Node) -> Any:
         return _binary(importer, node, "remainder", lambda a, b: _unless_zero(b, rest(a, _divisor(b))))
 
     def element(a: Any, b: Any) -> Any:
-        rest, zero = _fmod(a, b), tirx.const(0.0, a.ty.dtype)
+        rest, zero = c_function("fmod", a, b), tirx.const(0.0, a.ty.dtype)
         return tirx.Select(tirx.all(rest != zero, _differ(rest < zero, b < zero)), rest + b, rest) if down else rest
 
     return _binary(importer, node, "remainder", element)

@@ -41,7 +41,7 @@ def _elementary(function: Callable[[Any], Any]) -> Converter:
         value = cast(importer, importer.value(node.args[0]), "float32")
         return importer.emit_te(
             str(node.target).split(".")[1],
-            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name=_block(node)),
+            lambda t: te.compute(t.shape, lambda *i: elementwise.named(t(*i), function), name=block_of(node)),
             value,
         )
 
@@ -52,7 +52,7 @@ for _name, _function in elementwise.VECTORISED.items():
     CPU_KERNELS[getattr(aten, _name).default] = _elementary(_function)
 
 
-def _block(node: fx.Node) -> str:
+def block_of(node: fx.Node) -> str:
     """Return the name of a kernel's block. Of smooth functions that follow each other every second one is a kernel of its own: TVM puts
     their expressions into each other wherever the value is read, and four of them take minutes to simplify.
     """
@@ -269,112 +269,3 @@ def clamp(importer: Importer, node: fx.Node) -> Any:
     if node.target is aten.clamp_max.default:
         return _clamped(importer, value, None, node.args[1])
     return _clamped(importer, value, argument(node, 1, "min"), argument(node, 2, "max"), _is_opaque(node))
-
-
-@semantics(aten.elu.default)
-def elu(importer: Importer, node: fx.Node) -> Any:
-    """Compute scale x for x > 0, else scale alpha (exp(input_scale x) - 1)."""
-    alpha, scale, input_scale = (
-        float(argument(node, i, k, 1)) for i, k in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
-    )
-    return _smooth(
-        importer,
-        node,
-        lambda x, exp: tirx.Select(
-            x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x * _c(input_scale, x)) - _c(1.0, x))
-        ),
-    )
-
-
-@semantics(aten.selu.default)
-def selu(importer: Importer, node: fx.Node) -> Any:
-    """Compute ELU with the constants of Klambauer et al. (2017)."""
-    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-    return _smooth(
-        importer,
-        node,
-        lambda x, exp: tirx.Select(x > 0, x * _c(scale, x), _c(scale * alpha, x) * (exp(x) - _c(1.0, x))),
-    )
-
-
-@semantics(aten.celu.default)
-def celu(importer: Importer, node: fx.Node) -> Any:
-    """Compute x for x > 0, else alpha (exp(x / alpha) - 1)."""
-    alpha = float(argument(node, 1, "alpha", 1.0))
-    return _smooth(
-        importer, node, lambda x, exp: tirx.Select(x > 0, x, _c(alpha, x) * (exp(x * _c(1 / alpha, x)) - _c(1.0, x)))
-    )
-
-
-@semantics(aten.softplus.default)
-def softplus(importer: Importer, node: fx.Node) -> Any:
-    """Compute log(1 + exp(beta x)) / beta, and x where beta x exceeds the threshold."""
-    beta, threshold = float(argument(node, 1, "beta", 1)), float(argument(node, 2, "threshold", 20))
-    return _smooth(
-        importer,
-        node,
-        lambda x, exp: tirx.Select(
-            x * _c(beta, x) > _c(threshold, x), x, _log1p(exp(x * _c(beta, x))) * _c(1 / beta, x)
-        ),
-    )
-
-
-def _log1p(e: Any) -> Any:
-    """Return log(1 + e) for e >= 0."""
-    return tirx.Select(e < _c(1e-4, e), e - e * e * _c(0.5, e), te.log(_c(1.0, e) + e))
-
-
-@semantics(aten.mish.default)
-def mish(importer: Importer, node: fx.Node) -> Any:
-    """Compute x tanh(log(1 + exp(x))) as x n / (n + 2) with n = e (e + 2), e = exp(x); above 20 it is x."""
-
-    def element(x: Any, exp: Callable) -> Any:
-        e = exp(tirx.Select(x > _c(20.0, x), _c(20.0, x), x))
-        n = e * (e + _c(2.0, x))
-        return tirx.Select(x > _c(20.0, x), x, x * n / (n + _c(2.0, x)))
-
-    return _smooth(importer, node, element)
-
-
-@semantics(aten.hardswish.default)
-def hardswish(importer: Importer, node: fx.Node) -> Any:
-    """Compute x min(max(x + 3, 0), 6) / 6."""
-    return _smooth(importer, node, lambda x, exp: elementwise.hardswish(x))
-
-
-@semantics(aten.hardsigmoid.default)
-def hardsigmoid(importer: Importer, node: fx.Node) -> Any:
-    """Compute min(max(x + 3, 0), 6) / 6."""
-    return _smooth(importer, node, lambda x, exp: te.max(te.min(x + _c(3.0, x), _c(6.0, x)), _c(0.0, x)) * _c(1 / 6, x))
-
-
-@semantics(aten.leaky_relu.default)
-def leaky_relu(importer: Importer, node: fx.Node) -> Any:
-    """Compute x for x > 0, else negative_slope x."""
-    slope = float(argument(node, 1, "negative_slope", 0.01))
-    return _smooth(importer, node, lambda x, exp: tirx.Select(x > 0, x, x * _c(slope, x)))
-
-
-@semantics(aten.threshold.default)
-def threshold(importer: Importer, node: fx.Node) -> Any:
-    """Compute x above the threshold, the value elsewhere; a NaN stays."""
-    limit, value = (float(v) for v in node.args[1:3])
-    return _smooth(importer, node, lambda x, exp: tirx.Select(x <= _c(limit, x), _c(value, x), x))
-
-
-def _c(value: float, like: Any) -> Any:
-    return tirx.const(value, like.ty.dtype if hasattr(like, "ty") else like.dtype)
-
-
-def _smooth(importer: Importer, node: fx.Node, element: Callable[[Any, Callable], Any]) -> Any:
-    """Emit an elementwise function; ``exp`` is the vectorised one for float32 on the CPU."""
-    value = importer.value(node.args[0])
-    fast = importer.machine is not None and str(value.ty.dtype) == "float32"
-    exp = elementwise.exp if fast else te.exp
-    return importer.emit_te(
-        "elementwise",
-        lambda t: te.compute(
-            t.shape, lambda *i: elementwise.named(t(*i), lambda x: element(x, exp)), name=_block(node)
-        ),
-        value,
-    )

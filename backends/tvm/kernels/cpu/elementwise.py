@@ -78,6 +78,27 @@ def exp(x: Any) -> Any:
     return p * _power(half) * _power(n - half)  # 2^n itself may be no float32 where e^x is one
 
 
+def expm1(x: Any) -> Any:
+    """Return e^x - 1 for a float32 expression; near 0 by the polynomial of e^x without its 1."""
+    return tirx.Select(te.abs(x) < _f(0.34), _horner(x, EXP) * (x * x) + x, exp(x) - _f(1.0))
+
+
+def log1p(x: Any) -> Any:
+    """Return log(1 + x) for an expression x >= 0: log(u), and below 1 what u = 1 + x has lost of x (Kahan)."""
+    kind, one = str(x.ty.dtype), tirx.const(1.0, x.ty.dtype)
+    bits = f"int{kind.removeprefix('float')}" if kind.startswith("float") else "int16"
+    u = tirx.reinterpret(kind, tirx.reinterpret(bits, one + x))  # (TVM would cancel the two ones)
+    return te.log(u) - tirx.Select(x < one, ((u - one) - x) / u, tirx.const(0.0, kind))
+
+
+def c_function(name: str, *arguments: Any) -> Any:
+    """Return a call of a function of the C library; half types are computed in float32."""
+    kind = str(arguments[0].ty.dtype)
+    if kind not in ("float32", "float64"):
+        return tirx.Cast(kind, c_function(name, *(tirx.Cast("float32", a) for a in arguments)))
+    return tirx.call_pure_extern(kind, f"{name}f" if kind == "float32" else name, *arguments)
+
+
 def short_exp(x: Any) -> Any:
     """Return e^x without subnormals: 0 below 1.2e-38, infinite from 2.4e38 on."""
     p, n = _exp(x, -88.0, 89.0)

@@ -114,3 +114,41 @@ def test_a_division_by_zero_does_not_end_the_process() -> None:
         Function(lambda a, b: (a // b, a % b)).eval(), (WHOLE, DIVISORS), target="cpu", library="never"
     )
     assert [int(v[0, 0]) for v in model(WHOLE, DIVISORS * 0)] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_results_keep_their_digits(dtype: torch.dtype) -> None:
+    """1 + x and e^x - 1 have few digits of a small x, which the results that depend on it alone must have."""
+    x = torch.logspace(-9, 1.4, 100, dtype=dtype)
+    x = torch.cat([x, -x])
+
+    def function(x: Tensor) -> dict[str, Tensor]:
+        return {
+            "log1p": torch.log1p(x),
+            "expm1": torch.expm1(x),
+            "atanh": torch.atanh(x),
+            "tanh": torch.tanh(x),
+            "elu": F.elu(x, 1.5),
+            "selu": F.selu(x),
+            "celu": F.celu(x, 0.7),
+            "softplus": F.softplus(x, 1.5),
+            "softplus of a large limit": F.softplus(x * 10, 1, 1000),
+            "logsigmoid": F.logsigmoid(x),
+            "soft_margin_loss": F.soft_margin_loss(x, x.sign(), reduction="none"),
+        }
+
+    results = thresher.compile(Function(function).eval(), (x,), target="cpu", library="never")(x)
+    for name, expected in function(x).items():
+        torch.testing.assert_close(
+            results[name], expected, rtol=10 * torch.finfo(dtype).eps, atol=0, equal_nan=True, msg=name
+        )
+
+
+def test_constants_without_elements_are_read_again(tmp_path) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_ones(2, 0), torch.cat([x, x[:0]])
+
+    x = torch.ones(3)
+    model = thresher.compile(Function(function).eval(), (x,), target="cpu", library="never")
+    for result in (model(x), thresher.load(model.save(tmp_path / "m.thresher"))(x)):
+        assert result[0].shape == (2, 0) and torch.equal(result[1], x)
