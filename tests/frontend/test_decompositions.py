@@ -57,5 +57,5 @@ def test_linear_algebra_that_raises_for_some_matrices_is_whole(name: str) -> Non
     """Torch spells it out as a computation and a check that is a side effect."""
     program = capture(Function(CHECKED[name]).eval(), (torch.eye(4) + 0.1,))
     torch.testing.assert_close(
-        tuple(program.run([torch.eye(4) + 0.1])), tuple(tree_leaves(CHECKED[name](torch.eye(4) + 0.1)))
+        tuple(program.run(torch.eye(4) + 0.1)), tuple(tree_leaves(CHECKED[name](torch.eye(4) + 0.1)))
     )
