@@ -4,7 +4,9 @@ A step leads from one program to the next. For the values of the first it claims
 
 * known:   these elements are constant, with this content;
 * read:    no other elements influence an output;
-* kept:    the value stands in the second program under this name, with these indices of each dimension,
+* kept:    the value stands in the second program under this name, with these indices of each dimension;
+* nonnegative: no element is negative;
+* unrouted: no output depends on the rows that go to these experts,
 
 and for every removed index it gives a reason: the operator, the rule, and what the rule was applied to, so that a chain of reasons leads
 to a constant of the model. ``thresher.verification.verifier`` checks all of it without the optimiser. On disk a certificate is one zip
@@ -63,6 +65,9 @@ class Step:
     read: dict[str, Tensor]  # a value that is missing here is not read at all
     kept: dict[str, tuple[str, dict[int, Tensor]]]  # name in ``after``, kept indices of the dimensions that lost some
     reasons: list[Reason] = field(default_factory=list)
+    nonnegative: frozenset[str] = frozenset()  # values of which no element is negative
+    #: Of a value: the name of another one, whole numbers, one for each row, and for which numbers (bool) the row is not read.
+    unrouted: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,6 +110,8 @@ class Certificate:
                     {name: mask.clone() for name, mask in step.read.items()},
                     {n: (name, {d: t.clone() for d, t in dims.items()}) for n, (name, dims) in step.kept.items()},
                     step.reasons,
+                    step.nonnegative,
+                    {value: (name, unread.clone()) for value, (name, unread) in step.unrouted.items()},
                 )
                 for step in self.steps
             ]
@@ -137,6 +144,8 @@ class Certificate:
                         for k, (name, dims) in step.kept.items()
                     },
                     "reasons": [vars(r) for r in step.reasons],
+                    "nonnegative": sorted(step.nonnegative),
+                    "unrouted": {value: [name, tensors.add(t)] for value, (name, t) in step.unrouted.items()},
                 }
             )
         with new_zip(path) as package:
@@ -202,6 +211,8 @@ def _step_from_json(raw: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
         {k: tensors[t] for k, t in raw["read"].items()},
         {k: (name, {int(d): tensors[t] for d, t in dims.items()}) for k, (name, dims) in raw["kept"].items()},
         list(reasons()),
+        frozenset(raw.get("nonnegative", ())),
+        {value: (name, tensors[t]) for value, (name, t) in raw.get("unrouted", {}).items()},
     )
 
 

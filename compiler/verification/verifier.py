@@ -4,7 +4,7 @@ The claims of a step are an inductive invariant: *each value of the new program 
 known elements have the content that is claimed*. It holds for the inputs; that every operator carries it on is checked operator by
 operator, by running the operator itself in float64 on random values that satisfy the claims about its arguments:
 
-    known    the result has the content that is claimed for it;
+    known    the result has the content that is claimed for it, and is not negative where that is claimed;
     unread   other values at the unread elements of the arguments do not change what is read of the result;
     kept     the new program's expression, given the kept parts of the arguments, gives the kept part of the result.
 
@@ -123,6 +123,8 @@ class _Check:
         mask, content = self._known(node)
         if not _agree(result[mask], content[mask]):
             raise ProgramError(f"{node.name} ({node.target}) does not have the content that is claimed to be known")
+        if node.name in self.step.nonnegative and bool((result < 0).any()):
+            raise ProgramError(f"{node.name} ({node.target}) is negative, which is claimed not to be")
         wanted = self._read(node)
         other = {a: self._scrambled(a, value) for a, value in arguments.items()}
         live = wanted & ~mask
@@ -187,7 +189,14 @@ class _Check:
         return self._spread(node, mask), self._spread(node, content)
 
     def _read(self, node: fx.Node) -> Tensor:
-        return self._spread(node, self.step.read.get(node.name, torch.tensor(False)))
+        read = self._spread(node, self.step.read.get(node.name, torch.tensor(False)))
+        if node.name not in self.step.unrouted:
+            return read
+        name, unread = self.step.unrouted[node.name]
+        numbers = self.discrete[name].reshape(-1)
+        rows = (numbers >= 0) & (numbers < len(unread))
+        rows[rows.clone()] = unread[numbers[rows]]
+        return read & ~rows.reshape([*read.shape[:-1], 1])
 
     def _part(self, node: fx.Node, value: Tensor) -> Tensor:
         value = self._spread(node, value)
@@ -206,7 +215,7 @@ class _Check:
         if node.name in self.discrete:
             return self.discrete[node.name]
         mask, content = self._known(node)
-        value = self._random(self._shape(node), positive)
+        value = self._random(self._shape(node), positive or node.name in self.step.nonnegative)
         return torch.where(mask, content.to(value.dtype), value)
 
     def _values(self, node: fx.Node, positive: bool) -> dict[fx.Node, Tensor]:
@@ -235,7 +244,7 @@ class _Check:
         if node.name in self.discrete or node.op == "placeholder":
             return value
         fixed = self._known(node)[0] | self._read(node)
-        return torch.where(fixed, value, self._random(tuple(value.shape), False))
+        return torch.where(fixed, value, self._random(tuple(value.shape), node.name in self.step.nonnegative))
 
     def _evaluate(self, node: fx.Node, arguments: dict[fx.Node, Tensor]) -> Tensor:
         """The old program's operator on ``arguments``."""

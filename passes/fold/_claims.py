@@ -8,19 +8,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.channels import ChannelAnalysis
 from thresher.analysis.slices.facts import sizes, slices
 from thresher.analysis.slices.operators import rule_of
+from thresher.analysis.slices.transfer.base import is_constant
+from thresher.analysis.slices.transfer.routing import positive_chain, taken_experts, unread_experts
 from thresher.ir.program import Program
 from thresher.verification.certificate import Reason, Step, indices_of
 
 
 @dataclass
 class Claims:
-    """The claims of one fold: the values that were ``known`` at first, and those that stand for others."""
+    """The claims of one fold: the values that were ``known`` at first, those that stand for others, and the experts whose rows are
+    not read of a value (``unrouted``)."""
 
     known: dict[str, tuple[Tensor, Tensor]]
     stands_for: dict[str, str] = field(default_factory=dict)
+    unrouted: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+
+    def find_unrouted(self, analysis: ChannelAnalysis) -> None:
+        """Note the rows of experts that nobody reads, of the program before its cut is carried out."""
+        for node in analysis.program.calls(torch.ops.thresher.expert_linear.default):
+            if taken_experts(node, analysis.facts) is not None and is_constant(node.args[2], analysis.facts):
+                unread, between = unread_experts(node, analysis.facts)
+                if bool(unread.any()):
+                    self.unrouted |= {value.name: (node.args[1].name, unread) for value in between}
 
     def step(self, before: Program, analysis: ChannelAnalysis, renamed: dict[str, str]) -> Step:
         """Return the step from ``before`` to the analysed program, its cut carried out; ``renamed``: the new names of values."""
@@ -39,7 +52,18 @@ class Claims:
                 other = self.stands_for[other]
             if other in kept:
                 kept[name], read[name] = kept[other], read.get(other, torch.tensor(False))
-        return Step(before, analysis.program, self.known, read, kept, list(self.reasons(before, kept)))
+        choices = [n.args[0] for n in before.calls(torch.ops.aten.topk.default)]
+        nonnegative = frozenset(n.name for x in choices for n in positive_chain(x))
+        return Step(
+            before,
+            analysis.program,
+            self.known,
+            read,
+            kept,
+            list(self.reasons(before, kept)),
+            nonnegative,
+            self.unrouted,
+        )
 
     def reasons(self, before: Program, kept: dict[str, tuple[str, dict[int, Tensor]]]) -> Iterator[Reason]:
         """Yield the reason for each index that is not kept: known from the arguments, or unread by the users."""

@@ -5,9 +5,13 @@ an input) or *unread* (no output depends on it). With ``y = W x + b`` and ``x`` 
 
     y = W_kept x_kept + (b + W_cut c)        c the known content of the cut channels, 0 where they are unread
 
-so narrower tensors give the same function. Which indices must go together (residual adds, concatenations, heads, groups) is decided
-by the ties of ``thresher.analysis`` (coupled structures: DepGraph, Fang et al., CVPR 2023). Refused: a dead channel that a tie keeps alive,
-which is reported with the operator that holds it.
+so narrower tensors give the same function. Which indices must go together (residual adds, concatenations, heads, groups) is decided by the
+ties of ``thresher.analysis`` (coupled structures: DepGraph, Fang et al., CVPR 2023). A layer of experts loses those that no row takes,
+because ``topk`` never chooses them (their score is -inf, or 0 where the others are positive), and those whose weights are 0; the others are
+looked up at their new places.
+
+Refused: a dead channel that a tie keeps alive, which is reported with the operator that holds it; a route that is never the largest where
+fewer than k would be left; an expert without weights where it is not known which experts the rows take.
 
 Zero times anything counts as zero, also for NaN and infinity, where the unpruned product would be NaN, and minus infinity plus anything
 as minus infinity (a closed attention mask, a route to an expert that no input takes); ``strict=True`` refuses to fold for models with
@@ -101,6 +105,7 @@ class FoldChannels(Pass):
         if not rewrites:
             return _Round(program, [], refusals, [], False)
         marked = any(not analysis.full(m, m.args[1]) for m in markers)
+        claims.find_unrouted(analysis)
         plan = _Plan(work, analysis)
         plan.carry_out()
         zeros = any(_without_zero_addend(work, node) for node in work.calls(aten.add.Tensor))
@@ -197,7 +202,7 @@ class _Plan:
     def carry_out(self) -> None:
         shapes = {n: sizes(n) for n in self.program.graph.nodes if is_tensor(n)}
         for node in list(self.program.calls()):
-            if is_tensor(node) and any(
+            if any(
                 not self.full(n, d) for n in (node, *node.all_input_nodes) if n in shapes for d in range(len(shapes[n]))
             ):
                 rule_of(node).narrow(node, self)
@@ -280,23 +285,34 @@ class _Plan:
         self.stands_for[node.name] = total.name
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
+    def looked_up(self, user: fx.Node, numbers: fx.Node, table: Tensor) -> fx.Node:
+        """Return what ``table`` has for each element of ``numbers``, computed before ``user``."""
+        constant = self.program.add_constant(table, f"{user.name}_table", like=numbers, role=Role.BUFFER)
+        return self.program.insert_call(user, aten.index.Tensor, (constant, [numbers]), like=user)
+
+    def look_up(self, node: fx.Node, table: Tensor) -> None:
+        """Let all users of ``node``, numbers of what is kept, read what ``table`` has for them: the numbers from before."""
+        constant = self.program.add_constant(table, f"{node.name}_table", like=node, role=Role.BUFFER)
+        with self.program.graph.inserting_after(node):
+            before = self.program.graph.call_function(aten.index.Tensor, (constant, [node]))
+        before.meta = dict(node.meta)
+        for dim in range(len(sizes(node))):
+            if (node, dim) in self.keep:
+                self.keep[(before, dim)] = self.keep[(node, dim)]
+        self.stands_for[node.name] = before.name
+        node.replace_all_uses_with(before, delete_user_cb=lambda user: user is not before)
+
 
 # ---------------------------------------------------------------------- telling
 
 
 def _describe(analysis: ChannelAnalysis) -> list[Note]:
-    """Return one note per weighted operator whose outputs or inputs get fewer; without any, one for the first other narrowed value."""
+    """Return one note per operator with weights of which some go; without any, one for the first other narrowed value."""
     notes = []
     for node in analysis.program.calls():
-        operator = rule_of(node)
-        if not isinstance(operator, Weighted):
-            continue
-        channel = operator.channel(node)
-        parts = []
-        for label, key in (("inputs", (node.args[0], channel)), ("outputs", (node, channel))):
-            if not analysis.full(*key):
-                parts.append(f"{label} {analysis.keep[key].numel()} -> {analysis.count(*key)}")
-        if parts:
+        widths = [(label, key) for label, key in rule_of(node).widths(node) if not analysis.full(*key)]
+        if widths:
+            parts = [f"{label} {analysis.keep[key].numel()} -> {analysis.count(*key)}" for label, key in widths]
             notes.append(Note.at(node, ", ".join(parts)))
     if not notes and analysis.cuts:
         notes = [Note.at(node, f"dimension {dim} narrowed") for node, dim in analysis.cuts[:1]]
@@ -304,7 +320,7 @@ def _describe(analysis: ChannelAnalysis) -> list[Note]:
 
 
 def _refusals(analysis: ChannelAnalysis) -> list[Note]:
-    """Return a refusal for the dead outputs of weighted operators that a tie keeps."""
+    """Return a refusal for the dead outputs of weighted operators that a tie keeps, and for what rules refuse themselves."""
     held: dict[tuple[fx.Node, fx.Node | None], tuple[int, int]] = {}
     for node in analysis.program.calls():
         operator = rule_of(node)
@@ -313,7 +329,11 @@ def _refusals(analysis: ChannelAnalysis) -> list[Note]:
             count = int(analysis.kept_dead(key).sum())
             if count:
                 held[node, analysis.holders.get(key)] = count, analysis.keep[key].numel()
-    notes = []
+    notes = [
+        Note.at(node, reason)
+        for node in analysis.program.calls()
+        if (reason := rule_of(node).refusal(node, analysis.facts))
+    ]
     for (node, holder), (count, total) in held.items():
         notes.append(Note.at(node, f"{count} of {total} dead outputs kept: held by {_holder(holder)}"))
     return notes

@@ -289,8 +289,8 @@ class ChannelAnalysis:
             return
         values = [n for n in node.all_input_nodes if is_tensor(n)]
         tied: set[Key] = set()
-        if is_tensor(node) and node.op == "call_function":
-            values.append(node)
+        if node.op == "call_function":
+            values += [node] if is_tensor(node) else []
             self.ties[node] = rule_of(node).constraints(node, self.facts)
             self.pins[node] = rule_of(node).pins(node, self.facts)
             tied = {key for tie in self.ties[node] for key in tie.keys}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import thresher.ops.shrink  # noqa: F401  (registers the operator)
+import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.facts import known_constant
 from thresher.analysis.slices.transfer.attention import Attention, Matmul
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, aten
@@ -33,6 +33,7 @@ from thresher.analysis.slices.transfer.movement import (
     fix_squeeze,
 )
 from thresher.analysis.slices.transfer.norms import GroupNorm, LayerNorm
+from thresher.analysis.slices.transfer.routing import ExpertLinear, TopK
 from thresher.analysis.slices.transfer.weighted import Bilinear, Convolution, Embedding, Linear
 from thresher.ir.program import Program
 
@@ -66,6 +67,8 @@ def _table() -> dict[Any, TransferRule]:
         aten.index_select.default: Gather(),
         aten.index_put.default: Written(),
         edge_marker: EdgeMarker(),
+        aten.topk.default: TopK(),
+        torch.ops.thresher.expert_linear.default: ExpertLinear(),
         torch.ops.thresher.layer_norm.default: LayerNorm(),
         torch.ops.thresher.group_norm.default: GroupNorm(),
     }

@@ -156,9 +156,18 @@ class TransferRule:
             node: the call, in ``plan.program``; edit ``node.args``, ``node.kwargs`` and ``node.target``.
             plan: of :class:`~thresher.passes.fold.fold_channels.FoldChannels`. It has ``program``; ``facts`` as in :meth:`forward`;
                 ``keep[key]``, the kept indices of a dimension (bool); ``full(node, dim)``, True if it loses none; ``count(node, dim)``,
-                how many it keeps; and the edits ``replace_constant``, ``add_to_bias``, ``add_after`` and ``leave_out``.
+                how many it keeps; and the edits ``replace_constant``, ``add_to_bias``, ``add_after``, ``leave_out``, ``look_up`` and
+                ``looked_up``.
         """
         return None
+
+    def widths(self, node: fx.Node) -> list[tuple[str, Key]]:
+        """Return the dimensions that a report names where they lose indices, each with what its indices are."""
+        return []
+
+    def refusal(self, node: fx.Node, facts: Facts) -> str:
+        """Return what could have gone at ``node``, and why it stays; empty where there is nothing to say."""
+        return ""
 
 
 def is_constant(node: Any, facts: Facts) -> bool:

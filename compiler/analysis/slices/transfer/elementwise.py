@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from thresher.analysis.slices.facts import Known, compress, known, reduce_to, sizes
 from thresher.analysis.slices.ties import Tie, equal
-from thresher.analysis.slices.transfer.base import Facts, TransferRule, evaluate, nothing, tensors
+from thresher.analysis.slices.transfer.base import Facts, TransferRule, evaluate, mask_of, nothing, tensors
 
 
 class Elementwise(TransferRule):
@@ -123,26 +123,18 @@ class Quotient(Elementwise):
 
 
 class Where(Elementwise):
-    """The rule of ``where(condition, a, b)``: a known condition picks the operand that matters."""
+    """The rule of ``where(condition, a, b)``: a known condition picks the operand that matters; else both may have the same value."""
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
-        condition, a, b = node.args
-        if condition not in facts or not facts[condition].all():
-            return super().forward(node, facts)
-        picked = facts[condition].value
-        parts = [
-            (facts[n].mask, facts[n].value)
-            if n in facts
-            else (torch.tensor(False), torch.zeros((), dtype=torch.float64))
-            for n in (a, b)
-        ]
-        mask = torch.where(picked, parts[0][0], parts[1][0])
-        value = torch.where(picked, parts[0][1].double(), parts[1][1].double())
-        rank = len(sizes(node))
-        return known(
-            mask.reshape([1] * (rank - mask.dim()) + list(mask.shape)),
-            value.reshape([1] * (rank - value.dim()) + list(value.shape)),
-        )
+        (decided, first), (mask_a, a), (mask_b, b) = (self._fact(n, node, facts) for n in node.args)
+        mask = torch.where(decided, torch.where(first, mask_a, mask_b), mask_a & mask_b & (a == b))
+        return known(mask, torch.where(decided & ~first, b, a))
+
+    def _fact(self, operand: fx.Node, node: fx.Node, facts: Facts) -> tuple[Tensor, Tensor]:
+        """Return mask and value of an operand, with as many dimensions as the result."""
+        pair = mask_of(operand, facts), facts[operand].value if operand in facts else nothing(operand)
+        mask, value = (t.reshape([1] * (len(sizes(node)) - t.dim()) + list(t.shape)) for t in pair)
+        return mask, value
 
     def relevant(self, node: fx.Node, operand: fx.Node, facts: Facts) -> Tensor | None:
         condition, a, b = node.args

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.slices.facts import Known, known, sizes
-from thresher.analysis.slices.ties import Tie, equal
+from thresher.analysis.slices.facts import Known, known, sizes, slices
+from thresher.analysis.slices.ties import Key, Tie, equal
 from thresher.analysis.slices.transfer.base import Facts, TransferRule, argument, aten, evaluate
 
 
@@ -59,16 +59,44 @@ class Mixing(TransferRule):
 
 
 class Softmax(Mixing):
-    """The rule of softmax: -inf becomes 0 for all values of the rest of its row (unless all of the row is -inf)."""
+    """The rule of softmax: -inf becomes 0 for all values of the rest of its row (unless all of the row is -inf).
+
+    So an index at which every row is -inf can go, and the rest is what it was.
+    """
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operand: fx.Node = node.args[0]
         if operand not in facts or not bool((facts[operand].content == -torch.inf).any()):
             return super().forward(node, facts)
         dim = self.dims(node)[0][0]
-        closed = facts[operand].mask & (facts[operand].content == -torch.inf)
+        closed = self.closed(node, facts)
         whole = closed.expand([s if d == dim else closed.shape[d] for d, s in enumerate(sizes(operand))])
         return known(whole & ~whole.all(dim, keepdim=True), torch.zeros([1] * closed.dim(), dtype=torch.float64))
+
+    def closed(self, node: fx.Node, facts: Facts) -> Tensor:
+        """Return which elements of the argument are known to be -inf (narrow)."""
+        return facts[node.args[0]].mask & (facts[node.args[0]].content == -torch.inf)
+
+    def open_indices(self, node: fx.Node, facts: Facts) -> Tensor:
+        """Return the indices along the softmax at which some row may be more than -inf (bool); all where every index is closed."""
+        dim = self.dims(node)[0][0]
+        size = sizes(node)[dim]
+        if node.args[0] not in facts:
+            return torch.ones(size, dtype=torch.bool)
+        opened = ~slices(self.closed(node, facts), dim, size, every=True)
+        return opened if bool(opened.any()) else ~opened
+
+    def constraints(self, node: fx.Node, facts: Facts) -> list[Tie]:
+        """Tie the softmax's own dimension, too, where some of it can go."""
+        ties, dim = super().constraints(node, facts), self.dims(node)[0][0]
+        if bool(self.open_indices(node, facts).all()):
+            return ties
+        return [*ties, equal(node, (node, dim), (node.args[0], dim), sizes(node)[dim])]
+
+    def pins(self, node: fx.Node, facts: Facts) -> list[tuple[Key, Tensor]]:
+        """Pin the indices that are not closed."""
+        opened = self.open_indices(node, facts)
+        return [] if bool(opened.all()) else [((node, self.dims(node)[0][0]), opened)]
 
 
 def spatial(node: fx.Node) -> tuple[list[int], bool]:

@@ -48,6 +48,10 @@ class Weighted(TransferRule):
         """Return the weight with which this operator makes the term of one channel of ones, where :meth:`border_is_free`."""
         raise NotImplementedError
 
+    def widths(self, node: fx.Node) -> list[tuple[str, Key]]:
+        channel = self.channel(node)
+        return [("inputs", (node.args[0], channel)), ("outputs", (node, channel))]
+
     def channel(self, node: fx.Node) -> int:
         """Return the dimension whose indices are the channels."""
         raise NotImplementedError
