@@ -19,8 +19,10 @@ from .small_configs import FIRST_SPECIAL_TOKEN
 
 TOKENS = 12
 MOST_ATTEMPTS = 40
-#: Arguments that are given where those that a model needs are not enough: it says only when it runs that it needs one of several.
+#: Arguments that are given where those that a model needs are not enough: it says only when it runs that it needs one of several. What
+#: a model else draws at random is given where it can be.
 FURTHER: list[tuple[str, ...]] = [
+    ("noise",),
     (),
     ("decoder_input_ids",),
     ("input_ids",),
@@ -63,6 +65,8 @@ def candidates(name: str, config: Any) -> list[Callable[[torch.Generator], Tenso
     frames = field(config, 16, "num_frames")
     source = 2 * field(config, 50, "max_source_positions")
     width = field(config, 64, "hidden_size", "d_model")
+    series, size = field(config, 1, "num_input_channels", "input_size"), field(config, 16, "patch_size")
+    context = field(config, 32, "context_length")
     patch = channels * field(config, 1, "temporal_patch_size") * field(config, 14, "patch_size") ** 2
 
     def normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
@@ -102,7 +106,8 @@ def candidates(name: str, config: Any) -> list[Callable[[torch.Generator], Tenso
         "inputs_embeds": [normal(1, TOKENS, width)],
         "encoder_hidden_states": [normal(1, TOKENS, width)],
         "hidden_states": [normal(1, TOKENS, width), normal(1, width, 8, 8), normal(16, patch)],
-        "past_values": [normal(1, field(config, 32, "context_length") + 8, field(config, 1, "num_input_channels", "input_size"))],
+        "past_values": [normal(1, context + 8, series), normal(1, context, series)],
+        "noise": [normal(1, (image // size) ** 2)],
     }  # fmt: skip
     return makers.get(name, [])
 

@@ -108,10 +108,14 @@ def _consistent(small: dict[str, Any], config: Mapping[str, Any]) -> dict[str, A
     for head_dim, count, expand in (
         ("head_dim", "num_heads", "expand"),
         ("mamba_d_head", "mamba_n_heads", "mamba_expand"),
+        ("mamba_headdim", "n_mamba_heads", "mamba_expand"),
     ):
         if {head_dim, count, expand} <= small.keys():  # of a state space model
             inner = small.get("mamba_d_ssm") or int(small["hidden_size"] * small[expand])
             small[head_dim] = inner // small[count]
+    if config.get("attention_hidden_size", 0) == 2 * config.get("hidden_size", 1):  # of a block that reads two states
+        small["attention_hidden_size"] = 2 * small["hidden_size"]
+        small["attention_head_dim"] = small["attention_hidden_size"] // small["num_attention_heads"]
     nope, rotated = "qk_nope_head_dim", "qk_rope_head_dim"
     if {"head_dim", nope, rotated} <= config.keys():
         if config["head_dim"] == config[rotated]:
