@@ -27,6 +27,10 @@ class BackendError(ThresherError):
     """A program cannot be lowered to the target that was asked for."""
 
 
+class OperatorError(ThresherError, RuntimeError):
+    """A compiled model was called with values for which an operator raises in torch, too: a singular matrix, an index out of range."""
+
+
 class ValidationError(ThresherError):
     """A compiled result differs from the eager model by more than is allowed."""
 

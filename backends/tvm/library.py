@@ -17,18 +17,28 @@ from torch import Tensor
 
 import thresher.ops  # noqa: F401  (registers the operators that a call may name)
 from thresher.backends.tvm.runtime import aligned
+from thresher.errors import OperatorError
 
 CALL = "thresher.library"
+
+tvm_ffi.register_error(OperatorError)  # which passes through compiled code as what it is
 
 Arguments = Callable[[Sequence[Tensor], Sequence[int]], Any]
 
 
 @tvm_ffi.register_global_func(CALL, override=True)
 def call(text: str, sizes: Any, *tensors: Any) -> Any:
-    """Compute an operator by torch. A result that is no tensor becomes one without dimensions, None an empty one."""
+    """Compute an operator by torch. A result that is no tensor becomes one without dimensions, None an empty one.
+
+    Raises :class:`OperatorError` naming the node where torch raises.
+    """
     inputs = [torch.from_dlpack(t) for t in tensors]
-    with torch.no_grad():
-        result = _parsed(text)(inputs, sizes)
+    node, compute = _parsed(text)
+    try:
+        with torch.no_grad():
+            result = compute(inputs, sizes)
+    except Exception as error:
+        raise OperatorError(f"{node}: {error}") from error
     memory = {t.untyped_storage().data_ptr() for t in inputs}
     if isinstance(result, (tuple, list)):
         return tvm_ffi.convert([_handed_over(r, memory) for r in result])
@@ -44,12 +54,13 @@ def _handed_over(result: Any, memory: set[int]) -> Any:
 
 
 @functools.cache
-def _parsed(text: str) -> Arguments:
-    name, *arguments = json.loads(text)
+def _parsed(text: str) -> tuple[str, Arguments]:
+    """Return the node and its operator by their names, and the function that computes it."""
+    name, node, *arguments = json.loads(text)
     namespace, operator, overload = name.split(".")
     target = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
     args, kwargs = map(_reader, arguments)
-    return lambda tensors, sizes: target(*args(tensors, sizes), **kwargs(tensors, sizes))
+    return f"{node} ({name})", lambda tensors, sizes: target(*args(tensors, sizes), **kwargs(tensors, sizes))
 
 
 def _reader(item: Any) -> Arguments:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from thresher.errors import CaptureError
 from thresher.frontend.decompositions import decompose
 from thresher.frontend.export import export_module, quiet
 from thresher.frontend.exported_program import to_program
+from thresher.frontend.layouts import refuse_sparse_inputs
 from thresher.frontend.onnx.reader import read_onnx
 from thresher.ir.program import Program
 
@@ -47,7 +47,7 @@ def capture(
     """
     if isinstance(model, (str, os.PathLike)):
         model = read_onnx(model) if str(model).endswith(".onnx") else _load_pt2(Path(model))
-    _refuse_sparse((args, kwargs or {}))
+    refuse_sparse_inputs((args, kwargs or {}))
     attributes: Collection[str] = ()
     if isinstance(model, nn.Module):
         name = type(model).__name__
@@ -66,19 +66,6 @@ def capture(
     example_inputs = (tuple(args), kwargs or {}) if args or kwargs else exported.example_inputs
     with quiet():
         return to_program(exported, name, example_inputs or ((), {}), attributes)
-
-
-def _refuse_sparse(inputs: Any) -> None:
-    """Raise :class:`CaptureError` naming the first input whose memory is not that of a dense tensor."""
-    for path, value in tree_leaves_with_path(inputs):
-        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_nested or value.is_quantized):
-            kind = (
-                str(value.layout).removeprefix("torch.") if value.layout is not torch.strided else "nested or quantized"
-            )
-            name = keystr(path[1:])
-            raise CaptureError(
-                f"the input {name} is a {kind} tensor, and a compiled model takes dense ones: give {name}.to_dense()"
-            )
 
 
 def _load_pt2(path: Path) -> ExportedProgram:

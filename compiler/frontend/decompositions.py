@@ -18,6 +18,7 @@ from thresher.frontend.fast_decompositions import fast_decompositions
 from thresher.frontend.routed_experts import grouped_products
 from thresher.runtime.memory import shared_pair
 
+aten = torch.ops.aten
 #: Passes match on these, or the backend has kernels for them. Those of linear algebra raise for some values, as no parts of them do.
 KEPT_WHOLE = frozenset(
     """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding matmul
@@ -55,8 +56,16 @@ def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
         if operator._schema.name.removeprefix("aten::") in KEPT_WHOLE:
             table.pop(operator)
     table.update(grouped_products())
-    table[torch.ops.aten.instance_norm.default] = _instance_norm
+    table[aten.instance_norm.default] = _instance_norm
+    table[aten.multilabel_margin_loss_forward.default] = _multilabel_margin_loss
     return table
+
+
+def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> Any:
+    """Spell out the loss as torch does, but for a single sample that is not reduced: torch gives it another shape than eager."""
+    if x.dim() < 2 and reduction == 0:
+        return NotImplemented
+    return torch._decomp.decomposition_table[aten.multilabel_margin_loss_forward.default](x, target, reduction)
 
 
 def _instance_norm(

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from thresher.errors import CaptureError
+from thresher.frontend.checking_functions import CheckingFunctions
 from thresher.frontend.decompositions import decompose
 from thresher.frontend.module_state import as_buffers, eval_mode, plain_tensors, same_attributes
 from thresher.frontend.routed_experts import static_experts
@@ -26,6 +29,8 @@ CURES = """Usual cures:
   * .item(), .tolist(), int(tensor), numpy: keep the value a tensor, or pass it in as a Python number;
   * a shape computed from data (nonzero, boolean indexing): use a mask of fixed shape;
   * an operator without export support: register a fake implementation (torch.library.register_fake)."""
+#: torch's errors of functions that look at the values of tensors.
+LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 MAX_MESSAGE = 1500  # characters of torch's message
 WRITTEN_CONSTANT = re.compile(r"Constant \S+ is mutated in the forward method")  # torch's words for a plain attribute
 
@@ -63,14 +68,29 @@ def export_module(
 def _export(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[ExportedProgram, SideEffects]:
+    try:
+        return _trace(model, args, kwargs, dynamic_shapes, contextlib.nullcontext())
+    except CaptureError:
+        raise
+    except Exception as error:
+        if isinstance(error, LOOKS_AT_VALUES):
+            with contextlib.suppress(
+                Exception
+            ):  # it may be another one that looks at values: the first error says which
+                return _trace(model, args, kwargs, dynamic_shapes, CheckingFunctions())
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _trace(
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    mode: contextlib.AbstractContextManager[Any],
+) -> tuple[ExportedProgram, SideEffects]:
     effects = SideEffects()
-    with same_attributes(model), effects.watching(model), static_experts():
-        try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), effects
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
+    with same_attributes(model), effects.watching(model), static_experts(), mode:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), effects
 
 
 def _constants(program: ExportedProgram) -> set[str]:
@@ -85,10 +105,32 @@ def _distinct(tree: Any) -> Any:
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
-    message = str(error).strip().split("\n\nThe error above occurred")[0].strip()
+    message = _reason(error) + str(error).strip().split("\n\nThe error above occurred")[0].strip()
     line = _user_frame(error)
     where = f" at {line}" if line else ""
     return f"{type(model).__name__} could not be exported{where}:\n{message[:MAX_MESSAGE]}\n{CURES}"
+
+
+def _reason(error: Exception) -> str:
+    """Return the line that says what torch's error means, where its own words do not."""
+    if isinstance(error, DataDependentOutputException):
+        return f"{error.func} returns a number or a truth value that the values of tensors decide\n"
+    if isinstance(error, DynamicOutputShapeException):
+        return f"the sizes of what {error.func} returns depend on the values of tensors\n"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"it decides something by the values of tensors{_library_frame(error)}\n"
+    if isinstance(error, PendingUnbackedSymbolNotFound):
+        return "a size that the values of tensors decide is not one of its results\n"
+    return ""
+
+
+def _library_frame(error: BaseException) -> str:
+    """Return the innermost line of the functions and modules of torch that run on the way, empty where there is none."""
+    folder = os.path.dirname(torch.__file__)
+    places = tuple(os.path.join(folder, part) for part in ("nn" + os.sep, "functional.py"))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(places)]
+    frames = [f for f in frames if os.path.basename(f.filename) != "module.py"]
+    return f", in {frames[-1].name} of torch: {frames[-1].line}" if frames else ""
 
 
 def _user_frame(error: BaseException) -> str:

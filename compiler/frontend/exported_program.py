@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from thresher.errors import CaptureError
 from thresher.frontend.calls import copy_call, is_assertion, refuse_subgraphs
+from thresher.frontend.layouts import refuse_sparse_values
 from thresher.frontend.random_operators import refuse_random_numbers
 from thresher.ir.program import Original, Program, Role
 
@@ -41,10 +42,11 @@ def to_program(
         attributes: names of buffers that are plain attributes of the module: what is written there counts only if it is read, too.
 
     Raises:
-        CaptureError: the model has side effects, changes the shape of what it writes, draws random numbers, or calls an operator with a
-            subgraph.
+        CaptureError: the model has side effects, changes the shape of what it writes, draws random numbers, makes sparse tensors, or
+            calls an operator with a subgraph.
     """
     refuse_random_numbers(exported.graph)
+    refuse_sparse_values(exported.graph)
     refuse_subgraphs(exported.graph_module)
     graph = fx.Graph()
     results, written, written_state = _outputs(exported, attributes)
@@ -95,7 +97,7 @@ def _outputs(
             results.append(value)
             continue
         if spec.kind not in (*STATE_WRITES, OutputKind.USER_INPUT_MUTATION):
-            raise CaptureError(_side_effect(spec))
+            raise CaptureError(_side_effect(spec, exported.graph))
         name = str(spec.target)
         target = sources[state[name] if spec.kind in STATE_WRITES else name]
         if spec.kind in STATE_WRITES and name in attributes and not target.users:
@@ -110,11 +112,11 @@ def _outputs(
     return results, written, written_state
 
 
-def _side_effect(spec: OutputSpec) -> str:
+def _side_effect(spec: OutputSpec, graph: fx.Graph) -> str:
     if spec.kind is OutputKind.TOKEN:
-        return (
-            "the model calls an operator with side effects (printing, checking, random state); remove it from forward"
-        )
+        effects = [n for n in graph.nodes if n.target is torch.ops.higher_order.with_effects]
+        names = ", ".join(dict.fromkeys(str(n.args[1]) for n in effects))
+        return f"the model calls operators with side effects ({names}); leave them out of forward"
     return f"the exported program has an output of kind {spec.kind.name}, which is not supported: export the model for inference"
 
 

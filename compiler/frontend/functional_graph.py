@@ -24,6 +24,7 @@ from thresher.errors import CaptureError
 from thresher.frontend.calls import copy_call, is_assertion, refuse_subgraphs
 from thresher.frontend.decompositions import decomposition_table
 from thresher.frontend.fast_decompositions import fast_decompositions
+from thresher.frontend.layouts import refuse_sparse_values
 from thresher.frontend.random_operators import refuse_random_numbers
 from thresher.ir import fake_results
 from thresher.ir.program import Original, Program, Role
@@ -112,9 +113,10 @@ class FunctionalGraph:
             results: the nodes whose values are wanted.
             free: sizes that are symbols stay free; otherwise every size is that of ``values``.
 
-        Raises :class:`CaptureError` for random numbers, subgraphs, and a free number that is no size of an input.
+        Raises :class:`CaptureError` for random numbers, sparse tensors, subgraphs, and a free number that is no size of an input.
         """
         refuse_random_numbers(self.module.graph)
+        refuse_sparse_values(self.module.graph)
         refuse_subgraphs(self.module)
         return _Conversion(self, values, constants, free).run(results)
 

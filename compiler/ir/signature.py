@@ -27,6 +27,8 @@ class Registered(Container):
         return children if spec == self.spec else None
 
     def build(self, children: list[Any]) -> Any:
+        if self.spec.type is torch.Size:  # torch's pytree makes a tuple of it
+            return torch.Size(children)
         return pytree.tree_unflatten(children, self.spec)
 
     def describe(self) -> str:

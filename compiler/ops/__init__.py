@@ -1,6 +1,7 @@
 """The ``thresher::`` operators: schema, reference in plain torch (differentiable), fake implementation."""
 
 import thresher.ops.channels_last
+import thresher.ops.checking
 import thresher.ops.expert_linear
 import thresher.ops.kth_largest
 import thresher.ops.norms

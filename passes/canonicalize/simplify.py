@@ -247,7 +247,7 @@ def spell_out_prelu(program: Program, node: fx.Node) -> str:
     if slope is None:
         return ""
     x, rank = node.args[0], len(shape_of(node))
-    shape = [-1] + [1] * (rank - 2) if rank > 1 else [-1]
+    shape = [-1] + [1] * (rank - 2) if rank > 1 else [-1] * rank
     w = program.add_constant(slope.reshape(shape), f"{node.args[1].target}_slope", dtype_of(node), like=node)
     program.lineage.append(moved(str(w.target), str(node.args[1].target), slope, lambda t: t))
     positive = program.insert_call(node, aten.gt.Scalar, (x, 0), like=node)

@@ -172,6 +172,11 @@ def test_the_fast_decomposition_is_that_of_torch(name: str, monkeypatch: pytest.
     assert torch._ops.OperatorBase.py_impl is kernel is torch_py_impl
 
 
+def test_sparse_values_are_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match=r"makes a sparse_coo tensor by aten._to_sparse.default \(.*leave it dense"):
+        capture(Function(torch.Tensor.to_sparse).eval(), (torch.eye(3),))
+
+
 def test_sparse_inputs_are_refused_by_name() -> None:
     sparse = torch.eye(3).to_sparse_csr()
     with pytest.raises(CaptureError, match=r"the input \[1\] is a sparse_csr tensor.*to_dense"):

@@ -6,6 +6,7 @@ import collections
 from typing import Any
 
 import pytest
+import torch
 import torch.utils._pytree as pytree
 
 from thresher.errors import InputError
@@ -21,6 +22,7 @@ VALUES: list[Any] = [
     {"x": [], "y": {}, 3: 1},
     collections.OrderedDict(a=1, b=(2, 3)),
     collections.deque([1, 2]),
+    torch.Size([2, 3]),
 ]
 
 

@@ -193,7 +193,7 @@ class Importer:
             return (
                 results[index] if isinstance(results, (tuple, list)) else self.emit(relax.TupleGetItem(results, index))
             )
-        if is_empty(value):
+        if is_empty(value) and not any(map(self.sizes.unknown, value.shape)):
             return self._empty(node)
         for name, way in self._ways(node):
             try:

@@ -36,7 +36,9 @@ def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, 
     if not isinstance(node.target, torch._ops.OpOverload):
         raise NotImplementedError(f"{node.target} is no operator of torch's")
     arguments = _Arguments(tensor, sizes, device)
-    text = json.dumps([str(node.target), arguments.write(list(node.args)), {"kwargs": arguments.keywords(node)}])
+    text = json.dumps(
+        [str(node.target), node.name, arguments.write(list(node.args)), {"kwargs": arguments.keywords(node)}]
+    )
     kind = _type(node.meta["val"], sizes)
     return relax.call_pure_packed(
         CALL, tvm.ir.StringImm(text), relax.ShapeExpr(arguments.sizes), *arguments.tensors, ty_args=[kind]

@@ -102,3 +102,11 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("simplify", BEFORE, AFTER)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_a_slope_keeps_the_shape(shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, -2.0)
+    layer = nn.PReLU()
+    (result,) = canonical(layer, x)[0].run(x)
+    assert torch.equal(result, layer(x)) and result.shape == shape

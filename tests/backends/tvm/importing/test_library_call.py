@@ -11,7 +11,7 @@ from torch import Tensor
 import thresher
 from helpers.modules import Function
 from thresher.backends.tvm.importing import importer as importing
-from thresher.errors import BackendError, CaptureError
+from thresher.errors import BackendError, CaptureError, OperatorError
 
 X = torch.linspace(-2, 2, 24).reshape(4, 6) ** 3 - 0.3
 
@@ -42,6 +42,11 @@ BY_TORCH = {
     ),
     "half": (lambda x: torch.special.i0e(x.half()), "aten.special_i0e.default"),
     "complex inside": (lambda x: torch.polar(x.abs(), x).log().real, "aten.log.default"),
+    "a size beside one that is 0": (
+        lambda x: torch.nonzero(x[0, 0] * 0 + 1).sum(0) + torch.nonzero(x.sum()),
+        "aten.nonzero.default",
+    ),
+    "complex halves": (lambda x: torch.special.i1(x).chalf(), "aten.special_i1.default"),
     "no elements read": (lambda x: x[:0].sum(0) + x, "aten.sum.dim_IntList"),
 }
 
@@ -55,6 +60,26 @@ def test_torch_computes_what_has_no_lowering(name: str) -> None:
     assert "computed by torch: " in str(model.report) and f"{operator} (" in str(model.report)
     with pytest.raises(BackendError, match=r"cannot lower node .*library='auto' torch computes it"):
         thresher.compile(Function(function).eval(), (X,), target="cpu", library="never", validate="off")
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "message"),
+    [
+        (
+            torch.linalg.cholesky,
+            -torch.eye(3),
+            r"linalg_cholesky \(aten.linalg_cholesky.default\): .*not positive-definite",
+        ),
+        (torch.linalg.inv, torch.zeros(3, 3), r"linalg_inv \(aten.linalg_inv.default\): .*singular"),
+    ],
+)
+def test_what_raises_in_torch_raises_by_name(function: Callable, wrong: Tensor, message: str, tmp_path) -> None:
+    model = compiled(function, torch.eye(3) * 2)
+    loaded = thresher.load(model.save(tmp_path / "m.thresher"))
+    for runs in (model, loaded):
+        with pytest.raises(OperatorError, match=message):
+            runs(wrong)
+        assert equal(runs(torch.eye(3)), function(torch.eye(3)))
 
 
 @pytest.mark.parametrize("complex_dtype", [torch.complex64, torch.complex128])
