@@ -11,9 +11,11 @@ from torch import Tensor
 
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Numbers = Mapping[sympy.Symbol, int]
-#: Other sizes than that of the example, for the i-th symbol, so that no two symbols have the same number: multiples first, because a size
-#: may have to be one, then what keeps the remainder of a division.
+SMALL = 16  # sizes that may be multiplied without making a run slow, as an image would
+#: Other sizes than that of the example, for the i-th symbol. What keeps the remainder of a division comes first, then multiples, because a
+#: size may have to be one.
 OTHERS: tuple[Callable[[int, int], int], ...] = (
+    *(lambda i, size, k=k: (i + 2) * size if size < SMALL else size + (i + 1) * k for k in (16, 32)),
     *(lambda i, size, k=k: (i + k) * size for k in (2, 3, 5, 8)),
     *(lambda i, size, k=k: size + (i + 1) * k for k in (64, 32, 16, 8, 4, 2, 1)),
     lambda i, size: size // (i + 2),
@@ -54,5 +56,6 @@ def other_sizes(values: Iterable[Any], together: bool = False) -> Iterator[dict[
     for other in OTHERS:
         numbers = {s: other(i, size) for i, size, (_, s) in zip(index, example, symbols)}
         bounds = (e.var_to_range[s] for e, s in symbols)
-        if all(max(1, b.lower) <= n <= b.upper for b, n in zip(bounds, numbers.values())):
+        different = together or len(set(numbers.values())) == len(numbers)
+        if different and all(max(1, b.lower) <= n <= b.upper for b, n in zip(bounds, numbers.values())):
             yield numbers
