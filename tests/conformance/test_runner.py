@@ -93,7 +93,7 @@ def test_page(tmp_path: Path) -> None:
         results.append(f"b:float32:{index}", {"outcome": "refused", "reason": reason})
     results.append("c:float32:0", {"outcome": "random", "reason": ""})
     page = render({"op_db": results})
-    assert "| op_db | 5 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x |" in page
+    assert "| op_db | 5 of 1913 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x |" in page
     assert (
         "| 2 | BackendError: cannot lower node b_0 (aten.b.default): no rule / for 3 x 0 | `b:float32:0`, `b:float32:1` |"
         in page
