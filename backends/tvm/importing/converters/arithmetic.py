@@ -6,37 +6,24 @@ Integers that are divided by 0 give 0, where eager raises: code would end the pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import fx
-from tvm import te, tirx, topi
+from tvm import te, tirx
 
 from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.registry import aten, cast, result_dtype, semantics
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu.elementwise import c_function
+from thresher.backends.tvm.kernels.elementwise import broadcast
 
 
 def _binary(importer: Importer, node: fx.Node, name: str, element: Callable[[Any, Any], Any]) -> Any:
     """Emit an elementwise function of two arguments, which are promoted as torch promotes them and broadcast."""
     dtype = result_dtype(node)
     a, b = (cast(importer, importer.value(v), dtype) for v in node.args[:2])
-
-    def compute(s: te.Tensor, t: te.Tensor) -> te.Tensor:
-        shape = topi.add(s, t).shape if dtype != "bool" else topi.logical_or(s, t).shape
-
-        def at(x: te.Tensor, i: Any) -> Any:
-            zero = tirx.const(0, "int64")
-            position = i[len(i) - len(x.shape) :]
-            return x(*(zero if _is_one(d) else p for d, p in zip(x.shape, position)))
-
-        return te.compute(shape, lambda *i: element(at(s, i), at(t, i)), name="T_elementwise")
-
-    return importer.emit_te(name, compute, a, b)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, tirx.IntImm) and int(size) == 1
+    return importer.emit_te(name, partial(broadcast, "T_elementwise", element), a, b)
 
 
 def _floating(node: fx.Node) -> bool:

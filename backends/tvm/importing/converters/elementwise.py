@@ -164,44 +164,25 @@ SEMANTICS[aten.div.Tensor] = SEMANTICS[aten.div.Scalar] = _arithmetic(
 
 
 def _comparison(operation: Callable) -> Converter:
+    """Return the converter of a comparison, in the dtype that torch compares in."""
+
     def convert(importer: Importer, node: fx.Node) -> Any:
-        if node.args[0] is node.args[1] and dtype_of(node.args[0]).is_floating_point:
-            raise NotImplementedError("a value beside itself, which TVM takes for equal")
-        return importer.emit(operation(*_compared(importer, node)))
+        values = [torch.empty([1] * len(shape_of(x)), dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
+        dtype = dtype_name(torch.result_type(*values))
+        return importer.emit(operation(*(cast(importer, importer.value(x), dtype) for x in node.args[:2])))
 
     return convert
 
 
-def _compared(importer: Importer, node: fx.Node) -> list[Any]:
-    """Return the two arguments in the dtype that torch compares them in."""
-    values = [torch.empty([1] * len(shape_of(x)), dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
-    dtype = dtype_name(torch.result_type(*values))
-    return [cast(importer, importer.value(x), dtype) for x in node.args[:2]]
-
-
 for _name, _operation in {
     "eq": R.equal,
+    "ne": R.not_equal,
     "lt": R.less,
     "le": R.less_equal,
     "gt": R.greater,
     "ge": R.greater_equal,
 }.items():
     SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
-
-
-@semantics(aten.ne.Tensor, aten.ne.Scalar)
-def not_equal(importer: Importer, node: fx.Node) -> Any:
-    """Return whether two values differ, as a NaN does from all: TVM's comparison is false for one."""
-    a, b = _compared(importer, node)
-    if "float" not in str(a.ty.dtype):
-        return importer.emit(R.not_equal(a, b))
-    if node.args[0] is node.args[1]:
-        return importer.emit(R.isnan(a))
-    tests = [R.less(a, b), R.greater(a, b), R.isnan(a), *([R.isnan(b)] if is_tensor(node.args[1]) else [])]
-    first, *others = (importer.emit(test) for test in tests)
-    for other in others:
-        first = importer.emit(R.logical_or(first, other))
-    return first
 
 
 ARITHMETIC = frozenset(

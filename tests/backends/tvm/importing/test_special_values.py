@@ -54,6 +54,21 @@ OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
         torch.var_mean(x[1:, 2:], (0, 2)),
     ),
     "comparisons": lambda x: (x != 0, x != x, x != x.flip(0), x == x.flip(0), x < x.flip(1), x.isnan()),
+    "a value beside itself in one kernel": lambda x: (
+        x * 2 - x * 2,
+        (x + 1) - (x + 1),
+        torch.where(x == x, x, 0),
+        torch.where(x * 2 != x * 2, 1, x),
+        (x + x.flip(0)) - x.flip(0),
+    ),
+    "rounded by addition": lambda x: (x + 12582912.0) - 12582912.0,
+    "conditions": lambda x: (
+        torch.where(~(x * 2 < x.flip(0) * 2), x, 1),
+        torch.where(torch.logical_not(x < x.flip(1)), 2, x),
+        x.half() * 2 - x.half() * 2,
+        torch.where(torch.logical_or(x * 2 < x.flip(0), x.flip(0) <= x * 2), x, 7),
+        (x < x.flip(0)) | (x.flip(0) <= x),
+    ),
     "times and by zero": lambda x: (x * 0, x * -0.0, 0.0 / x, x / 0.0),
     "cat with none": lambda x: torch.cat([x[..., :0], x, x.new_zeros(0), x.double()[..., :2]], -1),
 }
