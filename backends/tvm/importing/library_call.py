@@ -20,6 +20,10 @@ from thresher.backends.tvm.importing.values import rank_type, tensor_type
 from thresher.backends.tvm.library import CALL
 from thresher.ir.nodes import is_tensor
 
+aten = torch.ops.aten
+#: Operators whose result depends on the strides of the argument; compiled code hands over contiguous memory.
+OF_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+
 
 def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, device: str) -> relax.Call:
     """Return the call that computes ``node``, whose value is its result or the tuple of its results.
@@ -35,6 +39,10 @@ def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, 
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         raise NotImplementedError(f"{node.target} is no operator of torch's")
+    if node.target in OF_MEMORY and not node.args[0].meta["val"].is_contiguous():
+        raise NotImplementedError(
+            "it reads memory by strides, and its argument is not contiguous: call .contiguous() before it"
+        )
     arguments = _Arguments(tensor, sizes, device)
     text = json.dumps(
         [str(node.target), node.name, arguments.write(list(node.args)), {"kwargs": arguments.keywords(node)}]

@@ -11,10 +11,11 @@ from thresher.backends.tvm.importing.values import is_empty, tensors_of
 
 aten = torch.ops.aten
 
-#: Operators that TVM gets wrong for some arguments without an error: other weights, no running statistics; the others pass over a NaN.
+#: Operators that TVM gets wrong for some arguments without an error: other weights, no running statistics, other strides than those of the
+#: memory; the others pass over a NaN.
 DISTRUSTED: frozenset[Any] = frozenset(
     {
-        aten._upsample_bilinear2d_aa.default, aten._native_batch_norm_legit_functional.default, aten.clamp.Tensor,
+        aten.as_strided.default, aten._upsample_bilinear2d_aa.default, aten._native_batch_norm_legit_functional.default, aten.clamp.Tensor,
         aten.median.default, aten.median.dim, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
         aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
     }

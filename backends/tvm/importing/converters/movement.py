@@ -212,3 +212,19 @@ def as_strided(importer: Importer, node: fx.Node) -> Any:
         return te.compute([int(s) for s in shape], element, name="T_as_strided")
 
     return importer.emit_te("as_strided", compute, importer.emit(R.reshape(importer.value(x), [-1])))
+
+
+@semantics(aten.unfold.default)
+def unfold(importer: Importer, node: fx.Node) -> Any:
+    """Return the windows of one dimension; the elements of a window are a last dimension."""
+    x, dim, size, step = node.args
+    if not shape_of(x):
+        raise NotImplementedError("a number")
+    dim %= len(shape_of(x))
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        count = tirx.floordiv(t.shape[dim] - size, step) + 1
+        shape = [*t.shape[:dim], count, *t.shape[dim + 1 :], size]
+        return te.compute(shape, lambda *i: t(*i[:dim], i[dim] * step + i[-1], *i[dim + 1 : -1]), name="T_unfold")
+
+    return importer.emit_te("unfold", compute, importer.value(x))

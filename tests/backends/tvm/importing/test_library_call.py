@@ -163,3 +163,9 @@ def test_what_tvm_gets_wrong_is_left_to_torch() -> None:
     image = torch.rand(1, 2, 6, 5)
     model = compiled(lambda x: torch.nn.functional.interpolate(x, size=(3, 7), mode="bilinear", antialias=True), image)
     assert [call.operator for call in model.report.library] == ["aten._upsample_bilinear2d_aa.default"]
+
+
+def test_strides_of_memory_that_compiled_code_has_not_are_refused() -> None:
+    """Compiled code holds every value contiguous, so a read by the strides of eager's would be of other elements."""
+    with pytest.raises(BackendError, match=r"as_strided.* is not contiguous: call \.contiguous\(\) before it"):
+        compiled(lambda x: (x * 2).t().as_strided((3, 2), (4, 1)), X)

@@ -45,7 +45,7 @@ OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
     "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, (2, 3, 5)),
     "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x[1:, 2:], 2, return_indices=True), 2, output_size=(9, 8)),
     "unfold and fold": lambda x: F.fold(F.unfold(x, 2), (9, 8), 2),
-    "unfold": lambda x: x.unfold(2, 3, 2),
+    "unfold": lambda x: (x.unfold(2, 3, 2), x.permute(0, 2, 1, 3).unfold(3, 8, 5).unfold(1, 9, 4)),
     "searchsorted": lambda x: torch.searchsorted(x[1, 2].sort(-1)[0], x[1, 2].flip(0)),
     "bucketize": lambda x: torch.bucketize(x[1, 2], torch.arange(-3.0, 3.0), right=True),
     "index_reduce": lambda x: x.index_reduce(2, torch.tensor([0, 5, 0]), x[:, :, 6:], "amin"),
