@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-import thresher.ops  # noqa: F401  (registers the operators)
+import thresher.ops
 from thresher.errors import ProgramError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
