@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, P
 from thresher.errors import CaptureError
 from thresher.frontend.checking_functions import CheckingFunctions
 from thresher.frontend.decompositions import decompose
+from thresher.frontend.known_numbers import KnownNumbers
 from thresher.frontend.module_state import as_buffers, eval_mode, plain_tensors, same_attributes
 from thresher.frontend.routed_experts import static_experts
 from thresher.frontend.side_effects import SideEffects, depends_on_earlier_calls
@@ -46,7 +47,7 @@ def export_module(
     args, kwargs = _distinct((args, kwargs))
     with eval_mode(model), quiet():
         try:
-            program, effects = _export(model, args, kwargs, dynamic_shapes)
+            program, effects, numbers = _export(model, args, kwargs, dynamic_shapes)
             attributes = sorted(effects.tensors & _constants(program))
             program = program if attributes else decompose(program)
         except CaptureError as error:
@@ -55,8 +56,9 @@ def export_module(
             attributes = plain_tensors(model)
         if attributes:
             with as_buffers(model, attributes):
-                program, effects = _export(model, args, kwargs, dynamic_shapes)
+                program, effects, numbers = _export(model, args, kwargs, dynamic_shapes)
                 program = decompose(program)
+        numbers.check(program)
         if effects.others and depends_on_earlier_calls(model, args, kwargs):
             raise CaptureError(
                 f"the model changes {', '.join(effects.others[:3])} while it runs, and a call depends on what earlier calls left there; "
@@ -67,7 +69,7 @@ def export_module(
 
 def _export(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[ExportedProgram, SideEffects]:
+) -> tuple[ExportedProgram, SideEffects, KnownNumbers]:
     try:
         return _trace(model, args, kwargs, dynamic_shapes, contextlib.nullcontext())
     except CaptureError:
@@ -87,10 +89,11 @@ def _trace(
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
     mode: contextlib.AbstractContextManager[Any],
-) -> tuple[ExportedProgram, SideEffects]:
+) -> tuple[ExportedProgram, SideEffects, KnownNumbers]:
     effects = SideEffects()
-    with same_attributes(model), effects.watching(model), static_experts(), mode:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False), effects
+    with same_attributes(model), effects.watching(model), static_experts(), mode, KnownNumbers(model) as numbers:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    return program, effects, numbers
 
 
 def _constants(program: ExportedProgram) -> set[str]:
