@@ -58,7 +58,23 @@ def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
     table.update(grouped_products())
     table[aten.instance_norm.default] = _instance_norm
     table[aten.multilabel_margin_loss_forward.default] = _multilabel_margin_loss
+    table[aten.as_strided.default] = _as_strided
     return table
+
+
+def _as_strided(x: Tensor, size: list[int], stride: list[int], storage_offset: int | None = None) -> Any:
+    """Read from the start of a contiguous tensor, so that the result depends neither on strides of ``x`` nor on where its memory begins.
+
+    A permuted tensor is read in the order in which it lies in memory. One with gaps stays as it is.
+    """
+    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
+    order = sorted(range(x.dim()), key=lambda d: (x.shape[d] != 1, -x.stride(d)))
+    memory = x.permute(order)
+    if not memory.is_contiguous() or (x.is_contiguous() and start == (storage_offset or 0)):
+        return NotImplemented
+    if start < 0:
+        raise ValueError("as_strided reads memory before the start of its argument")
+    return torch.as_strided(memory.reshape(-1)[start:] if start else memory, size, stride)
 
 
 def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import thresher
 from helpers.modules import Function
+from thresher.errors import CaptureError
 from thresher.frontend.capture import capture
 
 
@@ -59,3 +62,27 @@ def test_linear_algebra_that_raises_for_some_matrices_is_whole(name: str) -> Non
     torch.testing.assert_close(
         tuple(program.run(torch.eye(4) + 0.1)), tuple(tree_leaves(CHECKED[name](torch.eye(4) + 0.1)))
     )
+
+
+@pytest.mark.parametrize(
+    ("read", "shape"),
+    [
+        (lambda x: x.transpose(0, 1).as_strided((3, 2), (2, 1)), (4, 5)),
+        (lambda x: x.permute(2, 0, 1).as_strided((3, 2), (2, 1), 3), (2, 3, 5)),
+        (lambda x: x.view(16, 1, 8, 2).permute(3, 1, 2, 0).as_strided((2, 3, 4), (1, 16, 2)), (16, 16)),
+        (lambda x: x[1:].as_strided((3, 2), (2, 1), 5), (4, 5)),
+        (lambda x: x[1:].as_strided((3, 2), (2, 1)), (4, 5)),
+        (lambda x: x[1:].transpose(0, 1).as_strided((3, 2), (2, 1), 6), (4, 5)),
+    ],
+)
+def test_reads_by_strides_of_what_is_permuted_or_a_part(
+    read: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    """Compiled code has no strides and no memory before a value's own: Longformer's overlapping chunks of transposed heads."""
+    x = torch.randn(shape)
+    torch.testing.assert_close(thresher.compile(Function(lambda x: read(x * 2)), (x,))(x), read(x * 2))
+
+
+def test_reads_before_the_start_are_refused() -> None:
+    with pytest.raises(CaptureError, match="as_strided reads memory before the start of its argument"):
+        capture(Function(lambda x: (x * 2)[1:].t().as_strided((3, 2), (2, 1), 0)), (torch.randn(4, 5),))

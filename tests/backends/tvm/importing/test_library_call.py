@@ -168,4 +168,4 @@ def test_what_tvm_gets_wrong_is_left_to_torch() -> None:
 def test_strides_of_memory_that_compiled_code_has_not_are_refused() -> None:
     """Compiled code holds every value contiguous, so a read by the strides of eager's would be of other elements."""
     with pytest.raises(BackendError, match=r"as_strided.* is not contiguous: call \.contiguous\(\) before it"):
-        compiled(lambda x: (x * 2).t().as_strided((3, 2), (4, 1)), X)
+        compiled(lambda x: (x * 2)[:, 1:].as_strided((2, 2), (1, 1)), X)
