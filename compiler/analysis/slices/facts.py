@@ -110,8 +110,8 @@ def compress(tensor: Tensor) -> Tensor:
     """Return the narrow form of a tensor: each dimension along which it is constant gets size 1."""
     for dim in range(tensor.dim()):
         if tensor.shape[dim] > 1:
-            first = tensor.narrow(dim, 0, 1)
-            if tensor.stride(dim) == 0 or bool((tensor == first).all()):
+            first, last = tensor.narrow(dim, 0, 1), tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+            if tensor.stride(dim) == 0 or (torch.equal(first, last) and bool((tensor == first).all())):
                 tensor = first
     return tensor.contiguous()
 
