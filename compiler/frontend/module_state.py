@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INTERNAL = frozenset(vars(nn.Module()))  # attributes of every module
@@ -92,13 +93,19 @@ def tables(model: nn.Module) -> list[Table]:
 
 @contextlib.contextmanager
 def same_attributes(model: nn.Module) -> Iterator[None]:
-    """Give every table of ``model``, after the block, what it held before."""
+    """Give every table of ``model``, after the block, what it held before, and plain tensors their elements: export writes into them."""
     entries = [t.entries for t in tables(model)]
+    tensors = [getattr(*_owner(model, name)) for name in plain_tensors(model)]
+    copies = [(t, t._version, t.detach().clone()) for t in tensors if not t.is_inference()]
     lists = [(e, list(e)) for e in entries if isinstance(e, list)]
     dictionaries = [(e, dict(e)) for e in entries if isinstance(e, dict)]
     try:
         yield
     finally:
+        for tensor, version, copy in copies:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(copy)
         for values, old in lists:
             values[:] = old
         for values_by_key, old_by_key in dictionaries:

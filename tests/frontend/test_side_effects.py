@@ -203,3 +203,19 @@ def test_free_sizes_that_turn_out_equal_are_no_change() -> None:
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     program = capture(Function(lambda x, y: x + y), (x, y), dynamic_shapes=(({0: a}, {0: b}),))
     assert torch.equal(program.run(x, y)[0], x + y)
+
+
+def test_capture_leaves_the_elements_of_a_plain_tensor() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = torch.zeros(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    model = Counting()
+    calls = model.calls
+    capture(model, (torch.randn(2, 3),))
+    assert model.calls is calls and calls.tolist() == [0, 0, 0]
