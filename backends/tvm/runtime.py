@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -50,7 +51,8 @@ class TVMModule:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Compute flat outputs from flat inputs: all torch tensors, or all NumPy arrays. Torch tensors are not copied, in nor out."""
-        if all(isinstance(x, np.ndarray) for x in inputs):
+        arrays = all(isinstance(x, np.ndarray) for x in inputs)
+        if arrays and (inputs or "torch" not in sys.modules):  # without inputs, tensors of torch where that is there
             values = [tvm.runtime.tensor(_array(x), self.device) for x in inputs]
             with self.lock:
                 results = [_to_numpy(y) for y in self.main(*values, self.weights)]

@@ -219,3 +219,12 @@ def test_capture_leaves_the_elements_of_a_plain_tensor() -> None:
     calls = model.calls
     capture(model, (torch.randn(2, 3),))
     assert model.calls is calls and calls.tolist() == [0, 0, 0]
+
+
+def test_an_operator_with_side_effects_is_named() -> None:
+    def prints(m: Any, x: Tensor) -> Tensor:
+        torch.ops.aten._print("x")
+        return x + 1
+
+    with pytest.raises(CaptureError, match=r"operators with side effects \(aten._print.default\)"):
+        capture(Holds(prints).eval(), (torch.ones(2),))

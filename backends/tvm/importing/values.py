@@ -30,6 +30,11 @@ def rank_type(value: Tensor) -> relax.TensorType:
     return relax.TensorType(dtype=stored_dtype(value.dtype), ndim=value.dim() + value.is_complex())
 
 
+def is_eight_bit_float(value: Any) -> bool:
+    """Return whether a fake tensor is of a floating type of eight bits: TVM moves such numbers, and converts them wrongly."""
+    return isinstance(value, Tensor) and value.dtype.is_floating_point and value.dtype.itemsize == 1
+
+
 def stored_dtype(dtype: torch.dtype) -> str:
     """Return the name of the dtype in which values of ``dtype`` are held."""
     return dtype_name(PARTS.get(dtype, dtype))

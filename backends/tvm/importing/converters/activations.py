@@ -92,12 +92,13 @@ def softplus(importer: Importer, node: fx.Node) -> Any:
 
 @semantics(aten.mish.default)
 def mish(importer: Importer, node: fx.Node) -> Any:
-    """Compute x tanh(log(1 + exp(x))) as x n / (n + 2) with n = e (e + 2), e = exp(x); above 20 it is x."""
+    """Compute x tanh(log(1 + exp(x))) as x n / (n + 2) with n = e (e + 2), e = exp(x); it is x where e^2 would be too large."""
 
     def element(x: Any, f: _Functions) -> Any:
-        e = f.exp(tirx.Select(x > _c(20.0, x), _c(20.0, x), x))
+        most = _c(5.0 if str(x.ty.dtype) == "float16" else 20.0, x)
+        e = f.exp(tirx.Select(x > most, most, x))
         n = e * (e + _c(2.0, x))
-        return tirx.Select(x > _c(20.0, x), x, x * n / (n + _c(2.0, x)))
+        return tirx.Select(x > most, x, x * (n / (n + _c(2.0, x))))
 
     return _smooth(importer, node, element)
 

@@ -185,6 +185,15 @@ for _name, _operation in {
     SEMANTICS[getattr(aten, _name).Tensor] = SEMANTICS[getattr(aten, _name).Scalar] = _comparison(_operation)
 
 
+@semantics(aten.isnan.default)
+def is_nan(importer: Importer, node: fx.Node) -> Any:
+    """Return whether each element is NaN, which TVM cannot ask of bfloat16."""
+    value = importer.value(node.args[0])
+    if not dtype_of(node.args[0]).is_floating_point:
+        raise NotImplementedError("numbers that are never NaN")
+    return importer.emit(R.isnan(cast(importer, value, "float32") if "bfloat16" in str(value.ty.dtype) else value))
+
+
 ARITHMETIC = frozenset(
     overload
     for name in "round add sub mul div neg _to_copy relu".split()
@@ -207,11 +216,10 @@ def _is_opaque(node: fx.Node) -> bool:
 
 def _clamped(importer: Importer, x: Any, low: float | None, high: float | None, opaque: bool = False) -> Any:
     """Clamp by comparisons that a NaN passes through (max and min would swallow it)."""
-    dtype = str(x.ty.dtype)
 
     def compute(t: te.Tensor) -> te.Tensor:
         def element(value: Any) -> Any:
-            result = value
+            result, dtype = value, str(value.ty.dtype)
             if high is not None:
                 result = tirx.Select(value > tirx.const(high, dtype), tirx.const(high, dtype), result)
             if low is not None:

@@ -54,7 +54,15 @@ def _reduced(importer: Importer, source: fx.Node, dims: Sequence[int], largest: 
     if not rank:
         value = importer.value(source)
         return importer.emit(R.zeros([], "int64")) if index else value
-    return importer.emit_te("index_of_extremum" if index else "extremum", compute, importer.value(source))
+    name = "index_of_extremum" if index else "extremum"
+    result = importer.emit_te(name, compute, _comparable(importer, source))
+    return result if index else cast(importer, result, str(dtype_of(source)).removeprefix("torch."))
+
+
+def _comparable(importer: Importer, source: fx.Node) -> Any:
+    """Return a value whose elements can be compared: TVM has no test for a NaN of bfloat16."""
+    value = importer.value(source)
+    return cast(importer, value, "float32") if dtype_of(source) is torch.bfloat16 else value
 
 
 @semantics(
@@ -82,7 +90,7 @@ def index_of_extreme(importer: Importer, node: fx.Node) -> Any:
     largest = node.target in LARGEST
     if dim is not None:
         return _shaped(importer, _reduced(importer, source, [dim], largest, index=True), node.meta["val"])
-    flat = importer.emit(R.reshape(importer.value(source), [-1]))
+    flat = importer.emit(R.reshape(_comparable(importer, source), [-1]))
 
     def compute(t: te.Tensor) -> Any:
         axis, reducer = te.reduce_axis((0, t.shape[0]), name="k"), first_extremum(largest)
@@ -96,6 +104,8 @@ def index_of_extreme(importer: Importer, node: fx.Node) -> Any:
 
 # ---------------------------------------------------------------------- order
 
+#: Where most elements equal others, the order that a sort which is not stable gives them is part of what users see.
+FEW_VALUES = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
 #: The integer with as many bits, for each floating dtype that is sorted.
 BITS = {torch.float32: "int32", torch.float64: "int64"}
 
@@ -138,6 +148,8 @@ def sort(importer: Importer, node: fx.Node) -> Any:
     )
     if not shape_of(node.args[0]):
         raise NotImplementedError("a tensor without dimensions")
+    if node.target in (aten.sort.default, aten.argsort.default) and dtype_of(node.args[0]) in FEW_VALUES:
+        raise NotImplementedError("equal elements whose order torch's kernel decides (sort with stable=True)")
     indices = importer.emit(R.argsort(_keys(importer, node.args[0]), int(dim), bool(descending), dtype="int64"))
     only_indices = node.target in (aten.argsort.default, aten.argsort.stable)
     return indices if only_indices else _picked(importer, node.args[0], indices, int(dim))
@@ -148,6 +160,8 @@ def topk(importer: Importer, node: fx.Node) -> Any:
     """Return (values, indices) of the k largest or smallest elements along a dimension, in their order."""
     source, k = node.args[:2]
     dim, largest = int(argument(node, 2, "dim", -1)), bool(argument(node, 3, "largest", True))
+    if not dtype_of(source).is_floating_point:
+        raise NotImplementedError("equal elements of which torch's kernel picks some")
     if not shape_of(source) or not isinstance(k, int):
         raise NotImplementedError("a tensor without dimensions, or a number k that is not known")
     indices = importer.emit(

@@ -20,7 +20,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.importing.inputs import variable
-from thresher.backends.tvm.importing.values import is_empty
+from thresher.backends.tvm.importing.values import is_eight_bit_float, is_empty
 from thresher.ir.nodes import dtype_of, shape_of
 
 
@@ -129,6 +129,10 @@ def item(importer: Importer, node: fx.Node) -> Any:
 @semantics(aten._to_copy.default, aten.to.dtype)
 def to_copy(importer: Importer, node: fx.Node) -> Any:
     """Convert to the dtype of the result."""
+    if dtype_of(node) != dtype_of(node.args[0]) and any(
+        is_eight_bit_float(n.meta["val"]) for n in (node, node.args[0])
+    ):
+        raise NotImplementedError("a conversion of floats of eight bits")
     return cast(importer, importer.value(node.args[0]), result_dtype(node))
 
 

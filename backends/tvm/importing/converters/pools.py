@@ -22,6 +22,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.extrema import extremum, limit
+from thresher.ir.nodes import dtype_of
 
 
 @semantics(ops.max_pool2d_nhwc.default, ops.max_pool3d_ndhwc.default)
@@ -41,6 +42,8 @@ def max_pool(importer: Importer, node: fx.Node) -> Any:
 def avg_pool(importer: Importer, node: fx.Node) -> Any:
     """Compute means over windows with torch's divisors, also of windows that leave the image or, with ceil_mode, the padding."""
     x, kernel, stride, padding, _, include, divisor = node.args
+    if not dtype_of(node).is_floating_point:
+        raise NotImplementedError("means of whole numbers")
 
     def compute(t: te.Tensor) -> te.Tensor:
         out, spatial = [t.shape[0], *sizes(node, 1)], [int(d) for d in t.shape[1:-1]]

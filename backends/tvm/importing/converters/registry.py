@@ -18,6 +18,7 @@ import thresher.ops  # noqa: F401  (registers the operators)
 from thresher.backends.tvm.importing.importer import Converter, Importer
 from thresher.backends.tvm.importing.inputs import is_number, scalar_tensor
 from thresher.backends.tvm.importing.values import is_empty, tensors_of
+from thresher.backends.tvm.kernels.cpu.elementwise import widened
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.runtime.tensor_spec import dtype_name
 
@@ -100,6 +101,9 @@ def cast(importer: Importer, value: Any, dtype: str) -> Any:
         return relax.const(value, dtype)
     if is_number(value):
         value = scalar_tensor(importer.builder, value)
+    if dtype == "float32" and str(value.ty.dtype) == "bfloat16":
+        compute = lambda t: te.compute(t.shape, lambda *i: widened(t(*i)), name="T_cast")  # noqa: E731
+        return importer.emit_te("widened", compute, value, opaque=True)
     return value if str(value.ty.dtype) == dtype else importer.emit(R.astype(value, dtype))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def shrink(importer: Importer, node: fx.Node) -> Any:
                 for v, c in zip((t, t2), constants)
             ]
             value = _at(tensors[0], i)
-            return elementwise.named(value, lambda y: element(kind, keep, dtype, y, *limits))
+            return elementwise.named(value, lambda y: element(kind, keep, str(y.ty.dtype), y, *_in_dtype(limits, y)))
 
         return te.compute(tensors[0].shape, one, name="T_shrink")
 
@@ -133,3 +133,8 @@ def kth_largest_kernel(importer: Importer, node: fx.Node) -> Any:
     target = importer.builder.add_func(function, "kth_largest")
     out = importer.emit(relax.call_tir(target, [x, k], relax.TensorType([rows], "float32")))
     return importer.emit(R.reshape(out, [*lead, 1]))
+
+
+def _in_dtype(values: Sequence[Any], like: Any) -> list[Any]:
+    """Return values, or None, in the dtype of another one."""
+    return [v if v is None or v.ty.dtype == like.ty.dtype else tirx.Cast(like.ty.dtype, v) for v in values]

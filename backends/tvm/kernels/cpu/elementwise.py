@@ -31,10 +31,19 @@ TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89
 
 def named(value: Any, function: Callable[[Any], Any]) -> Any:
     """Return ``function`` of a value that has a name. TVM makes branches of selects whose sides read memory; where a loop does not
-    vectorise, the processor then mispredicts one per element.
+    vectorise, the processor then mispredicts one per element. Of bfloat16 it is computed in float32 without a name, because what
+    TVM makes of a conversion to bfloat16 reads its argument several times.
     """
+    if str(value.ty.dtype) == "bfloat16":
+        return tirx.Cast("bfloat16", function(tirx.Cast("float32", value)))
     name = tirx.Var("x", value.ty)
     return tirx.Let(name, value, function(name))
+
+
+def widened(x: Any) -> Any:
+    """Return a bfloat16 that is read from memory as float32, by its bits: TVM takes these for a whole number inside of a name."""
+    bits = tirx.Cast("uint32", tirx.reinterpret("uint16", x))
+    return tirx.reinterpret("float32", bits << tirx.const(16, "uint32"))
 
 
 def _f(value: float) -> Any:

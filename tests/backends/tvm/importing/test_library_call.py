@@ -47,6 +47,18 @@ BY_TORCH = {
         "aten.nonzero.default",
     ),
     "complex halves": (lambda x: torch.special.i1(x).chalf(), "aten.special_i1.default"),
+    "order of equal elements": (lambda x: x.bfloat16().round().sort(-1), "aten.sort.default"),
+    "order of truth values": (lambda x: (x > 0).argsort(-1, descending=True), "aten.sort.default"),
+    "floats of eight bits": (lambda x: (x * 1e3).to(torch.float8_e5m2fnuz).float(), "aten._to_copy.default"),
+    "means of whole numbers": (
+        lambda x: torch.nn.functional.avg_pool2d((x * 9).long()[None], 2),
+        "aten.avg_pool2d.default",
+    ),
+    "means of whole rows": (
+        lambda x: torch.nn.functional.avg_pool1d((x * 9).long(), 3),
+        "aten.avg_pool1d.default",
+    ),
+    "the largest whole numbers": (lambda x: x.long().topk(3), "aten.topk.default"),
     "no elements read": (lambda x: x[:0].sum(0) + x, "aten.sum.dim_IntList"),
 }
 

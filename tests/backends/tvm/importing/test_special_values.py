@@ -167,3 +167,26 @@ def test_constants_without_elements_are_read_again(tmp_path) -> None:
     model = thresher.compile(Function(function).eval(), (x,), target="cpu", library="never")
     for result in (model(x), thresher.load(model.save(tmp_path / "m.thresher"))(x)):
         assert result[0].shape == (2, 0) and torch.equal(result[1], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randint(0, 70, (3, 20), generator=torch.Generator().manual_seed(0)) / 7 - 5).to(dtype)
+
+    def function(x: Tensor) -> dict[str, object]:
+        return {
+            "extrema": (x.max(-1), x.min(0), x.argmax(-1), x.argmin(), x.amax(1)),
+            "limits": (F.relu(x), x.clamp(-1, 2), F.hardshrink(x), F.threshold(x, 0.1, 20.0), x.isnan()),
+            "smooth": (F.mish(x), F.elu(x), F.softplus(x), torch.expm1(x), torch.tanh(x), F.logsigmoid(x)),
+            "wide": (F.relu(x.float() * 1.3), (x.float() * 1.3).exp(), F.silu(x.float()).to(dtype)),
+            "chain": (F.relu(F.relu(x + 1) * 2 - 1).clamp(0.5, 3).float().exp().to(dtype) * x),
+        }
+
+    results = thresher.compile(Function(function).eval(), (x,), target="cpu", library="never")(x)
+    for name, expected in function(x).items():
+        torch.testing.assert_close(results[name], expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5, msg=name)
+
+
+def test_a_model_without_inputs_returns_tensors() -> None:
+    model = thresher.compile(Function(lambda: torch.arange(3, dtype=torch.bfloat16)).eval(), (), target="cpu")
+    assert torch.equal(model(), torch.arange(3, dtype=torch.bfloat16))
