@@ -33,7 +33,7 @@ from thresher.driver.options import CompileOptions
 from thresher.driver.session import open_session
 from thresher.driver.stages import Captured
 from thresher.errors import BackendError, CaptureError, InputError
-from thresher.frontend.functional_graph import FunctionalGraph, functionalize, views
+from thresher.frontend.functional_graph import FunctionalGraph, functionalize, rows_of, views
 from thresher.ir.program import Program
 from thresher.passes import pipelines
 from thresher.rewriting.contract import Pass
@@ -114,9 +114,12 @@ class _Graph:
         self.graph, self.settings, self.fallback = graph, settings, fallback
         self.constants = set(graph.constants)
         self.free = any(isinstance(n.meta["val"], torch.SymInt) for n in graph.placeholders)
+        self.loose = graph.loose_numbers(self.constants)
         self.modules: OrderedDict[Any, _Builds] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
+        if self.free and any(args[i] < 0 for i in self.loose):
+            return self.graph.module(*args)  # no array has so many rows
         builds = self.modules.get(self._identity(args))
         if builds is None:
             builds = self._builds_for(args)
@@ -140,6 +143,7 @@ class _Graph:
             changed = {i for i in self.constants if builds.stamps[i] != _stamp(args[i])}
             if changed and not changed & parameters:
                 self.constants -= changed
+                self.loose = self.graph.loose_numbers(self.constants)
                 self.modules.clear()
                 break
             if any(builds.tensors[i] is args[i] for i in changed):  # written: what it was does not come back
@@ -163,16 +167,17 @@ class _Graph:
         outputs = self.graph.depending(self.constants)
         if not outputs or not self.graph.inputs(self.constants):
             return self.graph.module
-        if not self.free and others >= MAX_SIZES:
-            return self._as_it_is(f"it is called with more than {MAX_SIZES} sizes")
         results = list(dict.fromkeys(self.graph.memory_of(outputs)))
         try:
+            if not self.free and others >= MAX_SIZES:
+                raise CaptureError(f"it is called with more than {MAX_SIZES} sizes, which cannot stay free")
             compiled = self._compiled(args, results)
         except (CaptureError, BackendError) as error:
             if not self.fallback:
                 raise
             return self._as_it_is(str(error))
-        return _Run(compiled, self.graph, self.graph.inputs(self.constants), outputs, results, args)
+        loose = self.loose if self.free else []
+        return _Run(compiled, self.graph, self.graph.inputs(self.constants), loose, outputs, results, args)
 
     def _compiled(self, args: Sequence[Any], results: Sequence[fx.Node]) -> Compiled:
         """Return the compiled graph: with free sizes where it has some and that can be, else for the sizes of ``args``."""
@@ -209,11 +214,13 @@ class _Run:
         compiled: Compiled,
         graph: FunctionalGraph,
         inputs: Sequence[int],
+        loose: Sequence[int],
         outputs: Sequence[int],
         results: Sequence[fx.Node],
         args: Sequence[Any],
     ):
         self.compiled, self.graph, self.inputs, self.outputs = compiled, graph, list(inputs), list(outputs)
+        self.loose = list(loose)
         self.count = len(graph.outputs)
         self.constant = [i for i in range(self.count) if i not in set(outputs)]
         self.values = self._constant_results(args)
@@ -225,7 +232,7 @@ class _Run:
 
     def __call__(self, *args: Any) -> list[Any]:
         results: list[Any] = [None] * self.count
-        computed = self.compiled(*(args[i] for i in self.inputs))
+        computed = self.compiled(*(args[i] for i in self.inputs), *(rows_of(args[i]) for i in self.loose))
         if self.views is not None:
             computed = self.views(*computed, *(args[i] for i in self.sizes))
         for i, value in zip(self.outputs, computed):

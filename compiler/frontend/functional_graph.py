@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.exported_program import _override_composite_implicit_decomp as kept_whole
 from torch.export.exported_program import _split_decomp_table_to_cia_and_python_decomp as split_table
 
-from thresher.errors import CaptureError
 from thresher.frontend.calls import copy_call, is_assertion, refuse_subgraphs
 from thresher.frontend.decompositions import decomposition_table
 from thresher.frontend.fast_decompositions import fast_decompositions
@@ -88,6 +87,17 @@ class FunctionalGraph:
         count = len(self.placeholders)
         return [i for i in range(count) if i not in constants and i not in self.numbers]
 
+    def loose_numbers(self, constants: Collection[int]) -> list[int]:
+        """Return the indices of the free numbers that are read and are no size of an :meth:`inputs`, of counters for instance.
+
+        A program with free sizes has an input [n, 0] for each of them: an array without elements, of so many rows.
+        """
+        placeholders = self.placeholders
+        shapes = [placeholders[i].meta["val"].shape for i in self.inputs(constants)]
+        sizes = {d.node.expr for shape in shapes for d in shape if isinstance(d, torch.SymInt)}
+        free = [i for i in sorted(self.numbers) if isinstance(placeholders[i].meta["val"], torch.SymInt)]
+        return [i for i in free if placeholders[i].users and placeholders[i].meta["val"].node.expr not in sizes]
+
     def depending(self, constants: Collection[int]) -> list[int]:
         """Return the indices of the outputs that depend on an input that is not among the ``constants``."""
         moved = {node for i, node in enumerate(self.placeholders) if i not in constants}
@@ -111,9 +121,10 @@ class FunctionalGraph:
             values: a value for each placeholder: parameters and buffers, and examples of the inputs.
             constants: the indices of what is a constant now.
             results: the nodes whose values are wanted.
-            free: sizes that are symbols stay free; otherwise every size is that of ``values``.
+            free: sizes that are symbols stay free, and :meth:`loose_numbers` are inputs after the others; otherwise every size is that of
+                ``values``.
 
-        Raises :class:`CaptureError` for random numbers, sparse tensors, subgraphs, and a free number that is no size of an input.
+        Raises :class:`CaptureError` for random numbers, sparse tensors and subgraphs.
         """
         refuse_random_numbers(self.module.graph)
         refuse_sparse_values(self.module.graph)
@@ -128,6 +139,7 @@ class _Conversion:
         self.source, self.values, self.free = source, values, free
         self.constant_indices = [i for i in range(len(values)) if i in constants]
         self.input_indices = source.inputs(constants)
+        self.loose = source.loose_numbers(constants) if free else []
         self.graph = fx.Graph()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.mapping: dict[fx.Node, Any] = {}
@@ -138,16 +150,21 @@ class _Conversion:
         placeholders = self.source.placeholders
         for i in self.input_indices:
             self._add_input(placeholders[i], self.source.names[i], self.values[i])
+        rows = {i: self._add_rows(placeholders[i], self.source.names[i]) for i in self.loose}
         for i in self.constant_indices:
             value = self.values[i]
             role = Role.PARAMETER if isinstance(value, nn.Parameter) else Role.BUFFER
             self.mapping[placeholders[i]] = self._add_constant(self.source.names[i], value, role)
         for i in self.source.numbers:
-            self.mapping[placeholders[i]] = self._size(placeholders[i], self.values[i])
+            symbol, value = placeholders[i].meta["val"], self.values[i]
+            self.mapping[placeholders[i]] = (
+                self._size(rows[i], symbol) if i in rows else self._known_size(symbol, value)
+            )
         for node in self.source.module.graph.nodes:
             self._convert(node)
         self.graph.output(tuple(self._value(v) for v in results))
         probe = tuple(_example(self.values[i]) for i in self.input_indices)
+        probe += tuple(rows_of(self.values[i]) for i in self.loose)
         learned = {id(t): t.numel() for name, t in self.constants.items() if name not in self.roles}
         specs = pytree.tree_flatten((probe, {}))[1], pytree.tree_flatten(tuple(results))[1]
         original = Original({}, sum(learned.values()))
@@ -162,6 +179,12 @@ class _Conversion:
         fixed = fake_results.empty(value.shape, value.dtype, self.mode) if not self.free else source.meta["val"]
         node.meta["val"] = fixed
         self.mapping[source] = node
+
+    def _add_rows(self, source: fx.Node, name: str) -> fx.Node:
+        """Return a new input whose only size is a number."""
+        node = self.graph.placeholder(name)
+        node.meta["val"] = fake_results.empty((source.meta["val"], 0), torch.float32, self._mode())
+        return node
 
     def _add_constant(self, name: str, value: Tensor, role: Role) -> fx.Node:
         target, k = name, 0
@@ -179,21 +202,20 @@ class _Conversion:
         fakes = (self.source.placeholders[i].meta["val"] for i in self.input_indices) if self.free else ()
         return next((fake.fake_mode for fake in fakes), self.mode)
 
-    def _size(self, source: fx.Node, value: Any) -> Any:
+    def _known_size(self, symbol: Any, value: Any) -> Any:
         """Return the node that reads a free size off an input, or the number itself."""
-        symbol = source.meta["val"]
-        if not self.free or not isinstance(symbol, torch.SymInt):
-            return value
-        for i in self.input_indices:
-            old = self.source.placeholders[i]
-            for dim, size in enumerate(old.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
-                    node = self.graph.call_function(SIZE, (self.mapping[old], dim))
-                    node.meta["val"] = symbol
-                    return node
-        if not source.users:
-            return value
-        raise CaptureError(f"the number {source.name} ({symbol}) is free, and no size of an input")
+        if self.free and isinstance(symbol, torch.SymInt):
+            for i in self.input_indices:
+                source = self.source.placeholders[i]
+                for dim, size in enumerate(source.meta["val"].shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
+                        return self._size(self.mapping[source], symbol, dim)
+        return value
+
+    def _size(self, array: fx.Node, symbol: Any, dim: int = 0) -> fx.Node:
+        node = self.graph.call_function(SIZE, (array, dim))
+        node.meta["val"] = symbol
+        return node
 
     def _convert(self, source: fx.Node) -> None:
         if source.op == "get_attr":
@@ -249,6 +271,11 @@ def _viewed(node: fx.Node) -> fx.Node:
             break
         node = call.args[0]
     return node
+
+
+def rows_of(number: int) -> Tensor:
+    """Return the array [number, 0] that stands for a number among the inputs of a program."""
+    return torch.empty(number, 0)
 
 
 def _example(value: Tensor) -> Tensor:

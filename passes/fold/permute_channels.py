@@ -31,7 +31,7 @@ from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.ties import Equal, Key
 from thresher.analysis.slices.transfer.weighted import Weighted
 from thresher.ir.lineage import moved
-from thresher.ir.nodes import dtype_of, is_tensor
+from thresher.ir.nodes import dtype_of, is_tensor, same_size
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
 from thresher.rewriting.registry import register_pass
@@ -98,7 +98,7 @@ def _coupled_sets(analysis: ChannelAnalysis) -> dict[int, list[Key]]:
             mentioned = {key for tie in analysis.ties.get(node, ()) for key in tie.keys}
         for value in values:
             for dim, size in enumerate(value.meta["val"].shape):
-                if size != 1 and (value, dim) not in mentioned:
+                if not same_size(size, 1) and (value, dim) not in mentioned:
                     rigid.add(component[(value, dim)])
     return {number: keys for number, keys in members.items() if number not in rigid}
 

@@ -158,6 +158,28 @@ def test_results_of_free_sizes_share_memory() -> None:
             assert first.tolist() == [[2.0] * 3] * (n // 2)
 
 
+class Counter(nn.Module):
+    """A number of Python that counts the calls, and decides how much is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor, by: int) -> tuple[Tensor, int]:
+        self.seen += by
+        return (torch.arange(8) < self.seen) * x, self.seen + 1
+
+
+def test_a_counter_is_built_once_it_is_free(builds) -> None:
+    mine, its = Counter(), Counter()
+    compiled, x = torch.compile(mine, backend="thresher"), torch.randn(8)
+    with torch.no_grad():
+        for by in (1, 2, 3, 4, -9, 5, 6):
+            found, wanted = compiled(x, by), its(x, by)
+            assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+    assert mine.seen == its.seen == 12 and len(builds) <= 4  # Dynamo frees one number after the other
+
+
 def test_numbers_of_python_are_inputs(builds) -> None:
     compiled = torch.compile(lambda x, scale: x * scale + 1, backend="thresher")
     with torch.no_grad():

@@ -24,6 +24,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 #: A prompt and a step have other shapes; a growing cache has its free sizes from its second step on.
 MAX_BUILDS = {"static": 2, "dynamic": 3}
+#: More where the tokens leave a sliding window: a cache that is full is another graph, and one that is about to be.
+WINDOW_BUILDS = {"static": 1, "dynamic": 3}
 
 
 def language_model(name: str) -> nn.Module:
@@ -59,7 +61,8 @@ def assert_equal_tokens(name: str, cache: str, steps: int, **options: Any) -> No
     found = generate(model, cache, steps)
     assert found.tolist() == wanted.tolist() and found.shape[1] == PROMPT + steps
     assert len(set(wanted[0].tolist())) > 5  # it does not repeat one token
-    assert 0 < len(dynamo.built()) <= MAX_BUILDS[cache]
+    slides = "sliding_window" in ARCHITECTURES[name]
+    assert 0 < len(dynamo.built()) <= MAX_BUILDS[cache] + (WINDOW_BUILDS[cache] if slides else 0)
 
 
 @pytest.fixture(autouse=True)
