@@ -71,6 +71,8 @@ def _comparable(importer: Importer, source: fx.Node) -> Any:
 def extreme(importer: Importer, node: fx.Node) -> Any:
     """Compute maxima or minima over dimensions, all of them where none is named."""
     dims = argument(node, 1, "dim", []) if node.target not in (aten.max.default, aten.min.default) else []
+    if not shape_of(node.args[0]):
+        return importer.value(node.args[0])  # of one number
     value = _reduced(importer, node.args[0], dims, node.target in LARGEST, index=False)
     return _shaped(importer, value, node.meta["val"])
 

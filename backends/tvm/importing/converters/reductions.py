@@ -17,6 +17,7 @@ from thresher.backends.tvm.importing.converters.registry import (
     sizes,
 )
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.ir.nodes import shape_of
 
 
 @semantics(aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default)
@@ -27,6 +28,8 @@ def total(importer: Importer, node: fx.Node) -> Any:
     dtype = result_dtype(node)
     value = cast(importer, importer.value(node.args[0]), dtype)
     dims = [dims] if isinstance(dims, int) else (list(dims) if dims else None)
+    if not shape_of(node.args[0]):
+        return value  # of one number
     wide = cast(importer, value, "float32") if dtype in ("float16", "bfloat16") else value
     operation = R.mean if "mean" in str(node.target) else R.sum
     return cast(importer, importer.emit(operation(wide, dims, keepdim)), dtype)

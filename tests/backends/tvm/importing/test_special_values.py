@@ -23,6 +23,12 @@ DIVISORS = torch.randint(1, 5, (4, 6), generator=GENERATOR) * torch.tensor([1, -
 
 OF_IMAGE: dict[str, Callable[[Tensor], object]] = {
     "amax": lambda x: (x.amax(-1), x.amax((0, 2), keepdim=True), x.amax()),
+    "of one number": lambda x: (
+        x[0, 0, 0, 0].amax(),
+        x[0, 0, 0, 0].sum(0),
+        x[0, 0, 0, 0].mean(),
+        x[0, 0, 0, 0].amin(0),
+    ),
     "amin": lambda x: (x.amin(1), x.amin()),
     "max with index": lambda x: (*x.max(-1), *x.max(0, keepdim=True), x.max()),
     "min with index": lambda x: (*x.min(1), x.min()),
