@@ -76,6 +76,8 @@ def _edges_of(holder: fx.Node | None, analysis: ChannelAnalysis) -> Iterator[Edg
     for source, user in pairs:
         if not is_tensor(source) or user.target in NARROWING or user.target is edge_marker:
             continue
+        if source in analysis.facts and analysis.facts[source].all():
+            continue  # a constant: narrowing it saves nothing, and what restores it would be a constant, too
         for dim in range(len(sizes(source))):
             if _may_have_marker(source, dim) and bool(analysis.kept_dead((source, dim)).any()):
                 yield source, user, dim

@@ -58,6 +58,9 @@ def test_random_programs(program: Program) -> None:
 @example(build(0, 0.5, [("grouped", 0, 1), ("to_tokens", 0, 0), ("conv", 0, 0), ("attention", 0, 1)]))  # known keys
 @example(build(1, 0.5, [("conv", 0, 0), ("conv", 0, 1), ("to_tokens", 0, 0), ("attention", 0, 1)]))  # tried again
 @example(build(3482, 0.8, [("gated_unit", 0, 31), ("block", 1, 41), ("attention", 0, 55)]))  # an addend becomes zero
+@example(
+    build(420, 0.8, [(s, 0, 0) for s in "to_tokens gated_unit conv grouped residual gated_unit".split()])
+)  # constant
 def test_random_programs_with_every_edge_marker(program: Program) -> None:
     """Edge markers wherever they save anything at all: on these small programs the cost rule would take few."""
     torch.set_num_threads(1)
