@@ -88,8 +88,8 @@ def _moved(value: Any, ulps: float, generator: torch.Generator) -> Any:
     factors = 1 + step * (2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1)
     wide = value.double()
     bound = torch.full_like(wide, limits.max).masked_fill(wide.abs() <= 1, 1.0)
-    moved = torch.clamp(wide * factors.to(value.device), -bound, bound).to(value.dtype)
-    return torch.where(value == value.round(), value, moved)
+    moved = torch.clamp(wide * factors.to(value.device), -bound, bound)
+    return torch.where(wide == wide.round(), wide, moved).to(value.dtype)
 
 
 def _distance(value: Tensor, truth: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.modules import Function
 from thresher.frontend.capture import capture
 from thresher.runtime.comparison import Check, check_outputs
 from thresher.verification.truth import SampledTruth, neighbour
@@ -199,3 +200,10 @@ def test_a_neighbour_that_the_model_refuses_says_nothing() -> None:
     while truth.widen():
         pass
     assert truth.runs > 1 and 0 < truth.spread[0].max() < 1e-7
+
+
+def test_floats_of_eight_bits_have_neighbours() -> None:
+    """Torch does not round them."""
+    program = capture(Function(lambda x: x.float() * 2), (torch.tensor([0.3, 2.0, -1.1]).to(torch.float8_e4m3fn),))
+    _, (x,) = neighbour(program, program.probe, 2)
+    assert x.dtype is torch.float8_e4m3fn and float(x[1]) == 2.0
