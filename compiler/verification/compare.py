@@ -36,18 +36,20 @@ MAX_SIZES = 12  # that are tried, until the model runs on one
 class Observed:
     """A program with its outputs on its probes, for comparison with a later version of it.
 
-    ``skipped`` says why there is no random input among them: the program itself fails on it; empty where there is one.
+    ``skipped`` says why there is no random input among them: the program itself fails on it; empty where there is one. ``dtype``: that of
+    all floating-point numbers; None for those that the program has.
     """
 
     program: Program
     probes: list[tuple] = field(default_factory=list)
     outputs: list[list] = field(default_factory=list)
     skipped: str = ""
+    dtype: torch.dtype | None = torch.float64
 
     def add(self, flat: tuple) -> Exception | None:
         """Run the program on one more input; return its error, where it fails."""
         try:
-            outputs = self.program.run(*flat, dtype=torch.float64)
+            outputs = self.program.run(*flat, dtype=self.dtype)
         except Exception as error:  # whatever an operator of torch raises
             return error
         self.probes.append(flat)
@@ -62,7 +64,11 @@ def observe(program: Program) -> Observed:
     numbers and sizes that the example does not show, too. Inputs on which the program fails are left out.
     """
     example, fitting = probes(program)
-    observed = Observed(program, [example], [program.run(*example, dtype=torch.float64)])
+    observed = Observed(program)
+    if observed.add(example):  # it looks at bits, of which float64 has others
+        observed.dtype = None
+        if error := observed.add(example):
+            raise error
     if error := observed.add(fitting):
         observed.skipped = describe(error)
         return observed
@@ -101,8 +107,7 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def compare_programs(before: Observed, after: Program) -> Divergence:
     """Return the worst float64 divergence of ``after`` over the probes of ``before``."""
     divergences = [
-        compare(expected, after.run(*flat, dtype=torch.float64))
-        for flat, expected in zip(before.probes, before.outputs)
+        compare(expected, after.run(*flat, dtype=before.dtype)) for flat, expected in zip(before.probes, before.outputs)
     ]
     return max(divergences, key=lambda d: (bool(d.reason), d.relative))
 

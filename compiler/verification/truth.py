@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from thresher.ir.program import Program
 from thresher.runtime.comparison import Truth
@@ -34,11 +34,16 @@ class SampledTruth(Truth):
     Args:
         program: in its own dtypes it is the reference, in float64 the truth.
         flat: its flat inputs.
+
+    Raises :class:`ValueError` where the program in float64 is another one.
     """
 
     def __init__(self, program: Program, flat: Sequence[Any]):
         self.program, self.flat, self.runs = program, flat, 0
         outputs = program.run(*flat, dtype=torch.float64)
+        for node, output in zip(program.output_nodes, outputs):
+            if isinstance(output, Tensor) and isinstance(node, fx.Node) and not _fits(output, node.meta["val"]):
+                raise ValueError(f"{node.name} looks at bits, of which float64 has others")
         none = [torch.zeros_like(o, dtype=torch.float64) if isinstance(o, Tensor) else o for o in outputs]
         super().__init__(outputs, none)
 
@@ -90,6 +95,12 @@ def _moved(value: Any, ulps: float, generator: torch.Generator) -> Any:
     bound = torch.full_like(wide, limits.max).masked_fill(wide.abs() <= 1, 1.0)
     moved = torch.clamp(wide * factors.to(value.device), -bound, bound)
     return torch.where(wide == wide.round(), wide, moved).to(value.dtype)
+
+
+def _fits(output: Tensor, declared: Any) -> bool:
+    """Return whether an output has the shape that its node declares, where that is not free."""
+    sizes = zip(output.shape, declared.shape)
+    return output.dim() == declared.dim() and all(a == b for a, b in sizes if isinstance(b, int))
 
 
 def _distance(value: Tensor, truth: Tensor) -> Tensor:

@@ -96,3 +96,10 @@ def test_sizes_on_which_attention_reads_past_the_end_are_left_out() -> None:
     program = capture(Function(call), args, dynamic_shapes=(free,))
     resized = resized_inputs(program, program.probe)
     assert resized is not None and resized[1].shape[2] == resized[2].shape[2] != 5
+
+
+def test_a_program_that_looks_at_bits_is_compared_in_its_own_dtypes() -> None:
+    x = torch.randn(3, 4)
+    model = Function(lambda x: (x * 2).view(torch.int32))
+    compiled = thresher.compile(model, (x,))
+    assert torch.equal(compiled(x), model(x))
