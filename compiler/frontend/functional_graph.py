@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def functionalize(module: fx.GraphModule, inputs: Sequence[Any], compiler: Compi
 class FunctionalGraph:
     """A functional graph, with the roles of its inputs.
 
-    ``names`` has a name for each placeholder; ``constants`` are the indices of parameters and buffers that the graph does not write, and
-    ``numbers`` those of sizes and other whole numbers.
+    The graph is not edited, so its inputs and outputs are listed once: every call asks for them. ``names`` has a name for each placeholder;
+    ``constants`` are the indices of parameters and buffers that the graph does not write, and ``numbers`` those of sizes and other whole
+    numbers.
     """
 
     module: fx.GraphModule
@@ -72,12 +74,12 @@ class FunctionalGraph:
             {k for k, node in enumerate(placeholders) if not isinstance(node.meta["val"], Tensor)},
         )
 
-    @property
+    @cached_property
     def placeholders(self) -> list[fx.Node]:
         """The inputs."""
         return [n for n in self.module.graph.nodes if n.op == "placeholder"]
 
-    @property
+    @cached_property
     def outputs(self) -> list[Any]:
         """The flat outputs: nodes and literals."""
         return list(self.module.graph.output_node().args[0])
