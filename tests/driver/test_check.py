@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import thresher
-from helpers.modules import Function
+from helpers.modules import Amplifier, Function
 from thresher.authoring import Context, Note, Pass, PassResult
 from thresher.backends.base import DEFAULT, Executable, LoweringOptions
 from thresher.backends.eager import EagerBackend, EagerExecutable
@@ -68,23 +68,11 @@ def times(factor: float) -> Callable[[Program, fx.Node], fx.Node]:
     return plant
 
 
-class Chaotic(nn.Module):
+class Chaotic(Amplifier):
     """Rounding grows to about a hundredth; one GELU stands before all of it, and a sigmoid beside."""
 
-    def __init__(self, depth: int = 16, width: int = 24, gain: float = 4.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        weights = gain / width**0.5 * torch.randn(depth, width, width, generator=generator)
-        self.weights = nn.ParameterList(weights.unbind())
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = nn.functional.gelu(x)
-        for weight in self.weights:
-            y = self.bounded(y @ weight)
-        return y, x.sigmoid()
-
-    def bounded(self, y: Tensor) -> Tensor:
-        return torch.tanh(y)
+        return self.amplified(nn.functional.gelu(x)), x.sigmoid()
 
 
 class Drowned(Chaotic):

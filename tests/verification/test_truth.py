@@ -8,25 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.modules import Function
+from helpers.modules import Amplifier, Function
 from thresher.frontend.capture import capture
 from thresher.runtime.comparison import Check, check_outputs
 from thresher.verification.truth import SampledTruth, neighbour
 
 
-class Chaotic(nn.Module):
-    """Doubles a difference about twice in every layer; beside it a result that rounding hardly moves."""
-
-    def __init__(self, depth: int = 16, width: int = 24, gain: float = 4.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        weights = gain / width**0.5 * torch.randn(depth, width, width, generator=generator)
-        self.weights = nn.ParameterList(weights.unbind())
+class Chaotic(Amplifier):
+    """Beside what amplifies rounding a result that it hardly moves."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = x
-        for weight in self.weights:
-            y = torch.tanh(y @ weight)
+        y = self.amplified(x)
         return y, x.softmax(-1), torch.cat([x.sin(), y], -1)
 
 
