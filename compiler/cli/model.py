@@ -24,6 +24,8 @@ def load_model(spec: str, inputs: Sequence[Tensor], fixed: Mapping[str, float | 
 
     Raises :class:`ThresherError` where there is no such model, or where nothing describes its inputs.
     """
+    if fixed and not spec.endswith(".onnx"):
+        raise ThresherError(f"--fixed is for .onnx files; let {spec} return a model with its arguments bound")
     if spec.endswith(".pt2"):
         return spec, tuple(inputs)
     if spec.endswith(".onnx"):

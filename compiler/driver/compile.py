@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from thresher.approximation.budget import Budget
@@ -14,7 +14,7 @@ from thresher.driver.memory_limit import check_memory
 from thresher.driver.options import CompileOptions, Validate, Verify, check_calibration
 from thresher.driver.race import build_widths, keep_approximation_if_faster, tune_kernels
 from thresher.driver.session import Session, open_session
-from thresher.driver.stages import Build, Captured, Rewritten, capture_model, lower_program, masked, transform
+from thresher.driver.stages import Build, Captured, Rewritten, capture_model, lower_program, prepared, transform
 from thresher.driver.summary import summarize
 from thresher.errors import InputError
 from thresher.frontend.capture import Model, capture
@@ -40,6 +40,7 @@ def compile(
     dynamic_shapes: Any = None,
     batch_sizes: Sequence[int] = (1, 8),
     masks: Masks | None = None,
+    fixed: Mapping[str, Any] | None = None,
     validate: Validate = "error",
     verify: Verify = "final",
     certificate: bool = False,
@@ -66,6 +67,8 @@ def compile(
             sizes, and a batch of any size is computed in pieces of them (:class:`thresher.runtime.batching.BatchSplitter`). Otherwise, or
             with ``()``, the code is for any size, by TVM's own schedules, which are slow.
         masks: what a pruner removed, if it is not in the model: see :mod:`thresher.frontend.masks`. The reference is then the masked model.
+        fixed: arguments of ``forward`` (or inputs of an .onnx file) that have these values in every call, by name: they become constants,
+            and a call leaves them out. For what decides sizes or how often a loop runs, as the grid of patches of a vision model does.
         validate: ``error`` raises :class:`ValidationError` when a result is wrong, ``warn`` warns, ``off`` does not look.
         verify: when exact passes are checked in float64; see :class:`PassManager`.
         widths: ``measured`` builds the model folded to several widths and not folded, too, runs them in turn on the example inputs, and
@@ -90,8 +93,8 @@ def compile(
         CaptureError, PassError, BackendError, ValidationError: each naming the place and what to do.
     """
     options = CompileOptions(
-        target or "", passes, backend, dynamic_shapes, batch_sizes, masks, validate, verify, certificate, widths, strict_rounding, tune,
-        library, calibration, budget, share, progress,
+        target or "", passes, backend, dynamic_shapes, batch_sizes, masks, fixed, validate, verify, certificate, widths, strict_rounding,
+        tune, library, calibration, budget, share, progress,
     )  # fmt: skip
     with open_session(options) as session:
         return run_stages(capture_model(model, args, kwargs, options, session), options, session)
@@ -147,6 +150,7 @@ def rewrite(
     passes: pipelines.Passes = "exact",
     dynamic_shapes: Any = None,
     masks: Masks | None = None,
+    fixed: Mapping[str, Any] | None = None,
     verify: Verify = "final",
     calibration: Iterable[Any] | None = None,
     budget: Budget | None = None,
@@ -157,7 +161,7 @@ def rewrite(
     what approximate passes spent of the budget. The arguments are those of :func:`compile`.
     """
     check_calibration(calibration, budget)
-    program = capture(masked(model, masks, args, kwargs), args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = capture(prepared(model, fixed, masks, args, kwargs), args, kwargs, dynamic_shapes=dynamic_shapes)
     check_memory(program, verify)
     manager = PassManager(pipelines.resolve(passes), verify)
     context = Context(calibration=calibration_of(program, calibration, budget))

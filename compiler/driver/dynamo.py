@@ -40,7 +40,7 @@ from thresher.rewriting.contract import Pass
 from thresher.rewriting.registry import make_pass
 
 #: What ``options=`` may say: the arguments of thresher.compile() that describe how to build, and ``fallback``.
-OPTIONS = {f.name for f in dataclasses.fields(CompileOptions)} - {"masks", "certificate", "dynamic_shapes"}
+OPTIONS = {f.name for f in dataclasses.fields(CompileOptions)} - {"masks", "fixed", "certificate", "dynamic_shapes"}
 MAX_REMEMBERED = 32  # compiled graphs
 MAX_SIZES = 8  # that one graph is built for where its free sizes cannot stay free
 

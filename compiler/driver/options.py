@@ -39,6 +39,7 @@ class CompileOptions:
     dynamic_shapes: Any = None
     batch_sizes: Sequence[int] = (1, 8)
     masks: Masks | None = None
+    fixed: Mapping[str, Any] | None = None
     validate: Validate = "error"
     verify: Verify = "final"
     certificate: bool = False

@@ -9,7 +9,7 @@ Nothing here changes a value that it is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from thresher.driver.options import CompileOptions
 from thresher.driver.session import Session
 from thresher.errors import InputError
 from thresher.frontend.capture import Model, capture
+from thresher.frontend.fixed_arguments import fix_arguments
 from thresher.frontend.masks import Masks, apply_masks
 from thresher.frontend.module_state import eval_mode, holding
 from thresher.ir.nodes import is_tensor
@@ -163,19 +164,26 @@ class Build:
 def capture_model(
     model: Model, args: Sequence[Any], kwargs: dict[str, Any] | None, options: CompileOptions, session: Session
 ) -> Captured:
-    """Return ``model``, masked where ``options`` say so, as a program."""
+    """Return ``model``, with the fixed arguments and the masks of ``options``, as a program."""
     with session.stage("capture", "capturing"):
-        model = masked(model, options.masks, args, kwargs)
+        model = prepared(model, options.fixed, options.masks, args, kwargs)
         program = capture(model, args, kwargs, dynamic_shapes=options.dynamic_shapes)
         check_memory(program, options.verify)
         return Captured(program, model, session.machine)
 
 
-def masked(model: Model, masks: Masks | None, args: Sequence[Any], kwargs: dict[str, Any] | None) -> Model:
-    """Return a copy of ``model`` with what ``masks`` name set to 0, or ``model`` itself where there are none.
+def prepared(
+    model: Model,
+    fixed: Mapping[str, Any] | None,
+    masks: Masks | None,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None,
+) -> Model:
+    """Return ``model`` without its ``fixed`` arguments, and a copy with what ``masks`` name set to 0 where there are any.
 
-    Raises :class:`InputError` for masks of something that has no modules to name.
+    Raises :class:`InputError` for masks of something that has no modules to name, and what :func:`fix_arguments` raises.
     """
+    model = fix_arguments(model, fixed or {})
     if masks is None:
         return model
     if not isinstance(model, nn.Module):

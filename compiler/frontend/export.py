@@ -28,6 +28,7 @@ from thresher.frontend.side_effects import SideEffects, depends_on_earlier_calls
 CURES = """Usual cures:
   * control flow that depends on tensor values: compute both sides and select with torch.where, or move it out of the model;
   * .item(), .tolist(), int(tensor), numpy: keep the value a tensor, or pass it in as a Python number;
+  * an argument that decides sizes and is always the same: thresher.compile(..., fixed={"name": value});
   * a shape computed from data (nonzero, boolean indexing): use a mask of fixed shape;
   * an operator without export support: register a fake implementation (torch.library.register_fake)."""
 #: torch's errors of functions that look at the values of tensors.

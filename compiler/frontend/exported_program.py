@@ -72,7 +72,23 @@ def to_program(
         state=tuple(state),
         writes=(*written, *range(len(inputs), len(inputs) + len(state))),
     )
-    return program.clean().propagate().verify()
+    return _with_metadata(program.clean()).verify()
+
+
+def _with_metadata(program: Program) -> Program:
+    """Return the program with its metadata.
+
+    Raises :class:`CaptureError` naming a call that cannot be described without its data: sizes that an input decides go into some operators
+    of torch as numbers only.
+    """
+    try:
+        return program.propagate()
+    except Exception as error:
+        where = "; ".join(getattr(error, "__notes__", []))
+        raise CaptureError(
+            f"{where}: {str(error).strip().splitlines()[0]}. If an argument of the model decides the sizes and is always the same: "
+            'thresher.compile(..., fixed={"name": value})'
+        ) from error
 
 
 # ---------------------------------------------------------------------- outputs

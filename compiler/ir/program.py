@@ -262,12 +262,16 @@ class Program:
         node.meta["val"] = fake_results.result_of(node, self.fake_mode)
 
     def propagate(self) -> Program:
-        """Recompute all metadata from the inputs and constants on; returns self."""
+        """Recompute all metadata from the inputs and constants on; returns self. A note on an operator's error names the node."""
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 self.set_fake(node, dtype_of(node) if "val" in node.meta else self.constants[node.target].dtype)
             elif node.op == "call_function":
-                self.refresh(node)
+                try:
+                    self.refresh(node)
+                except Exception as error:
+                    error.add_note(f"node {node.name} ({node.target})")
+                    raise
         return self
 
     def clean(self) -> Program:
