@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..sample import Case, SampleExcluded, Suite
-from .model_inputs import find_inputs
+from ..sample import Case, Inputs, SampleExcluded, Suite
+from .model_inputs import draw, find_inputs
+from .particular import PARTICULAR, Method, Particular, overlaid
 from .small_configs import LADDER, shrink
 from .vision import import_library
 from .weights import randomize
@@ -57,22 +59,44 @@ def names() -> Iterator[str]:
 
 def build(name: str) -> Case:
     """Return a small model; the first configuration of the ladder that can be built and runs."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    transformers = _transformers()
-    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[name])
-    model_class = getattr(transformers, _classes()[name])
+    particular = PARTICULAR.get(name, Particular())
+    if particular.excluded:
+        raise SampleExcluded(particular.reason)
+    config_class, model_class = _class_pair(name, particular)
     errors = []
     for rules in LADDER:
         try:
-            config = config_class.from_dict(shrink(config_class().to_dict(), rules))
+            small = shrink(config_class(**particular.initial).to_dict(), rules)
+            config = config_class.from_dict(overlaid(small, particular.config))
             model = _model(model_class, config)
-            inputs = find_inputs(model, config)
+            if particular.method:
+                model = Method(model, particular.method)
+            inputs = _inputs(model, config, particular)
             randomize(model, inputs[0])
             return Case(model, inputs[0], inputs[1:])
         except Exception as error:
             errors.append(error)
     raise errors[0]
+
+
+def _class_pair(name: str, particular: Particular) -> tuple[Any, Any]:
+    """Return the classes of the configuration and of the model; not every model class is among the names of the library."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    transformers = _transformers()
+    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[name])
+    class_name = particular.model or _classes()[name]
+    if hasattr(transformers, class_name):
+        model_class = getattr(transformers, class_name)
+    else:
+        model_class = getattr(import_module(config_class.__module__.replace("configuration_", "modeling_")), class_name)
+    return (model_class.config_class if particular.model else config_class), model_class
+
+
+def _inputs(model: nn.Module, config: Any, particular: Particular) -> list[Inputs]:
+    if particular.inputs:
+        return [draw(particular.inputs, seed) for seed in (0, 1)]
+    return find_inputs(model, config)
 
 
 def _model(model_class: Any, config: Any) -> nn.Module:

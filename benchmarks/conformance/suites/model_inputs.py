@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..sample import Inputs
 from .small_configs import FIRST_SPECIAL_TOKEN
+from .tensors import Maker, fixed, normal, ones, whole
 
 TOKENS = 12
 MOST_ATTEMPTS = 40
@@ -57,7 +58,7 @@ def field(config: Any, default: int, *names: str) -> int:
     return int(value)
 
 
-def candidates(name: str, config: Any) -> list[Callable[[torch.Generator], Tensor]]:
+def candidates(name: str, config: Any) -> list[Maker]:
     """Return makers of what an argument may look like; none where the name says nothing."""
     image = field(config, 64, "image_size", "img_size")
     channels = field(config, 3, "num_channels", "in_channels", "in_chans")
@@ -67,20 +68,11 @@ def candidates(name: str, config: Any) -> list[Callable[[torch.Generator], Tenso
     width = field(config, 64, "hidden_size", "d_model")
     series, size = field(config, 1, "num_input_channels", "input_size"), field(config, 16, "patch_size")
     context = field(config, 32, "context_length")
-    patch = channels * field(config, 1, "temporal_patch_size") * field(config, 14, "patch_size") ** 2
-
-    def normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
-        return lambda generator: torch.randn(shape, generator=generator)
-
-    def whole(high: int, *shape: int, low: int = 0) -> Callable[[torch.Generator], Tensor]:
-        return lambda generator: torch.randint(low, high, shape, generator=generator)
-
-    def ones(*shape: int) -> Callable[[torch.Generator], Tensor]:
-        return lambda generator: torch.ones(shape, dtype=torch.int64)
+    patch = channels * field(config, 1, "temporal_patch_size", "patch_temporal") * field(config, 14, "patch_size") ** 2
 
     vocabulary = min(field(config, FIRST_SPECIAL_TOKEN, "vocab_size"), FIRST_SPECIAL_TOKEN)
     tokens = whole(vocabulary, 1, TOKENS, low=5)
-    makers: dict[str, list[Callable[[torch.Generator], Tensor]]] = {
+    makers: dict[str, list[Maker]] = {
         "input_ids": [tokens, *(whole(vocabulary, *shape) for shape in ((1, 9, TOKENS), (1, TOKENS, 9)))],
         "decoder_input_ids": [tokens],
         "attention_mask": [ones(1, TOKENS)],
@@ -94,8 +86,8 @@ def candidates(name: str, config: Any) -> list[Callable[[torch.Generator], Tenso
             normal(1, channels, 224, 224),
             normal(16, patch),
         ],
-        "image_grid_thw": [lambda generator: torch.tensor([[1, 4, 4]])],
-        "grid_thw": [lambda generator: torch.tensor([[1, 4, 4]])],
+        "image_grid_thw": [fixed([[1, 4, 4]])],
+        "grid_thw": [fixed([[1, 4, 4]])],
         "query_embeds": [normal(1, 8, width)],
         "qformer_input_ids": [tokens],
         "pixel_values_videos": [normal(1, frames, channels, image, image), normal(1, channels, frames, image, image)],
@@ -120,10 +112,10 @@ def find_inputs(model: nn.Module, config: Any) -> list[Inputs]:
         names = list(dict.fromkeys([*needed, *further]))
         if not set(names) <= set(inspect.signature(model.forward).parameters):
             continue
-        for makers in itertools.product(*(candidates(name, config) for name in names)):
+        for combination in itertools.product(*(candidates(name, config) for name in names)):
             if len(errors) == MOST_ATTEMPTS:
                 raise errors[0]
-            inputs = [_make(dict(zip(names, makers)), seed) for seed in (0, 1)]
+            inputs = [draw(dict(zip(names, combination)), seed) for seed in (0, 1)]
             try:
                 with torch.no_grad():
                     model(**inputs[0].kwargs)
@@ -133,15 +125,17 @@ def find_inputs(model: nn.Module, config: Any) -> list[Inputs]:
     raise errors[0] if errors else TypeError(f"no inputs for {', '.join(needed)}")
 
 
-def _make(makers: dict[str, Callable[[torch.Generator], Tensor]], seed: int) -> Inputs:
+def draw(makers: Mapping[str, Maker], seed: int) -> Inputs:
+    """Return one set of inputs."""
     generator = torch.Generator().manual_seed(seed)
     return Inputs((), {name: maker(generator) for name, maker in makers.items()})
 
 
 def _needed(model: nn.Module) -> list[str]:
-    """Return the arguments without a default, and the main one."""
+    """Return the arguments without a default, and the main ones."""
     parameters = inspect.signature(model.forward).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and p.kind not in variadic]
     main = getattr(model, "main_input_name", "input_ids")
-    return [main, *(n for n in needed if n != main)] if main in parameters else needed
+    mains = [main] if isinstance(main, str) else main
+    return [*(n for n in mains if n in parameters), *(n for n in needed if n not in mains)]

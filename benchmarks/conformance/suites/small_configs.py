@@ -24,7 +24,7 @@ COUNTS: list[Rule] = [
     (r"^(?!num_feat_extract)\w*_layers$|_depth$|^num_blocks$|^num_block$", LAYERS),
     (r"^(num|n|moe_num)_(local_|routed_)?experts$|^expert_count$", 4),
     (r"experts_per_tok(en)?$|^moe_(topk|top_k|k)$|^num_selected_experts$|^top_k_experts$", 2),
-    (r"^n_group$", 2),
+    (r"^(n_group|num_expert_group)$", 2),
     (r"^topk_group$", 1),
     (r"_(period|interval)$", 2),
     (r"^(expert|attn)_layer_offset$", 1),
