@@ -94,9 +94,13 @@ def _class_pair(name: str, particular: Particular) -> tuple[Any, Any]:
 
 
 def _inputs(model: nn.Module, config: Any, particular: Particular) -> list[Inputs]:
-    if particular.inputs:
-        return [draw(particular.inputs, seed) for seed in (0, 1)]
-    return find_inputs(model, config)
+    """Return inputs that the model has accepted."""
+    if not particular.inputs:
+        return find_inputs(model, config)
+    inputs = [draw(particular.inputs, seed) for seed in (0, 1)]
+    with torch.no_grad():
+        model(**inputs[0].kwargs)
+    return inputs
 
 
 def _model(model_class: Any, config: Any) -> nn.Module:

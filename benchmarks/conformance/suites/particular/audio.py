@@ -116,8 +116,11 @@ AUDIO: dict[str, Particular] = {
         inputs={"input_ids": PROMPT, "decoder_input_ids": whole(300, 4, 8)},
     ),
     "clvp": Particular(
-        "it reads text and a spectrogram, and the tokens of one part are read by another",
-        config={"speech_config": {"vocab_size": 320}},
+        "it reads text and a spectrogram, and the tokens of one part are read by another; its heads are rotated by 32 numbers at least",
+        config={
+            "text_config": {"num_attention_heads": 2},
+            "speech_config": {"vocab_size": 320, "num_attention_heads": 2},
+        },
         inputs={"input_ids": whole(250, 1, 12, low=5), "input_features": normal(1, 80, 64)},
     ),
     "moonshine_streaming": Particular(

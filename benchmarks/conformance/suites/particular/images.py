@@ -28,15 +28,18 @@ def kernels() -> dict[str, list[object]]:
     return blocks
 
 
-def frame(**more: Maker) -> dict[str, Maker]:
-    """Return makers of one frame of a video and of a point in it."""
-    return {"pixel_values": normal(1, 3, 64, 64), **more}
+def frame(x: float, y: float) -> dict[str, Maker]:
+    """Return makers of one frame of a video and of a point on an object that is seen there (a model without objects has no masks)."""
+    return {
+        "pixel_values": normal(1, 3, 64, 64),
+        "input_points": fixed([[[[x, y]]]]),
+        "input_labels": fixed([[[1]]]),
+    }
 
 
 SESSION = "its forward takes a session that its processor makes: one frame without memory of others"
 HIERA = {"hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256]}
 FEATURES = [[16, 16], [8, 8], [4, 4]]
-POINT = {"input_points": fixed([[[[20.0, 30.0]]]]), "input_labels": fixed([[[1]]])}
 
 PATCHES = {"image_size": 64, "patch_size": 16}
 DEPTH = {
@@ -130,7 +133,7 @@ IMAGES: dict[str, Particular] = {
     "edgetam": Particular(
         "its default has the backbone's name in a field that nothing reads",
         config={"vision_config": {**REPVIT, "backbone_feature_sizes": FEATURES}},
-        inputs=frame(**POINT),
+        inputs=frame(20.0, 30.0),
     ),
     "cvt": Particular(
         "a stage has as many layers as its number, at least",
@@ -147,7 +150,7 @@ IMAGES: dict[str, Particular] = {
                 "backbone_feature_sizes": FEATURES,
             }
         },
-        inputs=frame(**POINT),
+        inputs=frame(60.0, 60.0),
     ),
     "sam3_tracker_video": Particular(
         SESSION,
@@ -156,7 +159,7 @@ IMAGES: dict[str, Particular] = {
             "vision_config": {"backbone_feature_sizes": FEATURES, "backbone_config": {"patch_size": 16}},
             "prompt_encoder_config": {"patch_size": 16},
         },
-        inputs=frame(**POINT),
+        inputs=frame(20.0, 30.0),
     ),
     "edgetam_video": Particular(
         SESSION,
@@ -168,7 +171,7 @@ IMAGES: dict[str, Particular] = {
                 "backbone_feature_sizes": FEATURES,
             }
         },
-        inputs=frame(**POINT),
+        inputs=frame(20.0, 30.0),
     ),
     "glm_image_vqmodel": Particular(
         "it has no forward: it writes tokens of an image",

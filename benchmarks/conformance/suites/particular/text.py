@@ -52,8 +52,12 @@ TEXT: dict[str, Particular] = {
         config={"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     ),
     "diffusion_gemma": Particular(
-        "experts have no default",
-        config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96}},
+        "experts have no default, and the text that it refines is drawn at random unless it is given",
+        config={
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+            "canvas_length": 12,
+        },
+        inputs={"input_ids": PROMPT, "decoder_input_ids": PROMPT},
     ),
     "zamba": Particular(
         "two layers share one block only where the library's pattern of shared names fits",
