@@ -68,12 +68,10 @@ def build(name: str) -> Case:
         try:
             small = shrink(config_class(**particular.initial).to_dict(), rules)
             config = config_class.from_dict(overlaid(small, particular.config))
-            model = _model(model_class, config)
-            if particular.method:
-                model = Method(model, particular.method)
-            inputs = _inputs(model, config, particular)
-            randomize(model, inputs[0])
-            return Case(model, inputs[0], inputs[1:])
+            _check_size(model_class, config)
+            inputs = _inputs(_model(model_class, config, particular), config, particular)
+            model = _model(model_class, config, particular)  # some keep what they have computed in the first call
+            return Case(randomize(model, inputs[0]), inputs[0], inputs[1:])
         except Exception as error:
             errors.append(error)
     raise errors[0]
@@ -103,13 +101,21 @@ def _inputs(model: nn.Module, config: Any, particular: Particular) -> list[Input
     return inputs
 
 
-def _model(model_class: Any, config: Any) -> nn.Module:
+def _check_size(model_class: Any, config: Any) -> None:
     with torch.device("meta"):
         count = sum(p.numel() for p in model_class(config).parameters())
     if count > MOST_PARAMETERS:
         raise SampleExcluded(f"its smallest configuration has {count / 1e6:.0f} million parameters")
+
+
+def _model(model_class: Any, config: Any, particular: Particular) -> nn.Module:
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
     torch.manual_seed(0)
-    return model_class(config).eval()
+    model = model_class(config).eval()
+    # some have keys and values among their outputs, whatever the configuration says
+    register_cache_pytrees_for_model(model)
+    return Method(model, particular.method) if particular.method else model
 
 
 TRANSFORMERS = Suite(

@@ -132,4 +132,11 @@ AUDIO: dict[str, Particular] = {
         "its argument has a name of its own",
         inputs={"inputs": normal(1, 4000), "decoder_input_ids": PROMPT},
     ),
+    "univnet": Particular(
+        "it draws noise at random unless it is given",
+        inputs={"input_features": normal(1, 24, 100), "noise_sequence": normal(1, 24, 64)},
+    ),
+    "vits": Particular(
+        "it draws noise at random, unless there is none of it", config={"noise_scale": 0.0, "noise_scale_duration": 0.0}
+    ),
 }
