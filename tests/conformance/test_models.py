@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.conformance.sample import SampleExcluded
+from benchmarks.conformance.sample import Inputs, SampleExcluded
 from benchmarks.conformance.suites import language
-from benchmarks.conformance.suites.model_inputs import draw
+from benchmarks.conformance.suites.model_inputs import draw, find_inputs
 from benchmarks.conformance.suites.particular import PARTICULAR, overlaid
 from benchmarks.conformance.suites.tensors import boxes, patches, text_with
 
@@ -41,6 +41,33 @@ def test_a_particular_architecture_runs(name: str) -> None:
         case = language.build(name)
         outputs = [case.model(**inputs.kwargs) for inputs in (case.inputs, *case.others)]
     assert len(outputs) == 2
+
+
+def test_a_codec_writes_other_codes_for_other_audio() -> None:
+    """Its codebooks are zeros when it is new."""
+    with torch.no_grad():
+        case = language.build("wavtokenizer_encoder")
+        codes = [case.model(**inputs.kwargs).audio_codes for inputs in (case.inputs, *case.others)]
+    assert not torch.equal(*codes)
+
+
+def test_the_model_of_a_case_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models keep in their first call what they have computed of their weights."""
+    models = []
+
+    def find(model: torch.nn.Module, config: object) -> list[Inputs]:
+        models.append(model)
+        return find_inputs(model, config)
+
+    monkeypatch.setattr(language, "find_inputs", find)
+    assert language.build("bert").model not in models and len(models) == 1
+
+
+def test_keys_and_values_among_the_outputs_are_tensors() -> None:
+    with torch.no_grad():
+        case = language.build("diffusion_gemma")
+        leaves = torch.utils._pytree.tree_leaves(case.model(**case.inputs.kwargs))
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves) and len(leaves) > 2
 
 
 def test_an_architecture_that_cannot_run_is_excluded_with_the_reason() -> None:

@@ -121,7 +121,8 @@ def _model(model_class: Any, config: Any, particular: Particular) -> nn.Module:
 TRANSFORMERS = Suite(
     "transformers",
     "transformers",
-    "One small configuration of every architecture of transformers that has a model class, with random weights.",
+    "One small configuration of every architecture of transformers that has a model class, with random weights. Rules on the names of "
+    "fields and arguments make configurations and inputs; what they do not give an architecture is in a table, with the reason.",
     names,
     build,
     limit=300.0,
