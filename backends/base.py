@@ -83,11 +83,13 @@ class Executable(ABC):
         memory: bytes by their use, ``weights`` and ``activations`` as far as the backend knows them; set by every executable.
         tuned: the number of workloads whose plan came from a record, and of all that have plans.
         library: the nodes that torch computes.
+        rounds_more: it has an algorithm that rounds more than the operators do, and ``strict_rounding`` would leave it out.
     """
 
     memory: dict[str, int]
     tuned: tuple[int, int] = (0, 0)
     library: Sequence[LibraryCall] = ()
+    rounds_more: bool = False
 
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:

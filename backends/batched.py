@@ -24,6 +24,7 @@ class BatchedExecutable(Executable):
         self.memory = dict(largest.memory) | {"weights": sum(p.memory.get("weights", 0) for p in parts.values())}
         self.tuned = (sum(p.tuned[0] for p in parts.values()), sum(p.tuned[1] for p in parts.values()))
         self.library = list(dict.fromkeys(call for p in parts.values() for call in p.library))
+        self.rounds_more = any(p.rounds_more for p in parts.values())
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         return self.splitter(inputs)

@@ -230,7 +230,7 @@ def _lower(program: Program, target: TVMTarget, lowering_options: LoweringOption
         built.executable, weights, target.device, target.cpu, built.activations, built.kernels, None, complex_outputs
     )
     executable.tuned = (len(selector.used_records), len(selector.sites))
-    executable.library = imported.library
+    executable.library, executable.rounds_more = imported.library, imported.rounds_more
     return executable
 
 

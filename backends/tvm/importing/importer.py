@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,7 @@ from thresher.ir.nodes import is_tensor, module_path, source_line
 from thresher.ir.program import Program
 
 BUILDER_LOCK = threading.Lock()  # TVM's builders share one stack in a process
+OUR_LOWERING = "our lowering"
 GET_WEIGHT = "vm.builtin.tuple_getitem"
 
 #: ``f(importer, node)`` returns the Relax expression of a call.
@@ -59,13 +61,14 @@ class Imported:
 
     ``module``: its ``main`` takes the tensor inputs in their order and then the weights, as one tuple or one by one. ``weights``: the
     packed constants in the order in which the code reads them. ``origins``: Relax variable -> the node of the program that it was
-    emitted for. ``library``: the nodes that torch computes.
+    emitted for. ``library``: the nodes that torch computes. ``rounds_more``: as for :class:`Executable`.
     """
 
     module: tvm.IRModule
     weights: list[np.ndarray]
     origins: dict[str, str]
     library: list[LibraryCall]
+    rounds_more: bool
 
 
 class Unlowered(BackendError):
@@ -111,6 +114,7 @@ class Importer:
         #: Nodes whose values have the zeros already that the padding adds which is their only user.
         self.widened: set[fx.Node] = set()
         self.library: list[LibraryCall] = []  # the nodes that torch computes
+        self.rounds_more = False  # a converter sets it
         self._weight_of: dict[Any, relax.Var] = {}
         self._constants: dict[fx.Node, Tensor] = {}  # those of decompositions
 
@@ -143,7 +147,7 @@ class Importer:
                     output = self.builder.emit_output(relax.Tuple(results))
                 self.builder.emit_func_output(output, params=[*inputs, *self.parameters])
             self.builder.end_scope()
-            return Imported(self.builder.get(), self.weights, self.builder.origins, self.library)
+            return Imported(self.builder.get(), self.weights, self.builder.origins, self.library, self.rounds_more)
 
     def _convert(self, node: fx.Node) -> None:
         if node in self.env:  # the converter of an earlier node computed this one, too
@@ -189,19 +193,27 @@ class Importer:
         if isinstance(value, SYMBOLIC) and not self.sizes.unknown(value):
             return self.sizes.expression(value)
         if node.target is operator.getitem:
-            results, index = self.value(node.args[0]), node.args[1]
-            return (
-                results[index] if isinstance(results, (tuple, list)) else self.emit(relax.TupleGetItem(results, index))
-            )
+            return self._item(self.value(node.args[0]), node)
         if is_empty(value) and not any(map(self.sizes.unknown, value.shape)):
             return self._empty(node)
         for name, way in self._ways(node):
             try:
                 return self._checked(way(node), node)
             except Exception as error:  # whatever a converter raises: another way may do
+                if name == OUR_LOWERING and not isinstance(error, NotImplementedError):  # a defect: it may cost speed
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    warnings.warn(f"our lowering of {node.target} failed, another is used ({reason})", stacklevel=2)
                 hindrances.append(f"{name}: {first_line(error)}")
                 self.widened.discard(node)
         raise Unlowered("; ".join(hindrances))
+
+    def _item(self, results: Any, node: fx.Node) -> Any:
+        """Return one of several results, with the sizes that data decided bound."""
+        index, value = node.args[1], node.meta["val"]
+        if isinstance(results, (tuple, list)):
+            return results[index]
+        item = self.emit(relax.TupleGetItem(results, index))
+        return bound(self.builder, item, value, self.sizes) if isinstance(value, Tensor) else item
 
     def _empty(self, node: fx.Node) -> Any:
         """Return the value of a node that has no elements; TVM cannot read such a constant of its code from a file."""
@@ -213,7 +225,7 @@ class Importer:
     def _ways(self, node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], Any]]]:
         convert = self.table(node, self)
         if convert is not None:
-            yield "our lowering", partial(convert, self)
+            yield OUR_LOWERING, partial(convert, self)
         stock = self.stock.convert_map.get(getattr(node.target, "__name__", str(node.target)))
         if stock is not None and is_trusted(node):
             yield "TVM's lowering", partial(self._by_tvm, stock)

@@ -20,10 +20,14 @@ from thresher.backends.tvm.kernels.elementwise import broadcast
 
 
 def _binary(importer: Importer, node: fx.Node, name: str, element: Callable[[Any, Any], Any]) -> Any:
-    """Emit an elementwise function of two arguments, which are promoted as torch promotes them and broadcast."""
+    """Emit an elementwise function of two arguments, which are promoted as torch promotes them and broadcast.
+
+    As in torch, bfloat16 is computed in float32: TVM does not take it for a float.
+    """
     dtype = result_dtype(node)
-    a, b = (cast(importer, importer.value(v), dtype) for v in node.args[:2])
-    return importer.emit_te(name, partial(broadcast, "T_elementwise", element), a, b)
+    wide = "float32" if dtype == "bfloat16" else dtype
+    a, b = (cast(importer, importer.value(v), wide) for v in node.args[:2])
+    return cast(importer, importer.emit_te(name, partial(broadcast, "T_elementwise", element), a, b), dtype)
 
 
 def _floating(node: fx.Node) -> bool:

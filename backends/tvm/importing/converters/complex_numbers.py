@@ -157,9 +157,10 @@ def slice_of(importer: Importer, node: fx.Node) -> Any:
     size = shape_of(node.args[0])[argument(node, 1, "dim", 0)]
     if not isinstance(size, int):
         raise NotImplementedError("a slice of a dynamic dimension")
-    start, end, step = slice(
-        argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
-    ).indices(size)
+    ends = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    if any(isinstance(end, fx.Node) for end in ends):
+        raise NotImplementedError("a slice whose ends the data decide")
+    start, end, step = slice(*ends).indices(size)
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
     return importer.emit(R.strided_slice(importer.value(node.args[0]), [dim], [start], [end], [step]))
 

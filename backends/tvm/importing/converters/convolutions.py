@@ -102,6 +102,7 @@ def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray, out: l
 def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], plan: winograd.Plan) -> Any:
     weight, padding = node.args[1], node.args[4]
     x, tiling = importer.value(node.args[0]), winograd.Tiling(plan.m, *out)
+    importer.rounds_more |= plan.m > 2
     outputs, inputs = array.shape[:2]
     full, channels = (gemm.whole(size, importer.cpu.lanes) for size in (outputs, inputs))
     image = _padded(

@@ -167,11 +167,19 @@ def _comparison(operation: Callable) -> Converter:
     """Return the converter of a comparison, in the dtype that torch compares in."""
 
     def convert(importer: Importer, node: fx.Node) -> Any:
-        values = [torch.empty([1] * len(shape_of(x)), dtype=dtype_of(x)) if is_tensor(x) else x for x in node.args[:2]]
-        dtype = dtype_name(torch.result_type(*values))
+        dtype = dtype_name(torch.result_type(*map(_like, node.args[:2])))
         return importer.emit(operation(*(cast(importer, importer.value(x), dtype) for x in node.args[:2])))
 
     return convert
+
+
+def _like(operand: Any) -> Any:
+    """Return something that torch promotes as it promotes this operand: a tensor, a number, or a size or number that is computed."""
+    if not isinstance(operand, fx.Node):
+        return operand
+    if not is_tensor(operand):
+        return operand.meta["val"].node.pytype()
+    return torch.empty([1] * len(shape_of(operand)), dtype=dtype_of(operand))
 
 
 for _name, _operation in {

@@ -58,6 +58,8 @@ def scatter_add(importer: Importer, node: fx.Node) -> Any:
 @semantics(aten.scatter_reduce.two)
 def scatter_reduce(importer: Importer, node: fx.Node) -> Any:
     """Combine the elements of a source (sum, mean, prod, amax, amin) with those that an index names along one dimension."""
+    if dtype_of(node) is torch.bool:
+        raise NotImplementedError("truth values")
     return _reduced(importer, node, node.args[4], bool(node.kwargs.get("include_self", True)))
 
 

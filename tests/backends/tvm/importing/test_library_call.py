@@ -40,6 +40,10 @@ BY_TORCH = {
         lambda x: torch.unique(x.round(), return_counts=True),
         "aten._unique2.default",
     ),
+    "such a size among several results, read": (
+        lambda x: [r.new_full(r.shape, 2) * r for r in torch.unique(x.round(), return_counts=True)],
+        "aten._unique2.default",
+    ),
     "half": (lambda x: torch.special.i0e(x.half()), "aten.special_i0e.default"),
     "complex inside": (lambda x: torch.polar(x.abs(), x).log().real, "aten.log.default"),
     "a size beside one that is 0": (

@@ -15,6 +15,7 @@ N = Dim("n", min=2)
 FUNCTIONS: dict[str, Callable] = {
     "reshape": lambda x: x.reshape(x.shape[0] // 2, 2, 6) + 1,
     "a number of it": lambda x: x * x.shape[0] ** -0.5,
+    "compared with it": lambda x: torch.where(6 * x < x.shape[0], x, 0),
     "filled": lambda x: torch.cat([x, x.new_ones((x.shape[0] + 5) // 3, 6)]),
     "data decide": lambda x: x[x[:, 0] > 0] @ x.mT,
     "by torch": lambda x: torch.cummax(x.reshape(x.shape[0] // 2, 12), 0)[0],

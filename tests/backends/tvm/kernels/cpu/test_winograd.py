@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
+from helpers.modules import Amplifier
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import winograd
 
@@ -79,6 +80,29 @@ def test_built_again_where_the_rounding_is_too_much(monkeypatch) -> None:
     with torch.no_grad():
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
     assert all(check.passed for check in compiled.report.checks)
+
+
+def test_built_again_where_only_float64_would_excuse_it(monkeypatch) -> None:
+    """A model that amplifies rounding, eager's too: it gets no worse than that."""
+
+    class Chaotic(Amplifier):
+        def __init__(self) -> None:
+            super().__init__(depth=13, width=8)
+            self.convolutions = Net(16, 16, 1, True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.amplified(self.convolutions(x))
+
+    always(monkeypatch, 4)
+    model, x = Chaotic().eval(), torch.randn(1, 16, 8, 8)
+    filtered = thresher.compile(model, (x,), target="cpu", validate="off")
+    compiled = thresher.compile(model, (x,), target="cpu")
+    assert filtered.executable.rounds_more
+    with torch.no_grad():
+        eager, ours, truth = model(x), compiled(x), model.double()(x.double())
+    assert not compiled.executable.rounds_more
+    assert (ours - truth).abs().mean() < 2 * (eager - truth).abs().mean()
+    assert (filtered(x) - truth).abs().mean() > 3 * (eager - truth).abs().mean()
 
 
 @pytest.mark.parametrize("m", [2, 4])
