@@ -42,13 +42,13 @@ def _padded(importer: Importer, x: Any, before: list[int], after: list[int], cha
 
 @cpu_kernel(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
 def conv_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Compute a channels-last convolution: depthwise by its own kernel, 3x3 by Winograd's minimal filtering where that is estimated to
-    be faster (Lavin & Gray, 2016), else as a packed product per group.
+    """Compute a channels-last convolution: of groups with few outputs (depthwise) by its own kernel, 3x3 by Winograd's minimal filtering
+    where that is estimated to be faster (Lavin & Gray, 2016), else as a packed product per group.
     """
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
-    if array.ndim == 4 and groups == shape_of(x)[-1] and array.shape[1] == 1 and outputs == groups:
-        return add_bias(importer, _conv_depthwise(importer, node, array, out), bias)
+    if array.ndim == 4 and groups > 1 and outputs // groups < importer.cpu.lanes:
+        return add_bias(importer, _conv_depthwise(importer, node, array), bias)
     inputs = array.shape[1]
     plan = importer.choose(node, lambda limit: _plans(importer, node, array, out, limit))
     if isinstance(plan, winograd.Plan):
@@ -87,14 +87,14 @@ def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[i
     return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
 
 
-def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int]) -> Any:
+def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray) -> Any:
     x, weight, _, stride, padding, dilation, groups = node.args
-    machine, window = importer.cpu, depthwise.Window(stride, dilation, padding)
-    task = importer.choose(node, lambda limit: depthwise.tasks(out, groups, array.shape[2:], window, machine, limit))
+    machine, window, out = importer.cpu, depthwise.Window(stride, dilation, padding), sizes(node)
+    task = importer.choose(node, lambda limit: depthwise.tasks(out[:-1], array.shape, window, machine, limit))
     w = importer.weight(depthwise.pack(array, machine.lanes), (weight, "depthwise"))
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return depthwise.convolution(image, w, out[1:], window, task)
+        return depthwise.convolution(image, w, out, groups, window, task)
 
     return importer.emit_te("depthwise", compute, importer.value(x), w)
 

@@ -1,10 +1,12 @@
-"""Depthwise convolution, channels last: one multiply-add per tap and channel, so memory decides.
+"""Convolution of groups that have fewer outputs than a register has lanes, channels last: depthwise ones first of all.
 
-    out[b, y, x, c] = sum_{i, j} in[b, y S + i D - P, x S + j D - P, c] * w[i, j, c]
+    out[b, y, x, c] = sum_{i, j, q} in[b, y S + i D - P, x S + j D - P, (c / O) I + q] * w[i, j, q, c],   q < I
 
-A task takes a few rows of some channels. What it reads is first copied, with the zeros around the image, to a buffer that stays in the
-cache: the hot loop has no condition, and the padded image is never in memory. A few neighbouring pixels times a register's width of
-channels are computed together, the taps unrolled, so that each loaded row serves several outputs.
+for I inputs and O outputs in each group. A depthwise convolution (I = O = 1) has one multiply-add per tap and channel, so memory decides. A
+task takes a few rows of some channels. What it reads is first copied, with the zeros around the image, and once for each output that reads
+it, to a buffer that stays in the cache: the hot loop has no condition and reads whole registers, and the padded image is never in memory. A
+few neighbouring pixels times a register's width of channels are computed together, the taps unrolled, so that each loaded row serves
+several outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 from thresher.backends.tvm.kernels.loop_marks import cut
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
-MAX_UNROLLED_TAPS = 49  # taps; of larger windows only a row is unrolled
+MAX_UNROLLED_TAPS = 49  # taps times inputs of a group; of more only a row is unrolled
 FREE_STAGE_BYTES = 48 << 10  # bytes of a staged copy up to which it costs nothing more
 SEQUENCE_PIXELS = 256  # pixels of a task where images are long and one pixel high
 
@@ -52,47 +54,49 @@ class Task:
 
 
 def pack(weight: np.ndarray, lanes: int) -> np.ndarray:
-    """Return [C, 1, KH, KW] as [KH, KW, C], the channels padded with zeros to whole registers."""
-    channels = weight.shape[0]
-    padded = np.zeros((*weight.shape[2:], -(-channels // lanes) * lanes), weight.dtype)
-    padded[..., :channels] = weight[:, 0].transpose(1, 2, 0)
+    """Return [C, I, KH, KW] as [KH, KW, I, C], the channels padded with zeros to whole registers."""
+    channels, inputs, *taps = weight.shape
+    padded = np.zeros((*taps, inputs, -(-channels // lanes) * lanes), weight.dtype)
+    padded[..., :channels] = weight.transpose(2, 3, 1, 0)
     return padded
 
 
-def convolution(x: te.Tensor, weight: te.Tensor, out: Sequence[int], window: Window, task: Task) -> te.Tensor:
-    """Compute ``x`` [B, H, W, C], ``weight`` packed -> [B, *out, C]."""
-    batch, height, width, channels = (int(d) for d in x.shape)
-    *taps, full = (int(d) for d in weight.shape)
-    across = whole(out[1], task.step)
-    need = [window.extent(size, k, d) for d, (size, k) in enumerate(zip((out[0], across), taps))]
+def convolution(
+    x: te.Tensor, weight: te.Tensor, out: Sequence[int], groups: int, window: Window, task: Task
+) -> te.Tensor:
+    """Compute ``x`` [B, H, W, groups * I], ``weight`` packed -> ``out``: [B, OH, OW, C]."""
+    batch, height, width, _ = (int(d) for d in x.shape)
+    _, *pixels, channels = out
+    *taps, inputs, full = (int(d) for d in weight.shape)
+    across = whole(pixels[1], task.step)
+    need = [window.extent(size, k, d) for d, (size, k) in enumerate(zip((pixels[0], across), taps))]
 
-    def element(b: Any, y: Any, z: Any, c: Any) -> Any:
+    def element(b: Any, y: Any, z: Any, q: Any, c: Any) -> Any:
         row, column = y - window.before[0], z - window.before[1]
         inside = [row >= 0, row < height, column >= 0, column < width]
         inside += [c < channels] if full != channels else []
-        return tirx.if_then_else(te.all(*inside), x[b, row, column, c], tirx.const(0, x.dtype))
+        value = x[b, row, column, tirx.floordiv(c, channels // groups) * inputs + q]
+        return tirx.if_then_else(te.all(*inside), value, tirx.const(0, x.dtype))
 
-    staged = te.compute((batch, *need, full), element, name=STAGED)
-    i, j = (te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(taps))
+    staged = te.compute((batch, *need, inputs, full), element, name=STAGED)
+    i, j, q = (te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate((*taps, inputs)))
     (down, right), (up, left) = window.stride, window.dilation
-    sums = te.compute(
-        (batch, out[0], across, full),
-        lambda b, y, z, c: te.sum(staged[b, y * down + i * up, z * right + j * left, c] * weight[i, j, c], axis=[i, j]),
-        name=BLOCK,
-        attrs={"task": list(astuple(task))},
-    )
-    return te.compute((batch, *out, channels), lambda *index: sums[index], name="crop")
+
+    def one(b: Any, y: Any, z: Any, c: Any) -> Any:
+        return te.sum(staged[b, y * down + i * up, z * right + j * left, q, c] * weight[i, j, q, c], axis=[i, q, j])
+
+    shape = (batch, pixels[0], across, full)
+    sums = te.compute(shape, one, name=BLOCK, attrs={"task": list(astuple(task))})
+    return te.compute(out, lambda *index: sums[index], name="crop")
 
 
-def tasks(
-    out: Sequence[int], channels: int, taps: Sequence[int], window: Window, machine: CpuInfo, limit: int = 1
-) -> list[Task]:
+def tasks(out: Sequence[int], weight: Sequence[int], window: Window, machine: CpuInfo, limit: int = 1) -> list[Task]:
     """Return the ``limit`` tasks with the least estimated time: little copied twice, little staged at a time, whole cache lines, work
-    for all threads. ``out``: [B, rows, pixels] of the result; ``taps``: of the filter, (y, x).
+    for all threads. ``out``: [B, rows, pixels] of the result; ``weight``: the shape of the filters, [C, I, KH, KW].
 
     Few pixels computed together load each row more often; those past the end are lost.
     """
-    batch, height, width = out
+    (batch, height, width), (channels, inputs, *taps) = out, weight
     lanes, registers = machine.lanes, -(-channels // machine.lanes)
     even = bool(register_part(channels, lanes))  # else a task takes all channels, and knows where they end
     estimates = []
@@ -102,9 +106,9 @@ def tasks(
         for part in (d for d in range(1, registers + 1) if registers % d == 0 and (even or d == registers)):
             for rows in shares(height):
                 read_rows = window.extent(rows, taps[0], 0)
-                read = read_rows * window.extent(across, taps[1], 1) * part * lanes * 4
+                read = read_rows * window.extent(across, taps[1], 1) * inputs * part * lanes * 4
                 count = batch * -(-height // rows) * -(-width // across) * (registers // part)
-                cost = float(-(-count // machine.threads) * machine.threads * rows * across * part)
+                cost = float(-(-count // machine.threads) * machine.threads * rows * across * part * inputs)
                 whole_lines = part == registers or part * lanes * 4 % CACHE_LINE == 0
                 cost *= (1 + 0.4 * read_rows / (rows * window.stride[0])) * (1.0 if whole_lines else 1.2)
                 cost *= 1 + 0.15 * max(0.0, math.log2(read / FREE_STAGE_BYTES))
@@ -116,7 +120,7 @@ def tasks(
 def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     """Spread tasks over the threads, pixels x channels in registers."""
     conv, staged = sch.get_sblock(BLOCK), sch.get_sblock(STAGED)
-    taps = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-2:]]
+    reduced = [int(sch.get(loop).extent) for loop in sch.get_loops(conv)[-3:]]
     epilogue = inline_epilogue(sch, conv, keep=frozenset((STAGED,)))
     b, y, x, c = sch.get_loops(epilogue)
     channels = int(sch.get(c).extent)
@@ -130,10 +134,10 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
     sch.compute_at(conv, register, preserve_unit_loops=True)
     sch.compute_at(staged, start, preserve_unit_loops=True)
     _copy(sch, staged, channels, machine.lanes)
-    *spatial, i, j = sch.get_loops(conv)
+    *spatial, i, q, j = sch.get_loops(conv)
     inner = spatial[-2:]
-    sch.reorder(i, j, *inner)
-    for loop in (i, j, inner[0]) if math.prod(taps) <= MAX_UNROLLED_TAPS else (j, inner[0]):
+    sch.reorder(i, q, j, *inner)
+    for loop in (i, q, j, inner[0]) if math.prod(reduced) <= MAX_UNROLLED_TAPS else (j, inner[0]):
         sch.unroll(loop)
     sch.vectorize(inner[1])
     *_, row, lanes = sch.get_loops(sch.decompose_reduction(conv, i))
@@ -150,6 +154,6 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
 
 def _copy(sch: s_tir.Schedule, staged: Any, channels: int, lanes: int) -> None:
     """Give the columns of zeros loops of their own, so that the pixels between them are copied without a condition."""
-    *_, column, channel = sch.get_loops(staged)
+    *_, column, _, channel = sch.get_loops(staged)
     sch.annotate(column, "pragma_loop_partition_hint", 1)
     vectorise(sch, channel, lanes, channels)
