@@ -1,11 +1,13 @@
 """Everything without a kernel of its own: elementwise chains, movement, pools, reductions.
 
 Chains are inlined into what uses them; the outer loops go over the threads; the innermost loop runs along the dimension that lies
-next to itself in memory, where LLVM vectorises it. A reduction over outer dimensions keeps its sums in a row of registers.
+next to itself in memory, where LLVM vectorises it. A reduction over outer dimensions keeps its sums in a row of registers. A long sum is
+one of partial sums: a chain of additions rounds in proportion to its length, and cannot be vectorised.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import s_tir, sym, tirx
@@ -18,6 +20,9 @@ APART = "apart"  # the block of an elementwise function that is fused with nothi
 BIAS_MAP = "bias_map"  # the block that adds a compacted constant image
 TRANSPOSED_ELEMENTS = 32  # neighbouring results that are computed together where what they need lies in lines across
 MAX_REGISTERS = 8  # registers of sums
+CHAIN = 64  # numbers that are added one after the other
+MOST_CHAIN = 512  # up to which a sum in lanes is not cut into parts
+LANES = (64, 48, 32, 16, 8)  # partial sums of neighbouring elements
 MIN_PARALLEL_ELEMENTS = 4096  # fewer elements than this are not worth waking the other threads
 
 
@@ -69,7 +74,7 @@ def _schedule_elements(sch: s_tir.Schedule, block: Any, loops: list, machine: Cp
         return
     short = known and int(size) < machine.lanes and len(loops) > 2
     outer = loops[: -2 if short else -1]  # one index to take apart for a few elements would cost more than they do
-    sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+    sch.parallel(_fused(sch, outer))
     if known and _reads_along(sch, block):
         vectorise(sch, loops[-1], machine.lanes)
 
@@ -116,28 +121,75 @@ def _parallel_flat(sch: s_tir.Schedule, loop: Any, machine: CpuInfo) -> None:
 def _schedule_reduction(
     sch: s_tir.Schedule, block: Any, spatial: list, reduction: list, total: int, machine: CpuInfo
 ) -> None:
+    if partial := _partial_sums(sch, block, spatial, reduction):
+        for summed, results in ((partial, len(spatial) + 1), (block, len(spatial))):
+            loops = sch.get_loops(summed)
+            elements = math.prod(int(sch.get(loop).extent) for loop in loops)
+            _schedule_reduction(sch, summed, loops[:results], loops[results:], elements, machine)
+        return
     if not spatial:
         sch.decompose_reduction(block, reduction[0])
         return
     if len(spatial) > 1 and not _reduces_rows(sch, block):
         one_result = len(sch.get(block).writes) == 1  # of an index beside a value only one would be kept in registers
         if one_result and _reads_along(sch, block) and (width := _row_in_registers(sch, spatial[-1], machine)):
-            _schedule_row(sch, block, len(reduction), width, total, machine)
+            _schedule_row(sch, block, width, total, machine)
             return
         *outer, inner = spatial
         sch.reorder(*outer, *reduction, inner)
         if total >= MIN_PARALLEL_ELEMENTS:
-            sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+            sch.parallel(_fused(sch, outer))
         sch.decompose_reduction(block, reduction[0])
         return
-    outer = sch.fuse(*spatial) if len(spatial) > 1 else spatial[0]
+    outer = _fused(sch, spatial)
     if total >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(outer)
     sch.decompose_reduction(block, reduction[0])
 
 
-def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, total: int, machine: CpuInfo) -> None:
-    """Sum ``width`` neighbouring results in registers, over the ``reduced`` innermost loops of the block."""
+def _partial_sums(sch: s_tir.Schedule, block: Any, spatial: list, reduction: list) -> Any:
+    """Give the partial sums of a long sum a block of their own and return it; None where the sum is short, or not one of the elements of a
+    tensor, or where the number of its elements has no factor that fits: TVM loses the condition on a part that is not whole.
+    """
+    known = all(hasattr(sch.get(loop).extent, "value") for loop in (*spatial, *reduction))
+    sizes = [int(sch.get(loop).extent) for loop in reduction] if known else [0]
+    if math.prod(sizes) < 2 * CHAIN or not _adds_elements_once(sch, block):
+        return None
+    *outer, last = sizes
+    lanes = next((n for n in LANES if last % n == 0 and last >= 2 * n), 1) if _reduces_rows(sch, block) else 1
+    axis, position = 0, len(spatial)  # of the partial sums, in what they are kept in, and among the loops
+    if math.prod(outer) > 1:
+        part = _fused(sch, reduction[:-1])
+    elif lanes > 1 and last // lanes <= MOST_CHAIN:
+        *_, part = sch.split(_fused(sch, reduction), [None, lanes])
+        axis, position = len(spatial), -1
+    elif size := next((n * lanes for n in range(CHAIN, CHAIN // 4, -1) if last % (n * lanes) == 0), 0):
+        part, *_ = sch.split(_fused(sch, reduction), [None, size])
+    else:
+        return None
+    partial = sch.rfactor(part, axis)
+    loops = sch.get_loops(partial)
+    loops.insert(axis, loops.pop(position))
+    sch.reorder(*loops)
+    return partial
+
+
+def _fused(sch: s_tir.Schedule, loops: list) -> Any:
+    return sch.fuse(*loops) if len(loops) > 1 else loops[0]
+
+
+def _adds_elements_once(sch: s_tir.Schedule, block: Any) -> bool:
+    """Return whether a block adds up what it reads, each element about once; a product reads its factors many times."""
+    body, start = sch.get(block).body, sch.get(block).init
+    if not isinstance(body, tirx.BufferStore) or not isinstance(body.value, tirx.Add) or start is None:
+        return False
+    count = math.prod(int(v.dom.extent) for v in sch.get(block).iter_vars)
+    read = sum(math.prod(map(int, r.source.shape)) for r in sch.get(block).reads)
+    return count <= 2 * read
+
+
+def _schedule_row(sch: s_tir.Schedule, block: Any, width: int, total: int, machine: CpuInfo) -> None:
+    """Sum ``width`` neighbouring results in registers."""
     result = sch.cache_write(block, 0, "global")
     *outer, column = sch.get_loops(result)
     part, row = sch.split(column, [None, width])
@@ -145,10 +197,12 @@ def _schedule_row(sch: s_tir.Schedule, block: Any, reduced: int, width: int, tot
     if total >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(task)
     sch.compute_at(block, task, preserve_unit_loops=True)
-    *_, column = sch.get_loops(block)[:-reduced]
-    steps = sch.get_loops(block)[-reduced:]
+    kinds = [int(v.iter_type) for v in sch.get(block).iter_vars]
+    inner = list(zip(sch.get_loops(block)[-len(kinds) :], kinds))
+    *single, column = [loop for loop, kind in inner if kind == 0]
+    steps = [loop for loop, kind in inner if kind == 2]
     register, lane = vectorise(sch, column, machine.lanes)
-    sch.reorder(*steps, register, lane)
+    sch.reorder(*single, *steps, register, lane)
     sch.unroll(register)
     sch.decompose_reduction(block, steps[0])
     sch.unroll(vectorise(sch, row, machine.lanes)[0])
