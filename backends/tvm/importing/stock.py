@@ -13,11 +13,12 @@ from thresher.ir.nodes import dtype_of
 aten = torch.ops.aten
 
 #: Operators that TVM gets wrong for some arguments without an error: floats of eight bits, the order of equal elements, other weights, no
-#: running statistics, other strides than those of the memory; the others pass over a NaN.
+#: running statistics, other strides than those of the memory, norms that are summed in half types; the others pass over a NaN.
 DISTRUSTED: frozenset[Any] = frozenset(
     {
         aten._to_copy.default, aten.sort.default, aten.argsort.default, aten.topk.default, aten._upsample_bilinear2d_aa.default,
         aten._native_batch_norm_legit_functional.default, aten.as_strided.default, aten.clamp.Tensor,
+        aten.linalg_vector_norm.default,
         aten.median.default, aten.median.dim, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
         aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
     }

@@ -185,6 +185,7 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
             "limits": (F.relu(x), x.clamp(-1, 2), F.hardshrink(x), F.threshold(x, 0.1, 20.0), x.isnan()),
             "smooth": (F.mish(x), F.elu(x), F.softplus(x), torch.expm1(x), torch.tanh(x), F.logsigmoid(x)),
             "wide": (F.relu(x.float() * 1.3), (x.float() * 1.3).exp(), F.silu(x.float()).to(dtype)),
+            "norms": (torch.linalg.vector_norm(x, 6), torch.linalg.vector_norm(x * 20, 2, -1)),
             "two": (x.abs().pow(x.flip(0)), x.fmod(x[0]), x.remainder(x[0]), torch.div(x, x[0], rounding_mode="floor")),
             "chain": (F.relu(F.relu(x + 1) * 2 - 1).clamp(0.5, 3).float().exp().to(dtype) * x),
         }
