@@ -75,8 +75,10 @@ def timm_case(family: str) -> Case:
     timm = import_library("timm")
     name = min((n for n in timm.list_models(module=family) if not n.startswith("test_")), key=_parameters)
     torch.manual_seed(0)
-    extra = {"depth": 2} if _parameters(name) > MOST_PARAMETERS else {}
-    model = timm.create_model(name, **extra)
+    try:
+        model = timm.create_model(name, **({"depth": 2} if _parameters(name) > MOST_PARAMETERS else {}))
+    except TypeError:  # it has no depth to choose
+        model = timm.create_model(name)
     return _case(model, [(1, *model.default_cfg["input_size"])])
 
 
