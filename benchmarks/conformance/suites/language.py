@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.frontend.fixed_arguments import fix_arguments
+
 from ..sample import Case, Inputs, SampleExcluded, Suite
 from .model_inputs import draw, find_inputs
 from .particular import PARTICULAR, Method, Particular, overlaid
@@ -19,6 +21,7 @@ from .vision import import_library
 from .weights import randomize
 
 MOST_PARAMETERS = 150_000_000
+SIZES = ("grid_thw", "image_grid_thw", "video_grid_thw", "merge_sizes", "spatial_shapes", "tgt_sizes")
 #: Mappings that are asked for a model class, in this order: the model without a head, then those whose architectures have only one with it.
 FIRST_MAPPINGS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES")
 
@@ -71,10 +74,17 @@ def build(name: str) -> Case:
             _check_size(model_class, config)
             inputs = _inputs(_model(model_class, config, particular), config, particular)
             model = _model(model_class, config, particular)  # some keep what they have computed in the first call
-            return Case(randomize(model, inputs[0]), inputs[0], inputs[1:])
+            return _case(randomize(model, inputs[0]), inputs)
         except Exception as error:
             errors.append(error)
     raise errors[0]
+
+
+def _case(model: nn.Module, inputs: list[Inputs]) -> Case:
+    """Return the case of a model; arguments that say how large its inputs are decide sizes, and are fixed."""
+    fixed = {name: value for name, value in inputs[0].kwargs.items() if name in SIZES}
+    others = [Inputs((), {n: v for n, v in sample.kwargs.items() if n not in fixed}) for sample in inputs]
+    return Case(fix_arguments(model, fixed), others[0], others[1:])
 
 
 def _class_pair(name: str, particular: Particular) -> tuple[Any, Any]:
@@ -122,7 +132,8 @@ TRANSFORMERS = Suite(
     "transformers",
     "transformers",
     "One small configuration of every architecture of transformers that has a model class, with random weights. Rules on the names of "
-    "fields and arguments make configurations and inputs; what they do not give an architecture is in a table, with the reason.",
+    "fields and arguments make configurations and inputs; what they do not give an architecture is in a table, with the reason. "
+    "Sizes of images that are an argument (`grid_thw`) are fixed.",
     names,
     build,
     limit=300.0,
