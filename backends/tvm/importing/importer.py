@@ -111,8 +111,8 @@ class Importer:
         self.weights: list[np.ndarray] = []
         self.parameters: list[relax.Var] = [] if separate_weights else [relax.Var("weights", relax.ObjectType())]
         self.sizes = Sizes()
-        #: Nodes whose values have the zeros already that the padding adds which is their only user.
-        self.widened: set[fx.Node] = set()
+        #: Nodes whose values are those of their only user already: it adds zeros around them, or exchanges their dimensions.
+        self.as_user: set[fx.Node] = set()
         self.library: list[LibraryCall] = []  # the nodes that torch computes
         self.rounds_more = False  # a converter sets it
         self._weight_of: dict[Any, relax.Var] = {}
@@ -204,7 +204,7 @@ class Importer:
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     warnings.warn(f"our lowering of {node.target} failed, another is used ({reason})", stacklevel=2)
                 hindrances.append(f"{name}: {first_line(error)}")
-                self.widened.discard(node)
+                self.as_user.discard(node)
         raise Unlowered("; ".join(hindrances))
 
     def _item(self, results: Any, node: fx.Node) -> Any:
@@ -264,11 +264,11 @@ class Importer:
     def _checked(self, result: Any, node: fx.Node) -> Any:
         """Return the result of a conversion, with its free sizes bound.
 
-        Raises :class:`NotImplementedError` where it is not of the kind that the node declares.
+        Raises :class:`TypeError` where it is not of the kind that the node declares.
         """
-        value = (next(iter(node.users)) if node in self.widened else node).meta["val"]
+        value = (next(iter(node.users)) if node in self.as_user else node).meta["val"]
         if reason := misfit(result, value):
-            raise NotImplementedError(reason)
+            raise TypeError(reason)
         return bound(self.builder, result, value, self.sizes) if isinstance(value, Tensor) else result
 
     # ------------------------------------------------------------------ values

@@ -146,7 +146,8 @@ def streamed(importer: Importer, node: fx.Node, call: Call) -> Any:
     kind = relax.TensorType(problem.result.stored, "float32")
     out = importer.emit(relax.call_tir(function, [*values, *mask, *lists], kind))
     if inside:
-        importer.env[user] = out  # the node's own value has no other user
+        importer.env[user] = out
+        importer.as_user.add(node)
         return out
     return out if len(shape_of(node)) == 4 else importer.emit(R.reshape(out, sizes(node)))
 

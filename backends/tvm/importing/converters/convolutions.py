@@ -47,8 +47,9 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     """
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
-    if array.ndim == 4 and groups > 1 and outputs // groups < importer.cpu.lanes:
-        return add_bias(importer, _conv_depthwise(importer, node, array), bias)
+    if _has_small_groups(importer, array, groups, outputs):
+        window = depthwise.Window(stride, dilation, padding)
+        return add_bias(importer, _conv_depthwise(importer, node, array, (weight, "depthwise"), window, out), bias)
     inputs = array.shape[1]
     plan = importer.choose(node, lambda limit: _plans(importer, node, array, out, limit))
     if isinstance(plan, winograd.Plan):
@@ -87,16 +88,23 @@ def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[i
     return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
 
 
-def _conv_depthwise(importer: Importer, node: fx.Node, array: np.ndarray) -> Any:
-    x, weight, _, stride, padding, dilation, groups = node.args
-    machine, window, out = importer.cpu, depthwise.Window(stride, dilation, padding), sizes(node)
-    task = importer.choose(node, lambda limit: depthwise.tasks(out[:-1], array.shape, window, machine, limit))
-    w = importer.weight(depthwise.pack(array, machine.lanes), (weight, "depthwise"))
+def _has_small_groups(importer: Importer, array: np.ndarray, groups: int, outputs: int) -> bool:
+    return array.ndim == 4 and groups > 1 and outputs // groups < importer.cpu.lanes
+
+
+def _conv_depthwise(
+    importer: Importer, node: fx.Node, array: np.ndarray, key: Any, window: depthwise.Window, out: list[int]
+) -> Any:
+    """Compute a convolution of small groups; ``array`` is [O, I, KH, KW], ``key`` names it, ``out`` are the pixels, batch first."""
+    machine, shape = importer.cpu, (*out, len(array))
+    groups = shape_of(node.args[0])[-1] // array.shape[1]
+    task = importer.choose(node, lambda limit: depthwise.tasks(out, array.shape, window, machine, limit))
+    w = importer.weight(depthwise.pack(array, machine.lanes), key)
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return depthwise.convolution(image, w, out, groups, window, task)
+        return depthwise.convolution(image, w, shape, groups, window, task)
 
-    return importer.emit_te("depthwise", compute, importer.value(x), w)
+    return importer.emit_te("depthwise", compute, importer.value(node.args[0]), w)
 
 
 def _conv_winograd(importer: Importer, node: fx.Node, array: np.ndarray, out: list[int], plan: winograd.Plan) -> Any:
@@ -212,7 +220,8 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         max(0, *(count - have + phase.last for phase in axis))
         for axis, count, have in zip(axes, size, shape_of(x)[1:-1])
     ]
-    image = _padded(importer, importer.value(x), before, after)
+    small = _has_small_groups(importer, array, groups, outputs)
+    image = None if small else _padded(importer, importer.value(x), before, after)
     parts, phases = [], []
     for offsets, position in zip(itertools.product(*map(range, stride)), itertools.product(*axes)):
         if not all(phase.taps for phase in position):
@@ -221,6 +230,16 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         section = array[np.ix_(*map(range, array.shape[:2]), *(phase.taps for phase in position))]
         origin = [phase.start + b for phase, b in zip(position, before)]
         steps = [phase.step for phase in position]
+        if small:
+            kernel = (
+                section.reshape(groups, per_in, -1, *section.shape[2:])
+                .swapaxes(1, 2)
+                .reshape(outputs, per_in, *section.shape[2:])
+            )
+            window = depthwise.Window([1, 1], steps, [-phase.start for phase in position])
+            key = (weight, "depthwise", tuple(tuple(phase.taps) for phase in position))
+            parts.append(_conv_depthwise(importer, node, kernel, key, window, [batch, *size]))
+            continue
         of_groups = []
         for group in range(groups):
             kernel = np.ascontiguousarray(section[group * per_in : (group + 1) * per_in].swapaxes(0, 1))

@@ -153,7 +153,7 @@ def full_like(importer: Importer, node: fx.Node) -> Any:
 def constant_pad(importer: Importer, node: fx.Node) -> Any:
     """Pad with a number; negative amounts crop."""
     x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0
-    if x in importer.widened or not any(amounts):
+    if x in importer.as_user or not any(amounts):
         return importer.value(x)
     rank = len(shape_of(node))
     pairs = [(0, 0)] * (rank - len(amounts) // 2) + [

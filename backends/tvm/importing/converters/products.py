@@ -74,7 +74,7 @@ def widen(importer: Importer, node: fx.Node, plan: gemm.Plan) -> tuple[gemm.Plan
     wider = gemm.widened(plan, n, n + after, importer.cpu)
     if wider is None:
         return plan, 0
-    importer.widened.add(node)
+    importer.as_user.add(node)
     return wider, n + after
 
 

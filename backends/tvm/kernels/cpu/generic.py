@@ -34,7 +34,11 @@ def schedule(sch: s_tir.Schedule, machine: CpuInfo) -> None:
                 sch.compute_inline(block)
             except ScheduleError:
                 continue  # read in a way that cannot be inlined: it stays a loop of its own
-    for block in sch.get_child_blocks(sch.get_sblock("root")):
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
+    for block in blocks:
+        if not sch.get_loops(block):  # beside one TVM cannot take partial sums apart
+            sch.add_unit_loop(block)
+    for block in blocks:
         _schedule_block(sch, block, machine)
 
 

@@ -16,7 +16,7 @@ SHAPES = [(96, 28, 28), (3, 5000, 8), (2, 130, 17), (4, 2, 4096), (197, 6), (1, 
 def sums(x: torch.Tensor) -> list[torch.Tensor]:
     """Return the sums over every choice of dimensions."""
     dims = [d for count in range(1, x.dim() + 1) for d in itertools.combinations(range(x.dim()), count)]
-    return [x.sum(d) for d in dims]
+    return [*(x.sum(d) for d in dims), x.mean()]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
