@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -147,6 +148,8 @@ def aligned(x: Any) -> Any:
 
         x = torch.view_as_real(x.resolve_conj())
     x = (x.resolve_neg() if x.is_neg() else x).contiguous()
+    if 0 in x.shape:  # contiguous by any strides for torch, by one alone for TVM
+        return x.new_empty(0).as_strided(x.shape, [math.prod(x.shape[d + 1 :]) for d in range(x.dim())])
     if x.data_ptr() % ALIGNMENT == 0:
         return x
     copy = x.new_empty(x.shape)

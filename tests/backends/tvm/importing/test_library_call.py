@@ -67,6 +67,18 @@ BY_TORCH = {
 }
 
 
+def test_nothing_where_the_data_decide_how_much() -> None:
+    """An empty result has strides of its own in torch."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        places = torch.nonzero(x > 1)
+        return [places.mT * 2, places + 1, torch.nn.functional.pad(x[:, x[0] > 1] + 1, (1, 0))]
+
+    model = compiled(function, X)
+    for x in (torch.zeros_like(X), torch.ones_like(X) * 2):
+        assert equal(model(x), function(x))
+
+
 @pytest.mark.parametrize("name", BY_TORCH)
 def test_torch_computes_what_has_no_lowering(name: str) -> None:
     function, operator = BY_TORCH[name]
