@@ -84,7 +84,7 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
 
 def test_page(tmp_path: Path) -> None:
     """Samples counted apart are not in the share, and reasons that differ in numbers are one row."""
-    results = Results(tmp_path / "op_db.jsonl")
+    results = Results(tmp_path / "timm.jsonl")
     times = {"build_seconds": 0.5, "milliseconds": 2.0, "eager_milliseconds": 1.0}
     results.append("a:float32:0", {"outcome": "equal", "reason": "", **times})
     results.append("a:float32:1", {"outcome": "library", "reason": "", **times})
@@ -92,8 +92,8 @@ def test_page(tmp_path: Path) -> None:
         reason = f"BackendError: cannot lower node b_{index} (aten.b.default): no rule | for 3 x {index}"
         results.append(f"b:float32:{index}", {"outcome": "refused", "reason": reason})
     results.append("c:float32:0", {"outcome": "random", "reason": ""})
-    page = render({"op_db": results})
-    assert "| op_db | 5 of 1913 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x |" in page
+    page = render({"timm": results})
+    assert "| timm | 5 of 98 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x |" in page
     assert (
         "| 2 | BackendError: cannot lower node b_0 (aten.b.default): no rule / for 3 x 0 | `b:float32:0`, `b:float32:1` |"
         in page
