@@ -73,12 +73,14 @@ def gelu_kernel(importer: Importer, node: fx.Node) -> Any:
     return _elementary(gelu_of(node))(importer, node)
 
 
-def _arithmetic(operation: Callable) -> Converter:
+def _arithmetic(operation: Callable, of_truth_values: Callable | None = None) -> Converter:
     """Return the converter of a binary operation with an ``alpha``; mixed dtypes are promoted as torch promotes them."""
 
     def convert(importer: Importer, node: fx.Node) -> Any:
         dtype = result_dtype(node)
         a, b = (cast(importer, _from_memory(importer.value(x), node), dtype) for x in node.args[:2])
+        if dtype == "bool" and of_truth_values is not None:  # TVM's own is for numbers
+            return importer.emit(of_truth_values(a, b))
         alpha = argument(node, 2, "alpha", 1)
         if alpha != 1:
             b = importer.emit(R.multiply(b, relax.const(alpha, dtype)))
@@ -97,7 +99,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add)
+SEMANTICS[aten.add.Tensor] = SEMANTICS[aten.add.Scalar] = _arithmetic(R.add, R.logical_or)
 
 
 @cpu_kernel(aten.add.Tensor)
@@ -108,7 +110,8 @@ def add_kernel(importer: Importer, node: fx.Node) -> Any:
     convolution; all of it would be read from memory at every call.
     """
     image = node.args[1]
-    if importer.is_constant(image) and shape_of(image) == shape_of(node) and not node.kwargs and len(node.args) == 2:
+    plain = dtype_of(node) is not torch.bool and not node.kwargs and len(node.args) == 2
+    if plain and importer.is_constant(image) and shape_of(image) == shape_of(node):
         table, places = compact(importer.array(image))
         if 2 * table.size <= importer.array(image).size:
 
@@ -155,7 +158,7 @@ def _repeated(period: int, index: Any) -> Any:
 SEMANTICS[aten.sub.Tensor] = SEMANTICS[aten.sub.Scalar] = _arithmetic(R.subtract)
 
 
-SEMANTICS[aten.mul.Tensor] = SEMANTICS[aten.mul.Scalar] = _arithmetic(lambda a, b: R.multiply(a, b))
+SEMANTICS[aten.mul.Tensor] = SEMANTICS[aten.mul.Scalar] = _arithmetic(lambda a, b: R.multiply(a, b), R.logical_and)
 
 
 SEMANTICS[aten.div.Tensor] = SEMANTICS[aten.div.Scalar] = _arithmetic(

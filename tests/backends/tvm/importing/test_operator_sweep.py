@@ -203,6 +203,8 @@ BINARY = {
     "ne": torch.ne,
     "logical_and": lambda a, b: (a > 0) & (b > 0),
     "logical_or": lambda a, b: (a > 0) | (b < 0),
+    "truth values multiplied": lambda a, b: torch.where((a > 0) * (b < 0) * True, a, b),
+    "truth values added": lambda a, b: ~((a > 0) + (b < 0)),
     "where_two": lambda a, b: torch.where(a > b, a, b),
     "atan2": torch.atan2,
     "fmod": lambda a, b: torch.fmod(a, b.abs() + 0.5),
