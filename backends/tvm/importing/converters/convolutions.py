@@ -88,6 +88,12 @@ def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[i
     return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
 
 
+def _outputs_first(array: np.ndarray, groups: int) -> np.ndarray:
+    """Return the weight of a transposed convolution, [groups * I, O, *taps], as that of an ordinary one, [groups * O, I, *taps]."""
+    _, outputs, *taps = array.shape
+    return array.reshape(groups, -1, outputs, *taps).swapaxes(1, 2).reshape(groups * outputs, -1, *taps)
+
+
 def _has_small_groups(importer: Importer, array: np.ndarray, groups: int, outputs: int) -> bool:
     return array.ndim == 4 and groups > 1 and outputs // groups < importer.cpu.lanes
 
@@ -231,14 +237,10 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         origin = [phase.start + b for phase, b in zip(position, before)]
         steps = [phase.step for phase in position]
         if small:
-            kernel = (
-                section.reshape(groups, per_in, -1, *section.shape[2:])
-                .swapaxes(1, 2)
-                .reshape(outputs, per_in, *section.shape[2:])
-            )
             window = depthwise.Window([1, 1], steps, [-phase.start for phase in position])
-            key = (weight, "depthwise", tuple(tuple(phase.taps) for phase in position))
-            parts.append(_conv_depthwise(importer, node, kernel, key, window, [batch, *size]))
+            named = (weight, "depthwise", tuple(tuple(phase.taps) for phase in position))
+            kernel = _outputs_first(section, groups)
+            parts.append(_conv_depthwise(importer, node, kernel, named, window, [batch, *size]))
             continue
         of_groups = []
         for group in range(groups):

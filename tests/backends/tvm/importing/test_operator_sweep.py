@@ -529,6 +529,12 @@ TRANSPOSED = {
     "3x3": ((1, 4, 5, 6), (4, 5, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     "plain": ((2, 4, 5, 5), (4, 3, 3, 3), {}),
     "grouped": ((1, 6, 5, 5), (6, 2, 3, 3), {"groups": 3, "stride": 2}),
+    "wide-groups": ((1, 6, 5, 5), (6, 40, 3, 3), {"groups": 3, "stride": 2}),
+    "depthwise": (
+        (2, 20, 5, 4),
+        (20, 1, 4, 3),
+        {"groups": 20, "stride": (2, 3), "padding": (1, 0), "output_padding": (1, 0)},
+    ),
     "dilated": ((1, 4, 5, 5), (4, 3, 3, 3), {"dilation": 2}),
     "padded": ((1, 4, 6, 6), (4, 3, 3, 3), {"padding": 2}),
 }
