@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..tensors import PROMPT, fixed, normal, pair, parts
+from ..tensors import PROMPT, fixed, normal, ones, pair, parts
 from .entry import Particular
 
 DOTS = {
@@ -27,7 +27,15 @@ ASSISTANT = {
     ),
 }
 
+#: While it is traced, the encoder makes no mask of its own.
+MASKED = Particular(
+    "under torch.export it needs the mask that it makes itself in eager mode",
+    inputs={"input_ids": PROMPT, "attention_mask": ones(1, 12), "decoder_input_ids": PROMPT},
+)
+
 TEXT: dict[str, Particular] = {
+    "longt5": MASKED,
+    "switch_transformers": MASKED,
     "cohere_compass_text": Particular(
         "its rotary embedding has parameters by type of layer, and none by default",
         config={
