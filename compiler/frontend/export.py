@@ -21,7 +21,7 @@ from thresher.errors import CaptureError
 from thresher.frontend.checking_functions import CheckingFunctions
 from thresher.frontend.decompositions import decompose
 from thresher.frontend.known_numbers import KnownNumbers
-from thresher.frontend.module_state import as_buffers, eval_mode, plain_tensors, same_attributes
+from thresher.frontend.module_state import as_buffers, eval_mode, idle_conversions, plain_tensors, same_attributes
 from thresher.frontend.routed_experts import static_experts
 from thresher.frontend.side_effects import SideEffects, depends_on_earlier_calls
 
@@ -92,7 +92,14 @@ def _trace(
     mode: contextlib.AbstractContextManager[Any],
 ) -> tuple[ExportedProgram, SideEffects, KnownNumbers]:
     effects = SideEffects()
-    with same_attributes(model), effects.watching(model), static_experts(), mode, KnownNumbers(model) as numbers:
+    with (
+        same_attributes(model),
+        effects.watching(model),
+        static_experts(),
+        idle_conversions(),
+        mode,
+        KnownNumbers(model) as numbers,
+    ):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     return program, effects, numbers
 

@@ -51,6 +51,25 @@ def holding(model: nn.Module, state: Iterable[tuple[str, Tensor]]) -> Iterator[C
             table[key] = old
 
 
+@contextlib.contextmanager
+def idle_conversions() -> Iterator[None]:
+    """Let ``module.to()`` do nothing, for the time of the block, where all its tensors are as they should be.
+
+    Routers of transformers call it in forward, and torch cannot exchange the parameters of a module that is traced.
+    """
+    convert = nn.Module._apply
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tensors = (*module.parameters(recurse), *module.buffers(recurse))
+        return module if all(fn(t) is t for t in tensors) else convert(module, fn, recurse)
+
+    nn.Module._apply = apply
+    try:
+        yield
+    finally:
+        nn.Module._apply = convert
+
+
 @dataclass(frozen=True)
 class Table:
     """A place where Python values are: the attributes of a module or of an object that it holds, or a list, tuple or dictionary there.

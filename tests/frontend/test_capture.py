@@ -181,3 +181,21 @@ def test_sparse_inputs_are_refused_by_name() -> None:
     sparse = torch.eye(3).to_sparse_csr()
     with pytest.raises(CaptureError, match=r"the input \[1\] is a sparse_csr tensor.*to_dense"):
         capture(Function(torch.add).eval(), (torch.eye(3), sparse))
+
+
+def test_conversions_in_forward_that_change_nothing() -> None:
+    """The routers of Switch Transformers: torch cannot exchange the parameters of a module that is traced."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classifier.to(x.dtype)(x)
+
+    model, x = Router().eval(), torch.randn(2, 3)
+    torch.testing.assert_close(capture(model, (x,)).run(x)[0], model(x))
+    with pytest.raises(CaptureError, match="Router could not be exported"):
+        capture(model, (x.double(),))
+    assert model.classifier.weight.dtype is torch.float32
