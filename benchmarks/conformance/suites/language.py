@@ -21,7 +21,7 @@ from .vision import import_library
 from .weights import randomize
 
 MOST_PARAMETERS = 150_000_000
-SIZES = ("grid_thw", "image_grid_thw", "video_grid_thw", "merge_sizes", "spatial_shapes", "tgt_sizes")
+SIZES = ("grid_thw", "image_grid_thw", "video_grid_thw", "merge_sizes", "spatial_shapes", "target_sizes", "tgt_sizes")
 #: Mappings that are asked for a model class, in this order: the model without a head, then those whose architectures have only one with it.
 FIRST_MAPPINGS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES")
 
