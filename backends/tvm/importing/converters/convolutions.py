@@ -47,7 +47,7 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     """
     x, weight, bias, stride, padding, dilation, groups = node.args
     array, (*out, outputs) = importer.array(weight), sizes(node)
-    if _has_small_groups(importer, array, groups, outputs):
+    if _has_small_groups(importer, node, array, outputs):
         window = depthwise.Window(stride, dilation, padding)
         return add_bias(importer, _conv_depthwise(importer, node, array, (weight, "depthwise"), window, out), bias)
     inputs = array.shape[1]
@@ -94,8 +94,11 @@ def _outputs_first(array: np.ndarray, groups: int) -> np.ndarray:
     return array.reshape(groups, -1, outputs, *taps).swapaxes(1, 2).reshape(groups * outputs, -1, *taps)
 
 
-def _has_small_groups(importer: Importer, array: np.ndarray, groups: int, outputs: int) -> bool:
-    return array.ndim == 4 and groups > 1 and outputs // groups < importer.cpu.lanes
+def _has_small_groups(importer: Importer, node: fx.Node, array: np.ndarray, outputs: int) -> bool:
+    """Return whether the kernel of small groups takes a convolution of two dimensions, transposed or not."""
+    groups, inputs = int(node.args[6]), shape_of(node.args[0])[-1]
+    few = outputs // groups < importer.cpu.lanes and inputs // groups <= depthwise.MOST_INPUTS
+    return array.ndim == 4 and groups > 1 and few
 
 
 def _conv_depthwise(
@@ -226,7 +229,7 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
         max(0, *(count - have + phase.last for phase in axis))
         for axis, count, have in zip(axes, size, shape_of(x)[1:-1])
     ]
-    small = _has_small_groups(importer, array, groups, outputs)
+    small = _has_small_groups(importer, node, array, outputs)
     image = None if small else _padded(importer, importer.value(x), before, after)
     parts, phases = [], []
     for offsets, position in zip(itertools.product(*map(range, stride)), itertools.product(*axes)):

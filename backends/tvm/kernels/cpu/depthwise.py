@@ -25,6 +25,7 @@ from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 from thresher.backends.tvm.kernels.loop_marks import cut
 
 BLOCK, STAGED = "depthwise", "depthwise_staged"
+MOST_INPUTS = 4  # of a group: with more, the copy for each output costs more than products by group do
 MAX_UNROLLED_TAPS = 49  # taps times inputs of a group; of more only a row is unrolled
 FREE_STAGE_BYTES = 48 << 10  # bytes of a staged copy up to which it costs nothing more
 SEQUENCE_PIXELS = 256  # pixels of a task where images are long and one pixel high
