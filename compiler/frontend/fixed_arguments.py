@@ -41,7 +41,9 @@ def fix_arguments(model: Model, fixed: Mapping[str, Any]) -> Model:
 
 
 def _bound(model: nn.Module, fixed: dict[str, Any]) -> nn.Module:
-    forward, whole = type(model).forward, inspect.signature(model.forward)
+    whole, bound = inspect.signature(model.forward), copy.copy(model)
+    patched = vars(bound).pop("forward", None)  # of the module alone, as libraries set it that wrap a model
+    forward = type(model).forward if patched is None else lambda self, *args, **kwargs: patched(*args, **kwargs)
     variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in whole.parameters.values())
     if not variadic and (unknown := sorted(fixed.keys() - whole.parameters.keys())):
         raise InputError(f"fixed: forward has no argument {unknown[0]!r}; it has {', '.join(whole.parameters)}")
@@ -55,7 +57,6 @@ def _bound(model: nn.Module, fixed: dict[str, Any]) -> nn.Module:
         return forward(self, *both.args, **both.kwargs, **others)
 
     call.__signature__ = _method(remaining)  # type: ignore[attr-defined]
-    bound = copy.copy(model)
     # a class of its own and not an attribute: deep copies of the module then run their own parameters
     bound.__class__ = type(type(model).__name__, (type(model),), {"forward": call})
     return bound

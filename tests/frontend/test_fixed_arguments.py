@@ -73,6 +73,12 @@ def test_a_deep_copy_runs_its_own_parameters(model: nn.Module) -> None:
     assert not torch.equal(twin(patches), bound(patches))
 
 
+def test_a_forward_of_the_module_alone(model: nn.Module) -> None:
+    patches, forward = torch.randn(6, 4), model.forward
+    model.forward = lambda patches, grid: 10 * forward(patches, grid)
+    assert torch.equal(fix_arguments(model, {"grid": GRID})(patches), model(patches, GRID))
+
+
 def test_with_masks(model: nn.Module) -> None:
     patches = torch.randn(6, 4)
     compiled = thresher.compile(model, (patches,), fixed={"grid": GRID}, masks={"linear": [0, 2]})
