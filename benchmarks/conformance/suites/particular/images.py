@@ -63,6 +63,14 @@ LEVELS = {
 }
 KERNELS = {"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8], "intraclass_block_config": kernels()}
 
+OF_HIERA = {
+    "vision_config": {
+        "backbone_config": HIERA,
+        "backbone_channel_list": [256, 128, 64, 32],
+        "backbone_feature_sizes": FEATURES,
+    }
+}
+
 IMAGES: dict[str, Particular] = {
     "inkling2_vision": Particular(
         "channels come last, and a patch is one of the language model's",
@@ -143,13 +151,7 @@ IMAGES: dict[str, Particular] = {
     "sam2_video": Particular(
         SESSION,
         method="_single_frame_forward",
-        config={
-            "vision_config": {
-                "backbone_config": HIERA,
-                "backbone_channel_list": [256, 128, 64, 32],
-                "backbone_feature_sizes": FEATURES,
-            }
-        },
+        config=OF_HIERA,
         inputs=frame(60.0, 60.0),
     ),
     "sam3_tracker_video": Particular(
@@ -164,13 +166,7 @@ IMAGES: dict[str, Particular] = {
     "edgetam_video": Particular(
         SESSION,
         method="_single_frame_forward",
-        config={
-            "vision_config": {
-                "backbone_config": HIERA,
-                "backbone_channel_list": [256, 128, 64, 32],
-                "backbone_feature_sizes": FEATURES,
-            }
-        },
+        config=OF_HIERA,
         inputs=frame(20.0, 30.0),
     ),
     "glm_image_vqmodel": Particular(
