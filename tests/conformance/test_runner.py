@@ -82,18 +82,31 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert len(Results(results.path).rows) == 3
 
 
+def test_a_tidy_file_has_one_short_line_a_sample(tmp_path: Path) -> None:
+    results = Results(tmp_path / "op_db.jsonl")
+    results.append("sub:float32:0", {"outcome": "refused", "reason": "x", "library": [], "commit": "0123456"})
+    results.append("sub:float32:0", {"outcome": "equal", "reason": "", "library": [], "commit": "89abcde"})
+    results.append("add:float32:0", {"outcome": "equal", "reason": "", "build_seconds": None, "commit": "89abcde"})
+    results.tidy()
+    assert results.path.read_text().splitlines() == [
+        '{"sample": "add:float32:0", "outcome": "equal", "commit": "89abcde"}',
+        '{"sample": "sub:float32:0", "outcome": "equal", "commit": "89abcde"}',
+    ]
+    assert list(tmp_path.iterdir()) == [results.path]
+
+
 def test_page(tmp_path: Path) -> None:
     """Samples counted apart are not in the share, and reasons that differ in numbers are one row."""
     results = Results(tmp_path / "timm.jsonl")
-    times = {"build_seconds": 0.5, "milliseconds": 2.0, "eager_milliseconds": 1.0}
+    times = {"build_seconds": 0.5, "milliseconds": 2.0, "eager_milliseconds": 1.0, "commit": "0123456"}
     results.append("a:float32:0", {"outcome": "equal", "reason": "", **times})
     results.append("a:float32:1", {"outcome": "library", "reason": "", **times})
     for index in range(2):
         reason = f"BackendError: cannot lower node b_{index} (aten.b.default): no rule | for 3 x {index}"
-        results.append(f"b:float32:{index}", {"outcome": "refused", "reason": reason})
-    results.append("c:float32:0", {"outcome": "random", "reason": ""})
+        results.append(f"b:float32:{index}", {"outcome": "refused", "reason": reason, "commit": "89abcde"})
+    results.append("c:float32:0", {"outcome": "random", "reason": "", "commit": "0123456"})
     page = render({"timm": results})
-    assert "| timm | 5 of 98 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x |" in page
+    assert "| timm | 5 of 98 | 50.0% | 1 | 1 | 2 |" in page and "| 0.50 | 2.00x | 2 commits |" in page
     assert (
         "| 2 | BackendError: cannot lower node b_0 (aten.b.default): no rule / for 3 x 0 | `b:float32:0`, `b:float32:1` |"
         in page
