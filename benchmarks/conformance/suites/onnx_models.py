@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from ..sample import Case, Inputs, SampleExcluded, Suite
-from .onnx_tensors import as_array, as_tensor
+from .onnx_tensors import as_array, as_file, as_tensor, shape_like_inputs, with_constants
 
 KINDS = ("pytorch-operator", "pytorch-converted", "simple", "real")
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
@@ -37,16 +37,23 @@ def build(name: str) -> Case:
 
 
 def _stored(folder: Path) -> tuple[Path, list[Inputs]]:
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    path, sets = folder / "model.onnx", sorted(folder.glob("test_data_set_*"))
+    graph = onnx.load(path, load_external_data=False).graph
     if any(not value.type.HasField("tensor_type") for value in (*graph.input, *graph.output)):
         raise SampleExcluded("it has sequences or optional values")
-    sets = sorted(folder.glob("test_data_set_*"))
-    return folder / "model.onnx", [Inputs(tuple(_values(s, "input")), expected=_values(s, "output")) for s in sets]
+    given = [dict(zip((i.name for i in graph.input), _arrays(s, "input"))) for s in sets]
+    constants = {name: given[0][name] for name in shape_like_inputs(graph) if name in given[0]}
+    if any(not np.array_equal(arrays[name], value) for arrays in given for name, value in constants.items()):
+        raise SampleExcluded("its shape-like inputs are not the same in all its sets of inputs")
+    if constants:
+        path = as_file(with_constants(onnx.load(path), constants), folder.name)
+    args = [tuple(as_tensor(array) for name, array in arrays.items() if name not in constants) for arrays in given]
+    return path, [Inputs(a, expected=[as_tensor(o) for o in _arrays(s, "output")]) for a, s in zip(args, sets)]
 
 
-def _values(folder: Path, kind: str) -> list[Any]:
+def _arrays(folder: Path, kind: str) -> list[np.ndarray]:
     files = sorted(folder.glob(f"{kind}_*.pb"), key=lambda path: int(path.stem.split("_")[1]))
-    return [as_tensor(_array(file)) for file in files]
+    return [_array(file) for file in files]
 
 
 def _ramp(test: Any) -> tuple[Path, list[Inputs]]:
@@ -71,7 +78,8 @@ def _array(file: Path) -> np.ndarray:
 MODELS = Suite(
     "onnx_models",
     "ONNX's models",
-    "The model tests of ONNX whose data is in its wheel (`onnx/backend/test/data`), judged by their stored outputs.",
+    "The model tests of ONNX whose data is in its wheel (`onnx/backend/test/data`), judged by their stored outputs. "
+    "Inputs that say how an operator computes (sizes, axes, counts) are constants.",
     names,
     build,
     limit=300.0,

@@ -23,6 +23,28 @@ SAME_BITS = {
     "float8_e4m3fnuz": torch.float8_e4m3fnuz, "float8_e5m2fnuz": torch.float8_e5m2fnuz, "float8_e8m0fnu": torch.float8_e8m0fnu,
 }  # fmt: skip
 
+REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()
+#: Inputs that say how, and not on what, an operator computes: sizes, axes, counts. The tests have them as inputs; they become constants.
+SHAPE_LIKE: dict[str, tuple[int, ...]] = {
+    **{f"Reduce{name}": (1,) for name in REDUCTIONS},
+    **{f"{name}Window": (0,) for name in ("Blackman", "Hamming", "Hann")},
+    **{name: (1,) for name in "AffineGrid CenterCropPad CumProd CumSum Expand OneHot Reshape Split SplitToSequence Squeeze".split()},
+    **{name: (1,) for name in "Tile TopK Trilu Unsqueeze Upsample".split()},
+    "Col2Im": (1, 2),
+    "ConstantOfShape": (0,),
+    "DFT": (1, 2),
+    "Dropout": (1, 2),
+    "Loop": (0, 1),
+    "MaxUnpool": (2,),
+    "MelWeightMatrix": (0, 1, 2, 3, 4),
+    "NonMaxSuppression": (2, 3, 4),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Resize": (1, 2, 3),
+    "STFT": (1, 3),
+    "Slice": (1, 2, 3, 4),
+}  # fmt: skip
+
 
 def as_array(value: Any) -> np.ndarray:
     """Return a value of a test as an array. Raises :class:`SampleExcluded` for strings, sequences and optional values."""
@@ -46,6 +68,11 @@ def as_tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))
     except TypeError as error:
         raise SampleExcluded(f"torch has no tensors of {name}") from error
+
+
+def shape_like_inputs(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of values of a graph that say how its operators compute."""
+    return {n.input[i] for n in graph.node for i in SHAPE_LIKE.get(n.op_type, ()) if i < len(n.input) and n.input[i]}
 
 
 def with_constants(model: onnx.ModelProto, constants: Mapping[str, np.ndarray]) -> onnx.ModelProto:

@@ -52,7 +52,7 @@ class Value:
     def known(self, name: str) -> Tensor:
         """Return the tensor of a constant; raise :class:`Unsupported` for another, calling it ``name``."""
         if not self.constant:
-            raise Unsupported(f"its {name} depends on values of {', '.join(sorted(self.sources))}", self.sources)
+            raise Unsupported(f"values of {', '.join(sorted(self.sources))} decide its {name}", self.sources)
         if not isinstance(self.data, Tensor):
             raise Unsupported(f"its {name} is no tensor")
         with real_tensors():
