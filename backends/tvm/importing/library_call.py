@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 import tvm
 from torch import Tensor, fx
 from tvm import relax
 
-from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes
+from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes, symbols
 from thresher.backends.tvm.importing.values import rank_type, tensor_type
 from thresher.backends.tvm.library import CALL
 from thresher.ir.nodes import is_tensor
@@ -47,20 +48,24 @@ def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, 
     text = json.dumps(
         [str(node.target), node.name, arguments.write(list(node.args)), {"kwargs": arguments.keywords(node)}]
     )
-    kind = _type(node.meta["val"], sizes)
+    kind = _type(node.meta["val"], sizes, arguments.symbols)
     return relax.call_pure_packed(
         CALL, tvm.ir.StringImm(text), relax.ShapeExpr(arguments.sizes), *arguments.tensors, ty_args=[kind]
     )
 
 
-def _type(value: Any, sizes: Sizes) -> Any:
+def _type(value: Any, sizes: Sizes, given: set[sympy.Symbol]) -> Any:
+    """Return the type of a result. Its sizes are those that ``given`` symbols decide; others are read from the result itself.
+
+    They are read even where another result has them, too: TVM may compute this one first.
+    """
     if isinstance(value, (tuple, list)):
-        return relax.TupleType([_type(v, sizes) for v in value])
+        return relax.TupleType([_type(v, sizes, given) for v in value])
     if value is None:
         return relax.TensorType([0], "float32")
     if not isinstance(value, Tensor):
         raise NotImplementedError(f"its result is a {type(value).__name__}")
-    return rank_type(value) if any(map(sizes.unknown, value.shape)) else tensor_type(value, sizes)
+    return tensor_type(value, sizes) if symbols(value.shape) <= given else rank_type(value)
 
 
 class _Arguments:
@@ -71,6 +76,7 @@ class _Arguments:
         self.tensors: list[Any] = []
         self.sizes: list[Any] = []
         self.written: dict[fx.Node, int] = {}
+        self.symbols: set[sympy.Symbol] = set()
 
     def keywords(self, node: fx.Node) -> dict[str, Any]:
         """Return the keyword arguments; the device is that of the target."""
@@ -102,10 +108,12 @@ class _Arguments:
             raise NotImplementedError(f"its argument {node.name} is a {type(value).__name__}")
         if node not in self.written:
             self.written[node] = len(self.tensors)
+            self.symbols |= symbols(value.shape) if isinstance(value, Tensor) else set()
             self.tensors.append(self.tensor(node))
         kind = "item" if isinstance(value, SYMBOLIC) else "complex" if value.is_complex() else "tensor"
         return {kind: self.written[node]}
 
     def _size(self, value: Any) -> Any:
+        self.symbols |= symbols([value])
         self.sizes.append(self.known.expression(value))
         return {"size": len(self.sizes) - 1}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -46,6 +46,11 @@ class Sizes:
 def formula(size: Size) -> sympy.Expr:
     """Return a size as an expression of sympy, with everything that torch knows of its symbols put in."""
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def symbols(shape: Iterable[Size]) -> set[sympy.Symbol]:
+    """Return the symbols that the sizes of a shape are computed of."""
+    return {symbol for size in shape for symbol in formula(size).free_symbols}
 
 
 def inverse(size: torch.SymInt, symbol: sympy.Symbol) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from thresher.backends.tvm.importing.converters.registry import (
 )
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.importing.inputs import variable
-from thresher.backends.tvm.importing.values import is_eight_bit_float, is_empty
+from thresher.backends.tvm.importing.values import is_eight_bit_float, is_empty, tensor_type
 from thresher.ir.nodes import dtype_of, shape_of
 
 
@@ -155,6 +156,8 @@ def constant_pad(importer: Importer, node: fx.Node) -> Any:
     x, amounts, fill = node.args[0], list(node.args[1]), argument(node, 2, "value", 0) or 0
     if x in importer.as_user or not any(amounts):
         return importer.value(x)
+    if not all(isinstance(amount, int) for amount in amounts):
+        return _pad_by_sizes(importer, node, amounts, fill)
     rank = len(shape_of(node))
     pairs = [(0, 0)] * (rank - len(amounts) // 2) + [
         (amounts[i], amounts[i + 1]) for i in range(len(amounts) - 2, -1, -2)
@@ -168,6 +171,34 @@ def constant_pad(importer: Importer, node: fx.Node) -> Any:
         return pad(t, [max(a, 0) for a, _ in pairs], [max(b, 0) for _, b in pairs], fill)
 
     return importer.emit_te("pad", compute, importer.value(x))
+
+
+def _pad_by_sizes(importer: Importer, node: fx.Node, amounts: Sequence[Any], fill: float) -> Any:
+    """Pad by amounts that are computed from sizes, of which a negative one crops."""
+    builder, rank = importer.builder, len(shape_of(node))
+    before = {rank - 1 - i: importer.value(amount) for i, amount in enumerate(amounts[::2])}
+    before = {d: a if isinstance(a, int) else variable(builder, a, f"{node.name}_{d}") for d, a in before.items()}
+    shape = [importer.sizes.expression(size) for size in shape_of(node)]
+    ends = [s if isinstance(s, int) else variable(builder, s, f"{node.name}_size_{d}") for d, s in enumerate(shape)]
+    free = [value for value in (*before.values(), *ends) if not isinstance(value, int)]
+
+    def compute(t: te.Tensor, *numbers: Any) -> te.Tensor:
+        of = dict(zip(free, numbers))
+        first = [of.get(before.get(d, 0), before.get(d, 0)) for d in range(rank)]
+
+        def element(*i: Any) -> Any:
+            at = [p - a for p, a in zip(i, first)]
+            inside = [c for d in before for c in (at[d] >= 0, at[d] < t.shape[d])]
+            return tirx.if_then_else(tirx.all(*inside), t(*at), tirx.const(fill, t.dtype))
+
+        return te.compute([of.get(e, e) for e in ends], element, name="T_pad")
+
+    result = builder.emit_te(compute, importer.value(node.args[0]), *free, primfunc_name_hint="pad")
+    return (
+        result
+        if all(isinstance(s, int) for s in shape)
+        else builder.match_cast(result, tensor_type(node.meta["val"], importer.sizes))
+    )
 
 
 @semantics(aten.pixel_shuffle.default)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.export import Dim
 
 import thresher
 from helpers.modules import Function
+from thresher.backends.base import LoweringOptions
+from thresher.backends.tvm.importing.import_program import import_program
+from thresher.backends.tvm.target import resolve_target
 
 N = Dim("n", min=2)
 FUNCTIONS: dict[str, Callable] = {
@@ -18,10 +22,12 @@ FUNCTIONS: dict[str, Callable] = {
     "compared with it": lambda x: torch.where(6 * x < x.shape[0], x, 0),
     "filled": lambda x: torch.cat([x, x.new_ones((x.shape[0] + 5) // 3, 6)]),
     "data decide": lambda x: x[x[:, 0] > 0] @ x.mT,
+    "padded": lambda x: nn.functional.pad(x, (1, -x.shape[0] % 8, 2, 20 - x.shape[0]), value=-1.0),
     "by torch": lambda x: torch.cummax(x.reshape(x.shape[0] // 2, 12), 0)[0],
 }
 
 
+BY_TORCH = {"data decide": ["aten.index.Tensor"], "by torch": ["aten.cummax.default"]}
 EVEN = {"reshape", "by torch"}  # an odd size cannot be halved
 
 
@@ -37,6 +43,7 @@ def test_any_size(name: str, dim: Dim) -> None:
     for size in (6, 12, 26):
         x = torch.randn(size, 6)
         assert torch.allclose(compiled(x), function(x), atol=1e-4)
+    assert [call.operator for call in compiled.report.library] == BY_TORCH.get(name, [])
 
 
 NUMBERS: dict[str, Callable] = {
@@ -70,3 +77,16 @@ def test_pieces_whose_sizes_data_decide() -> None:
     for at in ([1, 3], [0, 5], [2, 2]):
         pairs = zip(compiled(x, torch.tensor(at)), function(x, torch.tensor(at)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_size_is_read_from_every_result_whose_data_decide_it() -> None:
+    """Two results of one mask have one size, and TVM may compute either of them first."""
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple:
+        mask = y > 0
+        return x[mask] * 2, y[mask] + 1
+
+    args = torch.randn(5, 3), torch.randn(5)
+    program = thresher.capture(Function(function).eval(), args)
+    text = import_program(program, resolve_target("cpu"), options=LoweringOptions(library=True)).module.script()
+    assert text.count("R.match_cast") == 2
