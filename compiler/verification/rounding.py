@@ -34,7 +34,7 @@ def find_undecided_choice(program: Program, flat: Sequence[Any]) -> fx.Node | No
     Such a choice comes out differently in float64, on these inputs or on what is next to them and the constants
     (:func:`thresher.verification.truth.neighbour`), or for inputs that differ by PERTURBATION.
     """
-    if not any(map(_is_choice, program.calls(*CHOICES))):
+    if not any(map(is_choice, program.calls(*CHOICES))):
         return None
     generator = torch.Generator().manual_seed(0)
     exact = _choices(program, flat, torch.float64)
@@ -65,7 +65,8 @@ def rounding_allowance(program: Program, flat: Sequence[Any]) -> float:
     return SAFETY_FACTOR * max(changes)
 
 
-def _is_choice(node: fx.Node) -> bool:
+def is_choice(node: fx.Node) -> bool:
+    """Return whether the result of a call jumps where its inputs hardly change."""
     return node.target in CHOICES and (
         node.target is not ops.shrink.default or node.args[2] in DISCONTINUOUS_THRESHOLDS
     )
@@ -76,7 +77,7 @@ def _choices(program: Program, flat: Sequence[Any], dtype: torch.dtype | None) -
     choices: dict[fx.Node, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if _is_choice(node):
+        if is_choice(node):
             results = value if isinstance(value, (tuple, list)) else [value]
             choices[node] = torch.cat([(r != 0 if r.is_floating_point() else r).flatten() for r in results])
 
