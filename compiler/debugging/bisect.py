@@ -28,7 +28,7 @@ SECONDS = (
 
 @dataclass(frozen=True)
 class Suspect:
-    """What differs from torch when it is lowered alone.
+    """A part of a program that differs from torch when it is lowered alone.
 
     Attributes:
         node: the call of a single operator; of a part of which no call differs alone, its first choice (top-k, sort), or None.
@@ -41,7 +41,7 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found: a suspect or none, and, where it was ended before all parts were looked at, a sentence that says so."""
+    """The result of a search: a suspect or none, and, where it ended before all parts were looked at, a sentence that says so."""
 
     suspect: Suspect | None
     unfinished: str = ""

@@ -54,18 +54,18 @@ def library_call(node: fx.Node, tensor: Callable[[fx.Node], Any], sizes: Sizes, 
     )
 
 
-def _type(value: Any, sizes: Sizes, given: set[sympy.Symbol]) -> Any:
-    """Return the type of a result. Its sizes are those that ``given`` symbols decide; others are read from the result itself.
+def _type(value: Any, sizes: Sizes, known: set[sympy.Symbol]) -> Any:
+    """Return the type of a result. Its sizes are those that ``known`` symbols decide; others are read from the result itself.
 
     They are read even where another result has them, too: TVM may compute this one first.
     """
     if isinstance(value, (tuple, list)):
-        return relax.TupleType([_type(v, sizes, given) for v in value])
+        return relax.TupleType([_type(v, sizes, known) for v in value])
     if value is None:
         return relax.TensorType([0], "float32")
     if not isinstance(value, Tensor):
         raise NotImplementedError(f"its result is a {type(value).__name__}")
-    return tensor_type(value, sizes) if symbols(value.shape) <= given else rank_type(value)
+    return tensor_type(value, sizes) if symbols(value.shape) <= known else rank_type(value)
 
 
 class _Arguments:
