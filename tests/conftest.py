@@ -15,7 +15,7 @@ from thresher.driver.clock import Clock
 from thresher.testing import ZOO, settle
 from thresher.tuning import timing
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run beside each other, and threads that wait for one another wait for other tests, too
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test judges a time
 hypothesis.settings.load_profile("untimed")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from helpers.architectures import build, names, settle, zero_channels
 from thresher.errors import CaptureError
@@ -40,7 +39,6 @@ def folds(library: str, name: str, certified: bool) -> None:
 
 @pytest.mark.parametrize(("library", "name"), SAMPLE)
 def test_sample(library: str, name: str) -> None:
-    torch.set_num_threads(1)
     folds(library, name, certified=library == "transformers")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
@@ -46,7 +45,6 @@ def examples(count: int) -> settings:
 @examples(200)
 @given(programs)
 def test_random_programs(program: Program) -> None:
-    torch.set_num_threads(1)
     check(program, FoldChannels())
 
 
@@ -63,7 +61,6 @@ def test_random_programs(program: Program) -> None:
 )  # constant
 def test_random_programs_with_every_edge_marker(program: Program) -> None:
     """Edge markers wherever they save anything at all: on these small programs the cost rule would take few."""
-    torch.set_num_threads(1)
     check(program, FoldChannels(min_improvement=0.0, round_to=1))
 
 
@@ -72,7 +69,6 @@ def test_random_programs_with_every_edge_marker(program: Program) -> None:
 @pytest.mark.parametrize("part", range(10))
 def test_many_random_programs(part: int) -> None:
     """1,000 more with every edge marker for each part, others than in the default run."""
-    torch.set_num_threads(1)
 
     @seed(part)
     @settings(examples(1000), derandomize=False)
