@@ -267,7 +267,7 @@ class Importer:
         Raises :class:`TypeError` where it is not of the kind that the node declares.
         """
         value = (next(iter(node.users)) if node in self.as_user else node).meta["val"]
-        if reason := misfit(result, value):
+        if reason := misfit(result, value, self.sizes):
             raise TypeError(reason)
         return bound(self.builder, result, value, self.sizes) if isinstance(value, Tensor) else result
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.utils._sympy.interp import sympy_interp
-from tvm import tirx
+from tvm import sym, tirx
 
 Size: TypeAlias = int | torch.SymInt | torch.SymFloat | torch.SymBool
 #: The types of the values of sizes: in a graph they stand beside tensors.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+#: Values of free sizes, for which two expressions that differ hardly come to the same.
+VALUES = ((13, 17, 19, 23), (41, 29, 37, 31))
 
 
 class Sizes:
@@ -37,6 +39,23 @@ class Sizes:
         if not isinstance(size, SYMBOLIC):
             return size
         return sympy_interp(_HANDLER, self._variables, formula(size))
+
+    def differ(self, actual: Any, size: Size) -> bool:
+        """Return whether an expression of TVM is another number than ``size``, for some values of the free sizes that are known."""
+        if self.unknown(size):
+            return False
+        pairs = [(self._at(actual, values), self._at(self.expression(size), values)) for values in VALUES]
+        return any(a is not None and b is not None and a != b for a, b in pairs)
+
+    def _at(self, expression: Any, values: Sequence[int]) -> int | None:
+        """Return the number that an expression has for values of the free sizes, in turn; None where it has other variables."""
+        if isinstance(expression, int):
+            return expression
+        analyzer = sym.Analyzer()
+        for index, variable in enumerate(self._variables.values()):
+            analyzer.bind(variable, tirx.IntImm("int64", values[index % len(values)]))
+        found = analyzer.simplify(expression)
+        return int(found) if isinstance(found, tirx.IntImm) else None
 
     def unknown(self, size: Size) -> set[sympy.Symbol]:
         """Return the symbols in ``size`` that have no variable yet."""

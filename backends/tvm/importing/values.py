@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tvm import relax, tirx
+from tvm import relax
 
 from thresher.backends.tvm.importing.sizes import SYMBOLIC, Sizes
 from thresher.runtime.tensor_spec import dtype_name
@@ -51,17 +51,17 @@ def is_empty(value: Any) -> bool:
     return isinstance(value, Tensor) and any(isinstance(d, int) and d == 0 for d in value.shape)
 
 
-def misfit(expression: Any, value: Any) -> str:
+def misfit(expression: Any, value: Any, known: Sizes) -> str:
     """Return the reason why ``expression`` is not a value of the kind that the node declares; empty where it is.
 
-    Sizes are compared where both are numbers.
+    Sizes are compared where they are numbers, or would be if the ``known`` free sizes were.
     """
     if isinstance(value, (tuple, list)):
         parts = _parts(expression)
         if parts is None or len(parts) != len(value):
             return f"{len(value)} results were expected"
         # a result without elements is one that the operator leaves out: the statistics of a batch norm that takes none
-        return next(filter(None, (misfit(p, v) for p, v in zip(parts, value) if not is_empty(v))), "")
+        return next(filter(None, (misfit(p, v, known) for p, v in zip(parts, value) if not is_empty(v))), "")
     if value is None or isinstance(value, SYMBOLIC) or not isinstance(value, Tensor):
         return ""
     kind = expression if isinstance(expression, relax.TensorType) else getattr(expression, "ty", None)
@@ -73,7 +73,7 @@ def misfit(expression: Any, value: Any) -> str:
         return f"it gives {kind.ndim} dimensions instead of {value.dim()}"
     sizes = list(kind.shape.values) if isinstance(kind.shape, relax.ShapeExpr) else []
     for actual, expected in zip(sizes, value.shape):
-        if isinstance(actual, tirx.IntImm) and isinstance(expected, int) and int(actual) != expected:
+        if known.differ(actual, expected):
             return f"it gives the shape {[str(s) for s in sizes]} instead of {[str(d) for d in value.shape]}"
     return ""
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from tvm import tirx
 
 import thresher
 from helpers.modules import Function
 from thresher.backends.base import LoweringOptions
 from thresher.backends.tvm.importing.import_program import import_program
+from thresher.backends.tvm.importing.sizes import Sizes, formula
 from thresher.backends.tvm.target import resolve_target
 
 N = Dim("n", min=2)
@@ -90,3 +92,28 @@ def test_a_size_is_read_from_every_result_whose_data_decide_it() -> None:
     program = thresher.capture(Function(function).eval(), args)
     text = import_program(program, resolve_target("cpu"), options=LoweringOptions(library=True)).module.script()
     assert text.count("R.match_cast") == 2
+
+
+def test_a_lowering_whose_result_has_other_free_sizes_is_passed_over() -> None:
+    """TVM's grid_sample takes its grid in another order, which numbers would show at once."""
+
+    def function(image: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        return nn.functional.grid_sample(image, grid, align_corners=True) * 2
+
+    args = torch.randn(1, 3, 8, 8), torch.rand(1, 1, 5, 2) * 2 - 1
+    shapes = (({}, {2: Dim("n", min=2)}),)
+    compiled = thresher.compile(Function(function).eval(), args, target="cpu", dynamic_shapes=shapes)
+    for size in (5, 3, 11):
+        grid = torch.rand(1, 1, size, 2) * 2 - 1
+        assert torch.allclose(compiled(args[0], grid), function(args[0], grid), atol=1e-5)
+
+
+def test_sizes_that_differ_for_some_values_differ() -> None:
+    shapes = (({0: N},),)
+    (x,) = thresher.capture(Function(torch.sin).eval(), (torch.randn(4),), dynamic_shapes=shapes).placeholders
+    sizes, n = Sizes(), x.meta["val"].shape[0]
+    assert sizes.differ(4, n) is False  # nothing is known of it yet
+    variable = sizes.define(formula(n))
+    assert not sizes.differ(variable, n) and not sizes.differ((variable * 6) // 6, n)
+    assert sizes.differ(variable * 2, n) and sizes.differ(5, n) and sizes.differ(variable, 5)
+    assert not sizes.differ(variable * 1, n) and not sizes.differ(tirx.Var("m", "int64"), n)
