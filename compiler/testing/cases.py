@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +22,48 @@ class Case:
     """A model in many sizes: ``build(**sizes)`` makes a module and its inputs, and each size is drawn from the values given here.
 
     ``Case("conv, relu", build, n=(1, 3), channels=(4, 6))``. Weights and inputs are random; the generator is seeded before each build.
+
+    Attributes:
+        name: for messages.
+        build: the builder.
+        sizes: the values of each size, by its name.
+        refused: values of sizes with which the pass is meant to rewrite nothing.
     """
 
     name: str
     build: Callable[..., Built]
     sizes: dict[str, Sequence[Any]]
+    refused: dict[str, Sequence[Any]]
 
-    def __init__(self, name: str, build: Callable[..., Built], **sizes: Sequence[Any]):
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Built],
+        refused: Mapping[str, Sequence[Any]] | None = None,
+        **sizes: Sequence[Any],
+    ):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "build", build)
         object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "refused", dict(refused or {}))
 
-    def draws(self, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-        """Return up to ``count`` different combinations of sizes: the first value of each, the last of each, then random ones."""
-        every = list(itertools.product(*self.sizes.values()))
-        first, last, rest = every[0], every[-1], every[1:-1]
+    def draws(self, count: int | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield combinations of sizes in which any two values of different sizes occur together; the first ``count`` of them, if given.
+
+        The first is the first value of each size, the second the last of each; the others are chosen greedily, each with as many new pairs
+        as can be had.
+        """
+        every = list(itertools.product(*(range(len(values)) for values in self.sizes.values())))
+        rest = every[1:-1]
         random.Random(seed).shuffle(rest)
-        chosen = list(dict.fromkeys([first, last, *rest]))[:count]
-        return (dict(zip(self.sizes, values)) for values in chosen)
+        chosen = list(dict.fromkeys([every[0], every[-1]]))
+        missing = {pair for row in every for pair in _pairs(row)}.difference(*map(_pairs, chosen))
+        while missing:
+            best = max(rest, key=lambda row: len(missing & _pairs(row)))
+            chosen.append(best)
+            missing -= _pairs(best)
+        for row in chosen[:count]:
+            yield {name: values[index] for (name, values), index in zip(self.sizes.items(), row)}
 
     def module(self, sizes: dict[str, Any], dtype: torch.dtype | None = None, seed: int = 0) -> Built:
         """Return the module in evaluation mode and its inputs; floating ones in ``dtype``."""
@@ -54,6 +78,12 @@ class Case:
         """Return the captured module. Raises :class:`CaptureError` where it cannot be captured, as in a dtype that it does not have."""
         model, args = self.module(sizes, dtype)
         return capture(model, args)
+
+
+def _pairs(row: tuple[int, ...]) -> set[tuple]:
+    """Return the values that occur together in a row, two and two; one alone where there is one size only."""
+    places = list(enumerate(row))
+    return set(itertools.combinations(places, min(2, len(places))))
 
 
 def described(case: Case, sizes: dict[str, Any]) -> str:

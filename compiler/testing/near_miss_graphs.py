@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from thresher.ir import fake_results
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
+from thresher.testing import call_edits
 
 aten = torch.ops.aten
 Change = Callable[[Program], None]
@@ -33,7 +35,18 @@ NEIGHBOURS: dict[Any, Sequence[Any]] = {
     aten.mean.dim: (aten.sum.dim_IntList,), aten.sum.dim_IntList: (aten.mean.dim,), aten.amax.default: (aten.amin.default,),
     aten.sqrt.default: (aten.exp.default,), aten.rsqrt.default: (aten.sqrt.default,),
 }  # fmt: skip
+INNER = 2  # inner results that are tried alone
+HIDDEN = 40  # edits that are tried with each size of the inputs
 REACH = 2  # steps from a rewritten node that are looked at
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way in which a graph may be another one; steps of a ``kind`` are much alike."""
+
+    kind: str
+    words: str
+    change: Change
 
 
 def near_misses(
@@ -41,13 +54,43 @@ def near_misses(
 ) -> Iterator[tuple[str, Program]]:
     """Up to ``limit`` well-formed programs, each one step away from ``program``, with a sentence that says which.
 
-    ``around`` names the nodes near which the steps are made; default: everywhere. Programs that cannot run are left out.
+    A step changes one thing; or two, where one alone leaves no graph that runs: padding with dilation, a size of the input with a stride.
+    All kinds of steps take turns, so that a kind with many does not crowd out the others. ``around`` names the nodes near which the steps
+    are made; default: everywhere. Programs that cannot run are left out.
     """
+    bases = [program, *(_up_to(program, name) for name in _inner(program, around))]
+    streams = [_turns(base, around, seed) for base in bases]
+    turns = (found for several in itertools.zip_longest(*streams) for found in several if found is not None)
+    return itertools.islice(turns, limit)
+
+
+def _turns(program: Program, around: Collection[str], seed: int) -> Iterator[tuple[str, Program]]:
+    """Yield the steps from one program, one of each kind in turn."""
     region = _region(program, around)
-    steps = [step for node in program.graph.nodes if node in region for step in _steps(node, program)]
-    random.Random(seed).shuffle(steps)
-    variants = ((description, _changed(program, change)) for description, change in steps)
-    return itertools.islice(((description, other) for description, other in variants if other is not None), limit)
+    nodes = [node for node in program.graph.nodes if node in region]
+    kinds: dict[str, list[Step]] = {}
+    steps = [step for node in nodes for step in _steps(program, node)]
+    for step in (*steps, *_alike(program, nodes), *_siblings(program, nodes), *_sizes(program, nodes, seed)):
+        kinds.setdefault(step.kind, []).append(step)
+    for steps in kinds.values():
+        random.Random(seed).shuffle(steps)
+    for step in itertools.chain.from_iterable(itertools.zip_longest(*kinds.values())):
+        if step is not None and (other := _changed(program, step.change)) is not None:
+            yield step.words, other
+
+
+def _inner(program: Program, around: Collection[str]) -> list[str]:
+    """Return calls of ``around`` that other calls read: what they compute alone is a graph in which shapes may change more freely."""
+    calls = [n for n in program.calls() if n.name in around and is_tensor(n)]
+    return [n.name for n in calls if any(user.op != "output" for user in n.users)][:INNER]
+
+
+def _up_to(program: Program, name: str) -> Program:
+    part = program.clone()
+    part.output.args = ((_find(part, name),),)
+    part.out_spec = pytree.tree_flatten((0,))[1]
+    part.state, part.writes = (), ()
+    return part.clean()
 
 
 def _changed(program: Program, change: Change) -> Program | None:
@@ -72,22 +115,26 @@ def _region(program: Program, around: Collection[str]) -> set[fx.Node]:
     return region
 
 
-def _steps(node: fx.Node, program: Program) -> Iterator[tuple[str, Change]]:
+def _steps(program: Program, node: fx.Node) -> Iterator[Step]:
     if node.op == "get_attr" and program.constants[node.target].is_floating_point():
-        yield from _constants(node, program)
-    if node.op != "call_function" or not is_tensor(node):
+        yield from (Step("constant", *step) for step in _constants(node, program))
+    if node.op != "call_function":
         return
-    if node.target is not operator.getitem:
-        yield from _literals(node)
-    yield from _operands(node)
+    for edit in call_edits.edits(node, program):
+        yield Step("argument", edit.words, _edited(node.name, edit))
+    for pair in call_edits.pairs(node, program):
+        yield Step("two arguments", " and ".join(e.words for e in pair), _edited(node.name, *pair))
+    if not is_tensor(node):
+        return
+    yield from (Step("operands", *step) for step in _operands(node))
     for other in NEIGHBOURS.get(node.target, ()):
-        yield f"{node.name} is {other} instead of {node.target}", _replaced(node.name, other)
-    yield f"{node.name} is an output, too", partial(_also_output, node.name)
+        yield Step("operator", f"{node.name} is {other} instead of {node.target}", _replaced(node.name, other))
+    yield Step("reader", f"{node.name} is an output, too", partial(_also_output, node.name))
     if dtype_of(node).is_floating_point:
-        yield f"{node.name} is shifted before it is read", partial(_shifted, node.name)
+        yield Step("reader", f"{node.name} is shifted before it is read", partial(_shifted, node.name))
     for source in node.all_input_nodes[:1]:
         if is_tensor(source) and shape_of(source) == shape_of(node) and dtype_of(source) == dtype_of(node):
-            yield f"{node.name} is left out", _left_out(node.name, source.name)
+            yield Step("reader", f"{node.name} is left out", _left_out(node.name, source.name))
 
 
 def _find(program: Program, name: str) -> fx.Node:
@@ -112,6 +159,7 @@ def _constants(node: fx.Node, program: Program) -> Iterator[tuple[str, Change]]:
     ]
     for other in alike[:1]:
         yield f"{node.target} is used in the place of {other.target}, too", _left_out(other.name, node.name)
+    yield f"{node.target} is read by another call, too", partial(_read_twice, node.name)
 
 
 def _written(name: str, index: int, number: float) -> Change:
@@ -127,33 +175,31 @@ def _written(name: str, index: int, number: float) -> Change:
 # ---------------------------------------------------------------------- arguments
 
 
-def _literals(node: fx.Node) -> Iterator[tuple[str, Change]]:
-    leaves, _ = pytree.tree_flatten((list(node.args), dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-    for index, value in enumerate(leaves):
-        for other in _others(value):
-            yield f"{node.name} has {other!r} where it had {value!r}", _argument(node.name, index, other)
+def _alike(program: Program, nodes: Sequence[fx.Node]) -> Iterator[Step]:
+    """Yield the same edit of all calls of an operator: two grouped convolutions may still be a pattern where one is none."""
+    calls = [n for n in nodes if n.op == "call_function"]
+    for target in dict.fromkeys(n.target for n in calls):
+        same = [n for n in calls if n.target == target]
+        found: dict[tuple[str, ...], list[tuple[fx.Node, tuple[call_edits.Edit, ...]]]] = {}
+        for node in same if len(same) > 1 else ():
+            for changed in (*((e,) for e in call_edits.edits(node, program)), *call_edits.pairs(node, program)):
+                found.setdefault(tuple(e.kind for e in changed), []).append((node, changed))
+        for kinds, edited in found.items():
+            if len({node for node, _ in edited}) == len(same) == len(edited):
+                words = f"all calls of {target} have {' and '.join(kinds)}"
+                yield Step("all alike", words, _all(*(_edited(node.name, *changed) for node, changed in edited)))
 
 
-def _others(value: Any) -> tuple:
-    if isinstance(value, bool):
-        return (not value,)
-    if isinstance(value, int):
-        return (value + 1, value - 1, -value) if value else (1, -1)
-    if isinstance(value, float):
-        return (value * 1.5, -value) if value else (0.5,)
-    return ()
-
-
-def _argument(name: str, index: int, other: Any) -> Change:
+def _all(*changes: Change) -> Change:
     def change(program: Program) -> None:
-        node = _find(program, name)
-        whole = (list(node.args), dict(node.kwargs))
-        leaves, spec = pytree.tree_flatten(whole, is_leaf=lambda v: isinstance(v, fx.Node))
-        leaves[index] = other
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        node.args, node.kwargs = tuple(args), kwargs
+        for one in changes:
+            one(program)
 
     return change
+
+
+def _edited(name: str, *changed: call_edits.Edit) -> Change:
+    return lambda program: call_edits.apply_edits(program, _find(program, name), changed)
 
 
 def _operands(node: fx.Node) -> Iterator[tuple[str, Change]]:
@@ -193,6 +239,13 @@ def _left_out(name: str, by: str) -> Change:
     return change
 
 
+def _read_twice(name: str, program: Program) -> None:
+    node = _find(program, name)
+    with program.graph.inserting_before(program.output):
+        twice = program.graph.call_function(aten.mul.Tensor, (node, 2.0))
+    _also_output(twice.name, program)
+
+
 def _also_output(name: str, program: Program) -> None:
     output = program.output
     values = [*output.args[0], _find(program, name)]
@@ -207,3 +260,51 @@ def _shifted(name: str, program: Program) -> None:
         moved = program.graph.call_function(aten.add.Tensor, (node, 0.25))
     for user in users:
         user.replace_input_with(node, moved)
+
+
+# ---------------------------------------------------------------------- several calls
+
+
+def _siblings(program: Program, nodes: Sequence[fx.Node]) -> Iterator[Step]:
+    """Yield edits of two calls that one other call reads, which change the shape of both in the same way."""
+    calls = [n for n in nodes if n.op == "call_function" and is_tensor(n)]
+    reshaped = {n: list(call_edits.reshaping(n, program)) for n in calls}
+    for a, b in itertools.combinations(calls, 2):
+        if not a.users.keys() & b.users.keys() or shape_of(a) != shape_of(b):
+            continue
+        for (one, first), (other, second) in itertools.product(reshaped[a], reshaped[b]):
+            if first is not None and first == second:
+                yield Step(
+                    "two calls", f"{one.words} and {other.words}", _all(_edited(a.name, one), _edited(b.name, other))
+                )
+
+
+# ---------------------------------------------------------------------- sizes of inputs
+
+
+def _sizes(program: Program, nodes: Sequence[fx.Node], seed: int) -> Iterator[Step]:
+    """Yield other sizes of the inputs: alone, and with an edit that changes the shape of a call, which the other size may hide."""
+    places = [(d, s) for p in program.placeholders if is_tensor(p) for d, s in enumerate(shape_of(p))]
+    sizes = [(d, s, o) for d, s in dict.fromkeys(places) if isinstance(s, int) for o in (1, s + 1) if o != s and s]
+    calls = [n for n in nodes if n.op == "call_function"]
+    hidden = [(n.name, edit) for n in calls for edit, _ in call_edits.reshaping(n, program)]
+    random.Random(seed).shuffle(hidden)
+    for dim, size, other in sizes:
+        words, resize = (
+            f"inputs have size {other} instead of {size} along dimension {dim}",
+            partial(_resize, dim, size, other),
+        )
+        yield Step("size", words, resize)
+        for name, edit in hidden[:HIDDEN]:
+            yield Step("size and argument", f"{words} and {edit.words}", _all(resize, _edited(name, edit)))
+
+
+def _resize(dim: int, size: int, other: int, program: Program) -> None:
+    probe = list(program.probe)
+    for index, node in enumerate(program.placeholders):
+        if is_tensor(node) and len(shape_of(node)) > dim and shape_of(node)[dim] == size:
+            value = probe[index]
+            kept = value.narrow(dim, 0, min(size, other))
+            probe[index] = torch.cat([kept, value.narrow(dim, 0, other - size)], dim) if other > size else kept.clone()
+            node.meta["val"] = fake_results.empty(probe[index].shape, value.dtype, program.fake_mode)
+    program.probe = tuple(probe)

@@ -17,12 +17,13 @@ rest         applied again and again it comes to an end, and stays exact
 near miss    a graph one step off is refused, or rewritten rightly, too (:mod:`thresher.testing.near_miss_graphs`)
 budget       (approximate passes) the error of the result on samples that it did not see keeps within the budget
 idle         (of a case) the pass rewrote nothing in any size: the case tests nothing
+unmet        (of a case) with one value of a size the pass rewrote nothing, and the case does not say that this is meant
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from thresher.approximation.calibration import Calibration
 from thresher.errors import CaptureError, ProgramError
 from thresher.frontend.capture import capture
-from thresher.ir.lineage import unfold
+from thresher.ir.lineage import Restore, unfold
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Pass, PassResult
 from thresher.rewriting.manager import PassManager
@@ -76,8 +77,8 @@ def examine(
     item: str | Pass,
     *cases: Case,
     first: Sequence[str | Pass] = (),
-    draws: int = 4,
-    misses: int = 60,
+    draws: int | None = None,
+    misses: int = 120,
     dtypes: Sequence[torch.dtype] = DTYPES,
     context: Callable[[Program], Context] | None = None,
     seed: int = 0,
@@ -88,7 +89,7 @@ def examine(
         item: the pass, or ``name{option=value}``.
         cases: models; the pass is expected to rewrite each of them in at least one size.
         first: passes that run before it (and are not judged).
-        draws: sizes of each case that are tried.
+        draws: sizes of each case that are tried, at most; default: so many that any two values of its sizes occur together.
         misses: graphs one step off that are tried, per case.
         dtypes: of the models that are tried besides the one in float32.
         context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
@@ -116,10 +117,13 @@ class _Trial:
     context: Callable[[Program], Context]
     seed: int
 
-    def run(self, draws: int, misses: int, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
+    def run(self, draws: int | None, misses: int, dtypes: Sequence[torch.dtype]) -> Iterator[Finding]:
         active = False
+        drawn: list[tuple[str, Any]] = []  # values need not be hashable
+        met: list[tuple[str, Any]] = []
         for sizes in self.case.draws(draws, self.seed):
             where = described(self.case, sizes)
+            drawn += [item for item in sizes.items() if item not in drawn]
             captured = self.case.program(sizes)
             program = self._prepared(captured)
             result, wrong = self._apply(program, where)
@@ -129,15 +133,24 @@ class _Trial:
             yield from self._judge(program, result, where)
             if not result.rewrites:
                 continue
+            met += sizes.items()
             if self.item.kind == "exact":
                 yield from self._batch(sizes, where)
-                yield from self._way_back(captured, result.program, where)
+                yield from self._way_back(captured, captured.original.state, result.program, where)
             if not active:  # once: what follows does not depend on sizes
                 active = True
                 yield from self._dtypes(sizes, where, dtypes)
                 yield from self._near_misses(program, result, where, misses)
         if not active:
             yield Finding("idle", self.case.name, f"{self.item} rewrote nothing, in no size")
+            return
+        for size, value in drawn:
+            meant, seen = value in self.case.refused.get(size, ()), (size, value) in met
+            if not seen and not meant:
+                cure = f"Case(..., refused={{{size!r}: ({value!r},)}})"
+                yield Finding("unmet", self.case.name, f"{size}={value}: no rewrite seen; if that is meant, say {cure}")
+            if seen and meant:
+                yield Finding("unmet", self.case.name, f"{size}={value} is said to be refused, and was rewritten")
 
     def _prepared(self, program: Program) -> Program:
         return PassManager(self.first, "off").run(program, self.context(program)) if self.first else program
@@ -206,26 +219,27 @@ class _Trial:
         if not error <= limit:
             yield Finding("budget", where, f"the error on held-out samples is {error:.3g}, the budget {limit:.3g}")
 
-    def _way_back(self, captured: Program, after: Program, where: str) -> Iterator[Finding]:
-        """Every parameter moves a little, as in training; then what comes back is put into the program as it was captured."""
-        state, small = captured.original.state, after.rounded()
-        trained = small.clone()
-        generator = torch.Generator().manual_seed(self.seed)
-        for name in small.trainable():
-            value = small.constants[name]
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
-            trained.constants[name] = value * (1 + 0.01 * noise)
+    def _way_back(
+        self, original: Program, state: Mapping[str, Tensor], after: Program, where: str
+    ) -> Iterator[Finding]:
+        """Parameters move a little, as in training; then what comes back is put into the program as it was.
+
+        First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for.
+        """
+        training = _Training(original, state, after.rounded(), after.lineage, self.seed)
+        names = sorted(training.small.trainable())
         try:
-            unfolded = unfold(state, after.lineage, small.constants, trained.constants)
-        except ProgramError:
-            return
+            returning = [name for name in names if training.returns([name])]
+            fault = training.fault(returning)
+            single = next((name for name in returning if fault and training.fault([name])), "")
         except Exception as error:
             yield Finding("way back", where, f"unfolding raises {type(error).__name__}: {error}")
             return
-        original = captured.clone()
-        original.constants |= {name: value for name, value in unfolded.items() if name in original.constants}
-        if differs := divergence(original, trained, captured.probe, TRAINING_TOLERANCE):
-            yield Finding("way back", where, f"trained and unfolded, the original computes something else: {differs}")
+        if fault:
+            what = f"where {single!r} alone is" if single else "where parameters are"
+            yield Finding(
+                "way back", where, f"{what} trained and unfolded, the original computes something else: {fault}"
+            )
 
     # ------------------------------------------------------------------ other captures
 
@@ -264,21 +278,58 @@ class _Trial:
                 yield Finding("batch", where, f"with {len(more[0])} samples instead of {len(args[0])}: {differs}")
 
     def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
+        """Graphs one step off go through all checks of a program, the way back included."""
         if self.item.kind != "exact":
             return
         for change, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
+            other.lineage.clear()  # its parameters are as they are here, whatever came before
             outcome, wrong = self._apply(other, where)
-            for one in wrong:
-                yield Finding("near miss", where, f"where {change}: {one.check}: {one.message}")
-            if outcome is None or not outcome.rewrites:
-                continue
-            if signature_change(other, outcome.program):
-                yield Finding("near miss", where, f"where {change}: {signature_change(other, outcome.program)}")
-                continue
-            for _, inputs, flat in inputs_of(other):
-                if differs := divergence(other, outcome.program, flat):
-                    yield Finding("near miss", where, f"where {change}: {inputs}: {differs}")
-                    break
+            if outcome is not None:
+                wrong += self._judge(other, outcome, where)
+            if outcome is not None and outcome.rewrites:
+                wrong += self._way_back(other, other.constants, outcome.program, where)
+            yield from (Finding("near miss", where, f"where {change}: {one.check}: {one.message}") for one in wrong)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A result whose parameters are trained, and the way back to the ``original`` program, whose parameters are ``state``."""
+
+    original: Program
+    state: Mapping[str, Tensor]
+    small: Program
+    lineage: Sequence[Restore]
+    seed: int
+
+    def returns(self, names: Sequence[str]) -> bool:
+        """Return whether there is a way back for these parameters."""
+        try:
+            self._unfolded(self._trained(names))
+        except ProgramError:
+            return False
+        return True
+
+    def fault(self, names: Sequence[str]) -> str:
+        """Return how far the original is from the result where these parameters are trained; empty where they are equal."""
+        trained = self._trained(names)
+        try:
+            unfolded = self._unfolded(trained)
+        except ProgramError:  # each has a way back alone, and two copies have none
+            return ""
+        original = self.original.clone()
+        original.constants |= {name: value for name, value in unfolded.items() if name in original.constants}
+        return divergence(original, trained, original.probe, TRAINING_TOLERANCE)
+
+    def _trained(self, names: Sequence[str]) -> Program:
+        trained, generator = self.small.clone(), torch.Generator().manual_seed(self.seed)
+        for name in names:
+            value = self.small.constants[name]
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+            trained.constants[name] = value * (1 + 0.01 * noise)
+        return trained
+
+    def _unfolded(self, trained: Program) -> dict[str, Tensor]:
+        return unfold(self.state, self.lineage, self.small.constants, trained.constants)
 
 
 def _free(model: nn.Module, count: int) -> tuple:

@@ -8,6 +8,7 @@ from torch import nn
 
 import thresher
 from helpers.planted import PLANTED
+from helpers.planted_merge import BEGINNERS, FAULTS, MergeParallel
 from thresher.rewriting.contract import Pass
 from thresher.testing import (
     ZOO,
@@ -35,6 +36,13 @@ def test_planted_defects_are_caught(name: str) -> None:
 
 def test_enough_are_planted() -> None:
     assert len(PLANTED) >= 30
+
+
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_a_case_as_a_beginner_writes_it_finds_every_fault(fault: str) -> None:
+    """And none in the pass that is right."""
+    findings = examine(MergeParallel(fault), BEGINNERS)
+    assert bool(findings) == bool(fault), findings
 
 
 def test_a_case_that_tests_nothing_is_named() -> None:
