@@ -17,6 +17,18 @@ from torch import Tensor
 from thresher.errors import ProgramError
 
 Values = dict[str, Tensor]
+ROUNDING = (
+    1e-5  # relative: a pass computes a constant, and its way back the parameter, in float64; they are stored in float32
+)
+
+
+class TrainedApart(ProgramError):
+    """A parameter of the original model stands in several constants, and training has made them differ."""
+
+    def __init__(self, name: str, constants: tuple[str, ...]):
+        super().__init__(
+            f"copies of {name} were trained apart (one of them in {', '.join(constants)}); freeze them before training"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]
         full = so_far.clone().reshape(-1).to(values[new].dtype)
         full[index] = values[new].reshape(-1)
         if not torch.equal(full[index], values[new].reshape(-1)):
-            raise ProgramError(f"copies of {old} were trained apart (in {new}); freeze them before training")
+            raise TrainedApart(old, (new,))
         return {old: full.reshape(original.shape)}
 
     return Restore((new,), back)
@@ -51,17 +63,27 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
     ``initial`` are these constants when the program was made.
 
     Raises:
+        TrainedApart: a parameter of the original stands in two constants, which differ.
         ProgramError: naming the constants that changed since and have no way back to the original's parameters.
     """
     values = dict(current)
+    covered: dict[str, Tensor] = {}  # which elements of a value that came back stand in the small program; default: all
     open_ends = {name for name, value in current.items() if not torch.equal(value, initial[name])}
     for restore in reversed(list(lineage)):
         if not all(name in values for name in restore.constants):
             continue
-        restored = restore.back(values)
+        restored, stands = restore.back(values), _covered(restore, values)
         touched = open_ends & set(restore.constants)
         for name in restore.constants:
             values.pop(name)
+            covered.pop(name, None)
+        for name, mask in stands.items():
+            if name in values:
+                mask_before = covered.get(name, torch.ones_like(mask))
+                if _apart(values[name], restored[name], mask & mask_before):
+                    raise TrainedApart(name, restore.constants)
+                mask = mask | mask_before
+            covered[name] = mask
         open_ends -= touched
         values |= restored
         open_ends |= set(restored) if touched else set()
@@ -74,3 +96,16 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
         name: values[name].to(tensor.dtype).reshape(tensor.shape) if name in values else tensor.clone()
         for name, tensor in original.items()
     }
+
+
+def _covered(restore: Restore, values: Values) -> dict[str, Tensor]:
+    """Return which elements of what comes back are computed from the constants of the step: infinity there reaches these elements."""
+    numbers = {name: values[name] for name in restore.constants if values[name].is_floating_point()}
+    marked = restore.back({**values, **{name: torch.full_like(value, torch.inf) for name, value in numbers.items()}})
+    return {name: ~value.isfinite() for name, value in marked.items() if value.is_floating_point()}
+
+
+def _apart(a: Tensor, b: Tensor, where: Tensor) -> bool:
+    """Return whether two versions of a parameter differ by more than the rounding of what was computed from it."""
+    a, b = a.double()[where], b.double()[where]
+    return bool((a - b).abs().max() > ROUNDING * a.abs().max()) if a.numel() else False

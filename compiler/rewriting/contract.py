@@ -114,12 +114,15 @@ class Pass:
         kind: ``exact``: the result computes the same function, which is checked in float64 (1e-9 relative); ``approximate``: see
             :class:`~thresher.rewriting.approximate_pass.ApproximatePass`.
         target_ops: where none of these operators occurs, the pass is skipped; empty: it always runs.
+        keeps_copies: it may leave a parameter where one call reads it, and put what it computes of it where another does. Trained apart,
+            the two have no way back, and unfolding says so.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[Kind] = "exact"
     target_ops: ClassVar[tuple[Any, ...]] = ()
+    keeps_copies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raise :class:`PassError` for an option of another type than its default; a subclass that checks more calls this first."""

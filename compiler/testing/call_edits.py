@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from thresher.ir.arguments import bound_arguments, has_schema
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
 
-#: Values of arguments that are words; an operator that does not know one refuses it.
+#: Values of arguments that are strings; an operator that does not know one refuses it.
 WORDS = ("none", "tanh", "mean", "sum", "trunc", "floor", "reflect", "nearest", "bilinear")
 #: Values for an argument that may be left out, by its type in the schema.
 INSTEAD_OF_NONE = {"float": 0.5, "number": 0.5, "int": 1, "bool": True, "ScalarType": torch.float64}
@@ -28,22 +29,22 @@ class Edit:
 
     Attributes:
         argument: its name in the schema of the operator.
-        words: a sentence for whoever reads the finding.
+        sentence: a sentence for whoever reads the finding.
         value: the other value; of a constant, numbers of other sizes.
         kind: equal for the same edit of another call of the operator.
     """
 
     argument: str
-    words: str
+    sentence: str
     value: Any
     kind: str
 
 
 def edits(node: fx.Node, program: Program) -> Iterator[Edit]:
     """Yield the call with one argument changed: literals, defaults, tensors that were left out, constants of other sizes."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not has_schema(node):
         return
-    bound = _bind(node)
+    bound = bound_arguments(node)
     for argument in node.target._schema.arguments:
         value, kind = bound[argument.name], str(argument.real_type)
         left = "" if _is_written(node, argument.name) else " (its default)"
@@ -52,12 +53,12 @@ def edits(node: fx.Node, program: Program) -> Iterator[Edit]:
         elif value is None and "Tensor" in kind:
             shapes = dict.fromkeys([*((d,) for d in _first_shape(node)), _first_shape(node)])
             for shape in shapes:
-                words = f"{node.name} has a tensor of shape {list(shape)} as {argument.name}, which was left out"
-                yield Edit(argument.name, words, _numbers(shape), f"{argument.name} of rank {len(shape)}")
+                sentence = f"{node.name} has a tensor of shape {list(shape)} as {argument.name}, which was left out"
+                yield Edit(argument.name, sentence, _numbers(shape), f"{argument.name} of rank {len(shape)}")
         else:
             for other in _alternatives(value, kind):
-                words = f"{node.name} has {argument.name}={other!r} where it had {value!r}{left}"
-                yield Edit(argument.name, words, other, f"{argument.name} {_by(value, other)}")
+                sentence = f"{node.name} has {argument.name}={other!r} where it had {value!r}{left}"
+                yield Edit(argument.name, sentence, other, f"{argument.name} {_by(value, other)}")
 
 
 def pairs(node: fx.Node, program: Program) -> Iterator[tuple[Edit, Edit]]:
@@ -81,7 +82,7 @@ def reshaping(node: fx.Node, program: Program) -> Iterator[tuple[Edit, Any]]:
 
 def apply_edits(program: Program, node: fx.Node, changed: Sequence[Edit]) -> None:
     """Make the changes in place; ``node`` is a call of ``program``."""
-    bound = _bind(node)
+    bound = bound_arguments(node)
     for edit in changed:
         old = bound[edit.argument]
         if isinstance(old, fx.Node):
@@ -103,17 +104,6 @@ def apply_edits(program: Program, node: fx.Node, changed: Sequence[Edit]) -> Non
 
 
 # ---------------------------------------------------------------------- arguments
-
-
-def _bind(node: fx.Node) -> dict[str, Any]:
-    """Return every argument of the schema by name, with its default where the call has none."""
-    bound = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if not argument.kwarg_only and index < len(node.args):
-            bound[argument.name] = node.args[index]
-        else:
-            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return bound
 
 
 def _is_written(node: fx.Node, name: str) -> bool:
@@ -159,8 +149,8 @@ def _resized(argument: str, node: fx.Node, program: Program) -> Iterator[Edit]:
         for other, name in named.items():
             if other > 0:
                 shape = [*value.shape[:dim], other, *value.shape[dim + 1 :]]
-                words = f"{node.target} has shape {shape} instead of {list(value.shape)}"
-                yield Edit(argument, words, _numbers(shape), f"{name} along dimension {dim} of {argument}")
+                sentence = f"{node.target} has shape {shape} instead of {list(value.shape)}"
+                yield Edit(argument, sentence, _numbers(shape), f"{name} along dimension {dim} of {argument}")
 
 
 def _numbers(shape: Sequence[int]) -> Tensor:
@@ -182,7 +172,7 @@ def _first_shape(node: fx.Node) -> tuple[int, ...]:
 def _result_shapes(node: fx.Node, changed: Sequence[Edit]) -> Any:
     """Return the shapes and dtypes of what the call, so changed, gives; None where it raises."""
     try:
-        bound = {name: _without_numbers(value) for name, value in _bind(node).items()}
+        bound = {name: _without_numbers(value) for name, value in bound_arguments(node).items()}
         bound |= {edit.argument: _without_numbers(edit.value) for edit in changed}
         result = node.target(**bound)
     except Exception:  # whatever the operator says of them

@@ -20,6 +20,7 @@ from thresher.ir import fake_results
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
 from thresher.testing import call_edits
+from thresher.verification.compare import compare
 
 aten = torch.ops.aten
 Change = Callable[[Program], None]
@@ -45,7 +46,7 @@ class Step:
     """One way in which a graph may be another one; steps of a ``kind`` are much alike."""
 
     kind: str
-    words: str
+    sentence: str
     change: Change
 
 
@@ -60,7 +61,7 @@ def near_misses(
     """
     bases = [program, *(_up_to(program, name) for name in _inner(program, around))]
     streams = [_turns(base, around, seed) for base in bases]
-    turns = (found for several in itertools.zip_longest(*streams) for found in several if found is not None)
+    turns = (miss for several in itertools.zip_longest(*streams) for miss in several if miss is not None)
     return itertools.islice(turns, limit)
 
 
@@ -76,7 +77,7 @@ def _turns(program: Program, around: Collection[str], seed: int) -> Iterator[tup
         random.Random(seed).shuffle(steps)
     for step in itertools.chain.from_iterable(itertools.zip_longest(*kinds.values())):
         if step is not None and (other := _changed(program, step.change)) is not None:
-            yield step.words, other
+            yield step.sentence, other
 
 
 def _inner(program: Program, around: Collection[str]) -> list[str]:
@@ -94,17 +95,24 @@ def _up_to(program: Program, name: str) -> Program:
 
 
 def _changed(program: Program, change: Change) -> Program | None:
-    """The program after a step; None where it cannot run."""
+    """The program after a step; None where it cannot run, or draws random numbers."""
     changed, reports = program.clone(), logging.getLogger("torch._subclasses.fake_tensor")
     before, reports.disabled = reports.disabled, True  # it reports every call whose arguments do not fit
     try:
         change(changed)
-        changed.clean().propagate().verify().run(*changed.probe, dtype=torch.float64)
+        changed.clean().propagate().verify()
+        results = changed.run(*changed.probe, dtype=torch.float64)
+        if _is_random(changed) and compare(results, changed.run(*changed.probe, dtype=torch.float64)).exceeds(0.0):
+            return None
     except Exception:  # whatever an operator says of them
         return None
     finally:
         reports.disabled = before
     return changed
+
+
+def _is_random(program: Program) -> bool:
+    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in program.calls())
 
 
 def _region(program: Program, around: Collection[str]) -> set[fx.Node]:
@@ -121,9 +129,9 @@ def _steps(program: Program, node: fx.Node) -> Iterator[Step]:
     if node.op != "call_function":
         return
     for edit in call_edits.edits(node, program):
-        yield Step("argument", edit.words, _edited(node.name, edit))
+        yield Step("argument", edit.sentence, _edited(node.name, edit))
     for pair in call_edits.pairs(node, program):
-        yield Step("two arguments", " and ".join(e.words for e in pair), _edited(node.name, *pair))
+        yield Step("two arguments", " and ".join(e.sentence for e in pair), _edited(node.name, *pair))
     if not is_tensor(node):
         return
     yield from (Step("operands", *step) for step in _operands(node))
@@ -180,14 +188,14 @@ def _alike(program: Program, nodes: Sequence[fx.Node]) -> Iterator[Step]:
     calls = [n for n in nodes if n.op == "call_function"]
     for target in dict.fromkeys(n.target for n in calls):
         same = [n for n in calls if n.target == target]
-        found: dict[tuple[str, ...], list[tuple[fx.Node, tuple[call_edits.Edit, ...]]]] = {}
+        alike: dict[tuple[str, ...], list[tuple[fx.Node, tuple[call_edits.Edit, ...]]]] = {}
         for node in same if len(same) > 1 else ():
             for changed in (*((e,) for e in call_edits.edits(node, program)), *call_edits.pairs(node, program)):
-                found.setdefault(tuple(e.kind for e in changed), []).append((node, changed))
-        for kinds, edited in found.items():
+                alike.setdefault(tuple(e.kind for e in changed), []).append((node, changed))
+        for kinds, edited in alike.items():
             if len({node for node, _ in edited}) == len(same) == len(edited):
-                words = f"all calls of {target} have {' and '.join(kinds)}"
-                yield Step("all alike", words, _all(*(_edited(node.name, *changed) for node, changed in edited)))
+                sentence = f"all calls of {target} have {' and '.join(kinds)}"
+                yield Step("all alike", sentence, _all(*(_edited(node.name, *changed) for node, changed in edited)))
 
 
 def _all(*changes: Change) -> Change:
@@ -241,8 +249,10 @@ def _left_out(name: str, by: str) -> Change:
 
 def _read_twice(name: str, program: Program) -> None:
     node = _find(program, name)
+    inputs = [n for n in program.placeholders if is_tensor(n) and dtype_of(n).is_floating_point]
     with program.graph.inserting_before(program.output):
-        twice = program.graph.call_function(aten.mul.Tensor, (node, 2.0))
+        factor = program.graph.call_function(aten.sum.default, (inputs[0],)) if inputs else 2.0  # not a constant
+        twice = program.graph.call_function(aten.mul.Tensor, (node, factor))
     _also_output(twice.name, program)
 
 
@@ -275,7 +285,9 @@ def _siblings(program: Program, nodes: Sequence[fx.Node]) -> Iterator[Step]:
         for (one, first), (other, second) in itertools.product(reshaped[a], reshaped[b]):
             if first is not None and first == second:
                 yield Step(
-                    "two calls", f"{one.words} and {other.words}", _all(_edited(a.name, one), _edited(b.name, other))
+                    "two calls",
+                    f"{one.sentence} and {other.sentence}",
+                    _all(_edited(a.name, one), _edited(b.name, other)),
                 )
 
 
@@ -290,13 +302,13 @@ def _sizes(program: Program, nodes: Sequence[fx.Node], seed: int) -> Iterator[St
     hidden = [(n.name, edit) for n in calls for edit, _ in call_edits.reshaping(n, program)]
     random.Random(seed).shuffle(hidden)
     for dim, size, other in sizes:
-        words, resize = (
+        sentence, resize = (
             f"inputs have size {other} instead of {size} along dimension {dim}",
             partial(_resize, dim, size, other),
         )
-        yield Step("size", words, resize)
+        yield Step("size", sentence, resize)
         for name, edit in hidden[:HIDDEN]:
-            yield Step("size and argument", f"{words} and {edit.words}", _all(resize, _edited(name, edit)))
+            yield Step("size and argument", f"{sentence} and {edit.sentence}", _all(resize, _edited(name, edit)))
 
 
 def _resize(dim: int, size: int, other: int, program: Program) -> None:

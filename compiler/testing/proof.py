@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from thresher.approximation.calibration import Calibration
 from thresher.errors import CaptureError, ProgramError
 from thresher.frontend.capture import capture
-from thresher.ir.lineage import Restore, unfold
+from thresher.ir.lineage import Restore, TrainedApart, unfold
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Pass, PassResult
 from thresher.rewriting.manager import PassManager
@@ -82,6 +82,7 @@ def examine(
     dtypes: Sequence[torch.dtype] = DTYPES,
     context: Callable[[Program], Context] | None = None,
     seed: int = 0,
+    every: bool = False,
 ) -> list[Finding]:
     """Try a pass on cases and say what is wrong.
 
@@ -94,15 +95,17 @@ def examine(
         dtypes: of the models that are tried besides the one in float32.
         context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
 
+        every: return all findings, not only the first of each check and case.
+
     Returns: one finding for each check and case that failed, the first one found.
     """
     chosen = make_pass(item)
     findings: list[Finding] = []
     for case in cases:
         trial = _Trial(chosen, case, list(first), context or (lambda program: Context()), seed)
-        seen: dict[str, Finding] = {}
+        seen: dict[Any, Finding] = {}
         for finding in trial.run(draws, misses, dtypes):
-            seen.setdefault(finding.check, finding)
+            seen.setdefault(finding if every else finding.check, finding)
         findings += seen.values()
     return findings
 
@@ -227,9 +230,9 @@ class _Trial:
         First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for.
         """
         training = _Training(original, state, after.rounded(), after.lineage, self.seed)
-        names = sorted(training.small.trainable())
         try:
-            returning = [name for name in names if training.returns([name])]
+            ways = {name: training.way_back(name) for name in sorted(training.small.trainable())}
+            returning = [name for name, hindrance in ways.items() if hindrance is None]
             fault = training.fault(returning)
             single = next((name for name in returning if fault and training.fault([name])), "")
         except Exception as error:
@@ -240,6 +243,10 @@ class _Trial:
             yield Finding(
                 "way back", where, f"{what} trained and unfolded, the original computes something else: {fault}"
             )
+        apart = next((error for error in ways.values() if isinstance(error, TrainedApart)), None)
+        if apart and not self.item.keeps_copies:
+            cure = "refuse where a constant is read elsewhere, too, or say keeps_copies = True"
+            yield Finding("way back", where, f"{apart}: {cure}")
 
     # ------------------------------------------------------------------ other captures
 
@@ -278,7 +285,10 @@ class _Trial:
                 yield Finding("batch", where, f"with {len(more[0])} samples instead of {len(args[0])}: {differs}")
 
     def _near_misses(self, program: Program, result: PassResult, where: str, limit: int) -> Iterator[Finding]:
-        """Graphs one step off go through all checks of a program, the way back included."""
+        """Graphs one step off go through all checks of a program, the way back included.
+
+        A pass that keeps copies has none where a constant is read twice.
+        """
         if self.item.kind != "exact":
             return
         for change, other in near_misses(program, {n.node for n in result.rewrites}, limit, self.seed):
@@ -286,7 +296,8 @@ class _Trial:
             outcome, wrong = self._apply(other, where)
             if outcome is not None:
                 wrong += self._judge(other, outcome, where)
-            if outcome is not None and outcome.rewrites:
+            copies = self.item.keeps_copies and any(len(n.users) > 1 for n in other.graph.nodes if n.op == "get_attr")
+            if outcome is not None and outcome.rewrites and not copies:
                 wrong += self._way_back(other, other.constants, outcome.program, where)
             yield from (Finding("near miss", where, f"where {change}: {one.check}: {one.message}") for one in wrong)
 
@@ -301,13 +312,13 @@ class _Training:
     lineage: Sequence[Restore]
     seed: int
 
-    def returns(self, names: Sequence[str]) -> bool:
-        """Return whether there is a way back for these parameters."""
+    def way_back(self, name: str) -> ProgramError | None:
+        """Return why there is no way back for a parameter that is trained; None where there is one."""
         try:
-            self._unfolded(self._trained(names))
-        except ProgramError:
-            return False
-        return True
+            self._unfolded(self._trained([name]))
+        except ProgramError as error:
+            return error
+        return None
 
     def fault(self, names: Sequence[str]) -> str:
         """Return how far the original is from the result where these parameters are trained; empty where they are equal."""

@@ -43,6 +43,7 @@ class EvaluateConstants(Pass):
     """Replace calls on constants by their value."""
 
     name: ClassVar[str] = "evaluate-constants"
+    keeps_copies: ClassVar[bool] = True
     limit: int = 1 << 24  # a result may have this many elements, or as many as the constants it is made from
 
     def __post_init__(self) -> None:
@@ -134,12 +135,23 @@ MOVES = (
 )  # fmt: skip
 
 
+def _sources(value: Any) -> set[fx.Node]:
+    """Return the constants that a factor is computed of."""
+    constants, todo = set(), [value] if isinstance(value, fx.Node) else []
+    while todo:
+        node = todo.pop()
+        constants |= {node} if node.op == "get_attr" else set()
+        todo += node.all_input_nodes
+    return constants
+
+
 def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: dict[fx.Node, Any]) -> Restore | None:
     """Return the way from an evaluated constant back to its parameter, through products with constants (masks) and moved elements.
 
-    None where there is another operator in between.
+    None where there is another operator in between, or where a factor is computed of the parameter itself.
     """
     factor: Tensor | float = 1.0
+    factors: set[fx.Node] = set()
     moves: list[fx.Node] = []
     source = node
     while source.op != "get_attr":
@@ -147,6 +159,7 @@ def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: di
         if source.target is aten.mul.Tensor and not moves and isinstance(first, fx.Node):
             other = source.args[1]
             factor = factor * (values_of[other].double() if isinstance(other, fx.Node) else other)
+            factors |= _sources(other)
         elif source.target in MOVES and isinstance(first, fx.Node):
             moves.append(source)
         else:
@@ -164,7 +177,7 @@ def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: di
             value = target(value, *rest, **kwargs)
         return value
 
-    if not original.is_floating_point():
+    if not original.is_floating_point() or source in factors:
         return None
     inner = moved(name_of_result, name, original, move)
 

@@ -36,10 +36,13 @@ class ShareKeyHeads(Pass):
     def apply(self, program: Program, context: Context) -> PassResult:
         work, notes = program.clone(), []
         for node in work.calls(SDPA):
-            k, v = (_before_repetition(n) for n in node.args[1:3])
+            q, *repeated = node.args[:3]
+            k, v = (_before_repetition(n) for n in repeated)
             if k is None or v is None or shape_of(k)[1] != shape_of(v)[1] or argument(node, 7, "enable_gqa", False):
                 continue
-            node.args = (node.args[0], k, v, *node.args[3:])
+            if any(shape_of(q)[1] != shape_of(n)[1] for n in repeated):  # one of them is broadcast
+                continue
+            node.args = (q, k, v, *node.args[3:])
             node.kwargs = {**node.kwargs, "enable_gqa": True}
             notes.append(Note.at(node, f"{shape_of(node)[1]} query heads share {shape_of(k)[1]} key heads"))
         return PassResult(work.clean(), notes) if notes else PassResult(program)

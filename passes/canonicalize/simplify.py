@@ -49,6 +49,7 @@ class Simplify(Pass):
     """Drop no-ops and unify spellings."""
 
     name: ClassVar[str] = "simplify"
+    keeps_copies: ClassVar[bool] = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work = program.clone()

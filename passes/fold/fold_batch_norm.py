@@ -39,6 +39,7 @@ class FoldBatchNorm(Pass):
     """Fold evaluation-mode batch norm into the convolution or linear before it, else after it, else into mul and add."""
 
     name: ClassVar[str] = "fold-batch-norm"
+    keeps_copies: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("evaluate-constants",)
     target_ops: ClassVar[tuple] = (NORM,)
 
@@ -48,8 +49,17 @@ class FoldBatchNorm(Pass):
             if any(n is not None and work.constant(n) is None for n in node.args[1:5]):
                 refusals.append(Note.at(node, "the statistics or the affine parameters are computed, not constant"))
                 continue
+            if len(constants := _parameters(work, node)) != len(set(constants)):
+                refusals.append(Note.at(node, "one parameter stands in two places"))
+                continue
             notes.append(Note.at(node, _fold(work, node)))
         return PassResult(work.clean().propagate(), notes, refusals) if notes else PassResult(program, [], refusals)
+
+
+def _parameters(program: Program, node: fx.Node) -> list[fx.Node]:
+    """Return the constants of a batch norm, and of the call that it may be folded into."""
+    calls = (node, node.args[0]) if isinstance(node.args[0], fx.Node) else (node,)
+    return [a for call in calls for a in call.args if program.constant(a) is not None]
 
 
 def _fold(program: Program, node: fx.Node) -> str:
@@ -111,7 +121,7 @@ def _into_producer(program: Program, norm: fx.Node, source: fx.Node, scale: Tens
     if isinstance(kind, Linear) and len(shape_of(source)) != 2:
         return False  # batch norm's channel is dimension 1, linear's the last
     weight, bias = program.constant(source.args[1]), program.constant(argument(source, 2, "bias"))
-    if weight is None or (argument(source, 2, "bias") is not None and bias is None):
+    if weight is None or not _has_own_bias(program, source):
         return False
     if isinstance(kind, Convolution) and kind.transposed:
         groups = kind.groups(source)
@@ -183,11 +193,13 @@ def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bo
             padding == "valid" or not any([padding] if isinstance(padding, int) else padding)
         )
         fits = not kind.transposed and kind.groups(user) == 1 and (unpadded or not bool(shift.any()))
-    return (
-        fits
-        and program.constant(user.args[1]) is not None
-        and all(program.constant(n) is not None for n in [argument(user, 2, "bias")] if n is not None)
-    )
+    return fits and program.constant(user.args[1]) is not None and _has_own_bias(program, user)
+
+
+def _has_own_bias(program: Program, call: fx.Node) -> bool:
+    """Return whether the bias of a layer, if it has one, is a constant with a number for each channel."""
+    bias = argument(call, 2, "bias")
+    return bias is None or (program.constant(bias) is not None and shape_of(bias) == shape_of(call)[1:2])
 
 
 def set_weights(program: Program, node: fx.Node, weight: Tensor, bias: Tensor) -> tuple[str, str]:

@@ -54,6 +54,7 @@ class FoldChannels(Pass):
     """Cut known and unread channels, heads, hidden units and dead branches out of the weights and the graph."""
 
     name: ClassVar[str] = "fold-channels"
+    keeps_copies: ClassVar[bool] = True
     strict: bool = False
     round_to: int = 0  # keep dead channels up to a multiple of this (0: the target's tile, 1: never) ...
     slack: float = 0.125  # ... where that is at most this fraction more: a part-filled tile costs as much as a full one

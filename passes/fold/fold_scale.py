@@ -38,6 +38,7 @@ class FoldScale(Pass):
     """Fold constant factors into the convolution or linear layer before them, through a threshold where one stands between."""
 
     name: ClassVar[str] = "fold-scale"
+    keeps_copies: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("simplify",)
     target_ops: ClassVar[tuple] = (aten.mul.Tensor, aten.div.Tensor)
 

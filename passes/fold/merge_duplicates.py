@@ -39,6 +39,7 @@ class MergeDuplicates(Pass):
     """Let every layer read one of several equal channels."""
 
     name: ClassVar[str] = "merge-duplicates"
+    keeps_copies: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("fold-batch-norm",)
 
     def apply(self, program: Program, context: Context) -> PassResult:

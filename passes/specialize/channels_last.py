@@ -27,6 +27,7 @@ class ChannelsLast(Pass):
     """Run the image part of the graph on channels-last activations."""
 
     name: ClassVar[str] = "channels-last"
+    keeps_copies: ClassVar[bool] = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         layout = Layout(program.clone())

@@ -533,7 +533,7 @@ def any_clamp(work: Program, clamp: fx.Node) -> bool:
     aten.relu.default,
     function("relu of 2 x", lambda x: F.relu(x * 2.0).exp(), ("n", "c")),
     "near miss",
-    "has -2.0 where it had 2.0",
+    "other=-2.0 where it had 2.0",
 )
 def factor_through_relu(work: Program, relu: fx.Node) -> bool:
     mul = relu.args[0]

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import thresher
 from thresher.errors import ProgramError
+from thresher.ir.lineage import TrainedApart, moved, unfold
 from thresher.testing import ZOO, mask_channels, settle
 from thresher.verification.compare import compare
 
@@ -74,3 +75,55 @@ def test_a_copy_knows_the_way_back() -> None:
     with torch.no_grad():
         next(twin.parameters()).zero_()
     assert bool(next(small.parameters()).any())
+
+
+W = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+MOVES = {"whole": lambda t: t, "rows": lambda t: t[:2]}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_copies_that_were_trained_apart_are_named(move: str) -> None:
+    """A parameter that one call reads as it is, and another one from a copy: tied weights, where a pass moved one of them."""
+    lineage = [moved("copy", "weight", W, MOVES[move])]
+    initial = {"weight": W, "copy": MOVES[move](W)}
+    for name in initial:
+        with pytest.raises(TrainedApart, match=r"copies of weight were trained apart \(one of them in copy\)"):
+            unfold({"weight": W}, lineage, initial, {**initial, name: initial[name] * 1.01})
+    both = {name: value * 1.01 for name, value in initial.items()}
+    assert torch.equal(unfold({"weight": W}, lineage, initial, initial)["weight"], W)
+    assert torch.equal(unfold({"weight": W}, lineage, initial, both)["weight"], W * 1.01)
+
+
+def test_parts_of_a_parameter_may_be_trained_apart() -> None:
+    lineage = [moved("upper", "weight", W, lambda t: t[:1]), moved("lower", "weight", W, lambda t: t[1:])]
+    trained = {"upper": W[:1] * 2, "lower": W[1:] * 3}
+    back = unfold({"weight": W}, lineage, {"upper": W[:1], "lower": W[1:]}, trained)
+    assert torch.equal(back["weight"], torch.cat([W[:1] * 2, W[1:] * 3]))
+
+
+def test_two_copies_of_a_parameter_that_is_gone() -> None:
+    lineage = [moved("a", "weight", W, lambda t: t.mT), moved("b", "weight", W, lambda t: t[:2])]
+    initial = {"a": W.mT.contiguous(), "b": W[:2]}
+    with pytest.raises(TrainedApart, match="copies of weight"):
+        unfold({"weight": W}, lineage, initial, {**initial, "a": initial["a"] * 1.5})
+
+
+def test_tied_weights_of_a_real_module_are_not_lost_silently() -> None:
+    """A batch norm is folded into one of two layers that share their weight."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.norm(self.a(x))))
+
+    small = thresher.rewrite(settle(Tied()), (torch.randn(5, 4),))
+    assert len([p for p in small.parameters() if p.dim() == 2]) == 2
+    small.unfold()
+    with torch.no_grad():
+        next(p for p in small.parameters() if p.dim() == 2).mul_(1.1)
+    with pytest.raises(TrainedApart, match="freeze them before training"):
+        small.unfold()

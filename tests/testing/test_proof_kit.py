@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -29,9 +31,8 @@ def test_planted_defects_are_caught(name: str) -> None:
     """Each by the check, and in the words, that say what is wrong: not by luck."""
     item, case, check, words = PLANTED[name]
     only = {"misses": 60 if check == "near miss" else 0, **({} if check == "dtypes" else {"dtypes": ()})}
-    findings = examine(item, case, draws=2, **only)
-    mine = [f for f in findings if f.check == check]
-    assert mine and words in mine[0].message, findings
+    findings = examine(item, case, draws=2, every=True, **only)
+    assert any(f.check == check and words in f.message for f in findings), findings
 
 
 def test_enough_are_planted() -> None:
@@ -51,6 +52,37 @@ def test_a_case_that_tests_nothing_is_named() -> None:
     assert finding.check == "idle" and "rewrote nothing" in finding.message
     with pytest.raises(AssertionError, match="idle: no norm"):
         prove("fold-batch-norm", idle)
+
+
+def test_draws_have_every_pair_of_values() -> None:
+    case = Case("sizes", lambda **sizes: None, a=(1, 2, 3), b=("x", "y"), c=(True, False), d=(None, [1]))
+    draws = list(case.draws())
+    assert draws[0] == {"a": 1, "b": "x", "c": True, "d": None} and draws[1] == {"a": 3, "b": "y", "c": False, "d": [1]}
+    assert 6 <= len(draws) <= 8  # of 24
+    for one, other in itertools.combinations(case.sizes, 2):
+        wanted = len(case.sizes[one]) * len(case.sizes[other])
+        assert len({(repr(d[one]), repr(d[other])) for d in draws}) == wanted
+    assert draws == list(case.draws()) and list(case.draws(2)) == draws[:2]
+
+
+def test_a_value_that_never_meets_a_rewrite_is_named() -> None:
+    def build(kind: str, n: int) -> tuple[nn.Module, tuple]:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4) if kind == "norm" else nn.ReLU()), (
+            torch.randn(n, 3, 5, 5),
+        )
+
+    sizes = {"kind": ("norm", "relu"), "n": (1, 2)}
+    (finding,) = examine("fold-batch-norm", Case("kinds", build, **sizes))
+    assert finding.check == "unmet" and "kind=relu: no rewrite seen; if that is meant, say Case(" in finding.message
+    prove("fold-batch-norm", Case("kinds", build, refused={"kind": ("relu",)}, **sizes))
+    (finding,) = examine("fold-batch-norm", Case("kinds", build, refused={"kind": ("norm", "relu")}, **sizes))
+    assert "kind=norm is said to be refused, and was rewritten" in finding.message
+
+
+def test_a_way_back_is_judged_parameter_by_parameter() -> None:
+    """One without a way back hides no other, and the wrong one is named."""
+    findings = examine(MergeParallel(FAULTS[-1]), BEGINNERS, misses=0, dtypes=())
+    assert [f.check for f in findings] == ["way back"] and "where 'wide.weight" in findings[0].message
 
 
 def test_before_after_and_refusals() -> None:
