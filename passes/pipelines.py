@@ -1,6 +1,7 @@
 """The built-in pipelines, readable as a table of contents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from thresher.passes.attention.pool_keys import PoolKeys
 from thresher.passes.attention.pool_values import PoolValues
@@ -29,12 +30,14 @@ from thresher.passes.sparsity.threshold_activations import ThresholdActivations
 from thresher.passes.specialize.channels_last import ChannelsLast
 from thresher.passes.tokens.reduce_tokens import ReduceTokens
 from thresher.rewriting.contract import Pass
+from thresher.rewriting.pipeline import Pipeline, read_changed
+from thresher.rewriting.registry import pass_names, unknown_pass
 
 #: A pipeline by name, a pass as text, or a list of both and of instances.
 Passes = str | Sequence[str | Pass]
 
 #: One spelling for each thing.
-canonicalize = (
+canonicalize = Pipeline(
     EvaluateConstants(),  # masks, parametrizations, position grids
     ComplexNumbers(),  # pairs of real numbers; Fourier transforms are products
     Simplify(),  # no-ops, split -> slice, x @ W -> linear
@@ -45,7 +48,7 @@ canonicalize = (
 )
 
 #: The same function, smaller. The default of compile().
-exact = (
+exact = Pipeline(
     *canonicalize,
     FoldBatchNorm(),  # batch norm into its neighbours
     FoldScale(),  # constant factors into the layer before
@@ -58,7 +61,7 @@ exact = (
 )
 
 #: Not the same function: cheaper within a budget. They need calibration samples.
-approximate = (
+approximate = Pipeline(
     DropSublayers(),  # branches that change little
     ReduceTokens(),  # layers pass fewer tokens on
     ShareAttention(),  # weights of the layer before
@@ -72,15 +75,27 @@ approximate = (
 )
 
 #: Nothing but the capture.
-none = ()
+none = Pipeline()
 
 #: The form that TVM's kernels run best; the driver appends it for that backend.
-specialize = (Simplify(), ChannelsLast(), SkipPrunedWeights(), SkipZeros())
+specialize = Pipeline(Simplify(), ChannelsLast(), SkipPrunedWeights(), SkipZeros())
 
 NAMED = {"exact": exact, "canonicalize": canonicalize, "approximate": approximate, "none": none}
 
 
-def resolve(passes: Passes) -> list[str | Pass]:
-    """Return the passes in order: the name of a pipeline stands for its passes, everything else for itself."""
-    items = [passes] if isinstance(passes, str) else passes
-    return [p for item in items for p in (NAMED[item] if isinstance(item, str) and item in NAMED else [item])]
+def resolve(passes: Passes | Pass) -> list[str | Pass]:
+    """Return the passes in order: a pipeline, by its name or as it is changed in a text, stands for its passes.
+
+    Raises :class:`PassError` for a name that neither a pipeline nor a pass has.
+    """
+    items: list[Any] = list(passes) if isinstance(passes, (list, tuple)) else [passes]
+    return [p for item in items for p in (_of_text(item) if isinstance(item, str) else [item])]
+
+
+def _of_text(text: str) -> Sequence[str | Pass]:
+    pipeline = read_changed(text, NAMED)
+    if pipeline is not None:
+        return pipeline
+    if (name := text.partition("{")[0]) not in pass_names():
+        raise unknown_pass(name, NAMED)
+    return [text]

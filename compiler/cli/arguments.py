@@ -196,7 +196,8 @@ PASSES.add_argument(
     "--passes",
     default="exact",
     type=passes,
-    help="a pipeline (exact, canonicalize, approximate, none) or passes separated by ';', options in braces",
+    help="a pipeline (exact, canonicalize, approximate, none), also with a pass at a place in it, exact.before(fold-scale, my-pass), or "
+    "passes separated by ';', options in braces",
 )
 
 TARGET = ArgumentParser(add_help=False)

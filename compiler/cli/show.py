@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import thresher
-from thresher.cli.arguments import INPUTS, PASSES, Commands, add_command
+from thresher.cli.arguments import INPUTS, PASSES, Commands, add_command, passes
 from thresher.cli.model import load_model
+from thresher.errors import ThresherError
 
 if TYPE_CHECKING:
+    from thresher.ir.program import Program
     from thresher.rewriting.contract import Pass
+    from thresher.rewriting.manager import PassRecord
 
 
 def add(commands: Commands) -> None:
@@ -37,13 +40,23 @@ def add(commands: Commands) -> None:
 
     parser = add_command(
         commands,
-        "passes [NAME]",
+        "passes [NAME | --graph PASSES MODEL]",
         run_passes,
-        "List all passes with their options, or explain one.",
-        "thresher passes fold-channels",
+        "List all passes with their options, explain one, or show what a graph looks like between passes.",
+        "thresher passes --graph exact mypackage.models:make --input 1x3x224x224",
+        INPUTS,
     )
     parser.add_argument(
-        "name", metavar="NAME", nargs="?", help="a pass: what it does, its options, where it comes from"
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a pass: what it does, its options, where it comes from; with --graph a model",
+    )
+    parser.add_argument(
+        "--graph",
+        metavar="PASSES",
+        type=passes,
+        help="print the graph of MODEL before these passes, and what each of them changes",
     )
 
 
@@ -90,9 +103,11 @@ def _json(loaded: thresher.Compiled | thresher.Bundle[thresher.Compiled]) -> str
 
 
 def run_passes(options: Namespace) -> int:
-    """Print a line for each pass, or the documentation of one."""
+    """Print a line for each pass, the documentation of one, or the graph of a model between passes."""
     from thresher.rewriting.registry import make_pass, registered_passes
 
+    if options.graph is not None:
+        return _print_graphs(options)
     if not options.name:
         for cls in registered_passes().values():
             print(f"{_usage(cls)}\n    {(cls.__doc__ or '').strip().splitlines()[0]}")
@@ -105,6 +120,28 @@ def run_passes(options: Namespace) -> int:
         print(f"runs after {', '.join(cls.requires)}")
     print(f"from {cls.__module__}")
     return 0
+
+
+def _print_graphs(options: Namespace) -> int:
+    """Print the graph before the first pass, and after each pass what it rewrote, and the lines that differ."""
+    from thresher.passes.pipelines import resolve
+    from thresher.rewriting.manager import PassManager
+
+    if not options.name:
+        raise ThresherError("--graph needs a MODEL")
+    program = thresher.capture(*load_model(options.name, options.input, dict(options.fixed)))
+    print(f"# as captured\n{program.text()}")
+    PassManager(resolve(options.graph), "off", _print_step).run(program)
+    return 0
+
+
+def _print_step(record: PassRecord, before: Program, after: Program) -> None:
+    reason = f": {record.failure}" if record.failure else ""
+    print(f"# after {record.name}: {record.status}{reason}")
+    for note in record.rewrites:
+        print(f"#   {note.module}: {note.message}")
+    if after is not before:
+        print(before.diff(after))
 
 
 def _usage(cls: type[Pass]) -> str:

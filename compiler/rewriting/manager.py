@@ -11,7 +11,7 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from thresher.ir.free_sizes import sizes_kept_free
 from thresher.ir.nodes import module_path
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
+from thresher.rewriting.defects import check_result, describe
 from thresher.rewriting.registry import make_pass
 from thresher.runtime.comparison import Check
 from thresher.verification.certificate import Certificate
@@ -72,7 +73,8 @@ class PassManager:
 
     ``verify="each"`` compares the meaning in float64 after every pass that changed something; ``"final"`` (the default) once at
     the end, and only if that fails runs again with ``"each"`` to find and revert the pass that failed; ``"off"`` checks
-    well-formedness only. Approximate passes are measured by themselves; exact ones after them preserve what they left.
+    well-formedness only. Approximate passes are measured by themselves; exact ones after them preserve what they left. ``watch`` is called
+    after each pass with its record and the programs before and after it.
 
     After :meth:`run`, ``applied`` has an entry for every pass, ``exact`` is the program before the first approximate one, and ``unmade``
     are comparisons that could not be made, because the program itself fails on a random input.
@@ -80,6 +82,7 @@ class PassManager:
 
     passes: Sequence[str | Pass]
     verify: Literal["each", "final", "off"] = "final"
+    watch: Callable[[PassRecord, Program, Program], None] = lambda record, before, after: None
     applied: list[Applied] = field(default_factory=list)
     exact: Program | None = None
     unmade: list[Check] = field(default_factory=list)
@@ -162,11 +165,13 @@ class PassManager:
             start = time.perf_counter()
             if item.target_ops and not any(True for _ in program.calls(*item.target_ops)):
                 done.append(Applied(PassRecord(item.name, 0.0, "skipped", kind=item.kind)))
+                self.watch(done[-1].record, program, program)
                 continue
             applied, after = _apply(item, program, context, before)
             applied.record.seconds = time.perf_counter() - start
             done.append(applied)
             _dump(index, item, program, after)
+            self.watch(applied.record, program, after)
             program = after
         return program, done
 
@@ -178,7 +183,7 @@ def _apply(item: Pass, program: Program, context: Context, before: Observed | No
     record = applied.record
     try:
         with sizes_kept_free(program):
-            applied.result = result = item.apply(program, context)
+            applied.result = result = check_result(item, item.apply(program, context))
             record.rewrites, record.refusals = result.rewrites, result.refusals
             if _fingerprint(program) != fingerprint:
                 raise ProgramError(
@@ -195,7 +200,7 @@ def _apply(item: Pass, program: Program, context: Context, before: Observed | No
     except ThresherError:
         raise
     except Exception as error:
-        record.status, record.failure = "reverted", f"{type(error).__name__}: {error}"
+        record.status, record.failure = "reverted", describe(item, error)
         return applied, program
     record.status = "changed"
     if before is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.metadata
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from thresher.errors import PassError
@@ -34,21 +37,38 @@ def register_pass(cls: type[Pass]) -> type[Pass]:
 
 
 def registered_passes() -> dict[str, type[Pass]]:
-    """Return all passes by name, loading those of every installed package."""
+    """Return all passes by name, loading those of every installed package. One that cannot be loaded is left out with a warning."""
     for entry in importlib.metadata.entry_points(group=GROUP):
-        _load(entry)
+        try:
+            _load(entry)
+        except PassError as error:
+            warnings.warn(str(error), stacklevel=2)
     return dict(sorted(_REGISTRY.items()))
 
 
 def find_pass(name: str) -> type[Pass]:
-    """Return the pass of this name; only its own module is loaded. Raises :class:`PassError` listing the known names."""
+    """Return the pass of this name; only its own module is loaded.
+
+    Raises :class:`PassError` with the name that is nearest and all known names, or the reason why the module cannot be loaded.
+    """
     if name not in _REGISTRY:
-        entries = importlib.metadata.entry_points(group=GROUP)
-        if name not in entries.names:
-            known = sorted({*_REGISTRY, *entries.names})
-            raise PassError(f"unknown pass {name!r}; known passes: {', '.join(known)}")
-        _load(entries[name])
+        if name not in pass_names():
+            raise unknown_pass(name)
+        _load(importlib.metadata.entry_points(group=GROUP)[name])
     return _REGISTRY[name]
+
+
+def pass_names() -> list[str]:
+    """Return the names of all passes; nothing is loaded."""
+    return sorted({*_REGISTRY, *importlib.metadata.entry_points(group=GROUP).names})
+
+
+def unknown_pass(name: str, pipelines: Iterable[str] = ()) -> PassError:
+    """Return the error for a name that neither a pass nor one of the ``pipelines`` has."""
+    near = difflib.get_close_matches(name, [*pipelines, *pass_names()], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    listed = f" pipelines: {', '.join(pipelines)};" if pipelines else ""
+    return PassError(f"unknown pass {name!r}{hint}{listed} known passes: {', '.join(pass_names())}")
 
 
 def make_pass(spec: str | Pass) -> Pass:
@@ -59,6 +79,10 @@ def make_pass(spec: str | Pass) -> Pass:
     """
     if isinstance(spec, Pass):
         return spec
+    if isinstance(spec, type) and issubclass(spec, Pass):
+        raise PassError(f"{spec.__name__} is a class, and a pass is an instance of one: write {spec.__name__}()")
+    if not isinstance(spec, str):
+        raise PassError(f"a pass is an instance of Pass, or a name, and not {spec!r}")
     name, _, options = spec.partition("{")
     cls = find_pass(name)
     if options and not options.endswith("}"):
@@ -67,8 +91,14 @@ def make_pass(spec: str | Pass) -> Pass:
 
 
 def _load(entry: importlib.metadata.EntryPoint) -> None:
-    if entry.name not in _REGISTRY:
+    if entry.name in _REGISTRY:
+        return
+    try:
         register_pass(entry.load())
+    except Exception as error:  # of somebody else's package
+        package = entry.dist.name if entry.dist is not None else "some package"
+        reason = f"{type(error).__name__}: {error}"
+        raise PassError(f"the pass {entry.name!r} of {package} ({entry.value}) cannot be loaded: {reason}") from error
 
 
 def _checked(cls: type[Pass], text: str) -> dict[str, Any]:

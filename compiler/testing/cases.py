@@ -42,6 +42,13 @@ class Case:
         refused: Mapping[str, Sequence[Any]] | None = None,
         **sizes: Sequence[Any],
     ):
+        for size, values in {**sizes, **(refused or {})}.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(
+                    f"case {name!r}: the values of {size} are a sequence, and not {values!r}: {size}=({values!r},)"
+                )
+        if unknown := sorted((refused or {}).keys() - sizes.keys()):
+            raise ValueError(f"case {name!r}: it refuses values of {', '.join(unknown)}, which is no size of it")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "build", build)
         object.__setattr__(self, "sizes", sizes)
@@ -68,11 +75,23 @@ class Case:
     def module(self, sizes: dict[str, Any], dtype: torch.dtype | None = None, seed: int = 0) -> Built:
         """Return the module in evaluation mode and its inputs; floating ones in ``dtype``."""
         torch.manual_seed(seed)
-        model, args = self.build(**sizes)
+        model, args = self._checked(self.build(**sizes))
         if dtype is not None:
             model = model.to(dtype)
             args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        return model.eval(), tuple(args)
+        return model.eval(), args
+
+    def _checked(self, result: Any) -> Built:
+        """Return what the builder returned. Raises :class:`TypeError` where it is no module with its inputs."""
+        start = f"case {self.name!r}: the builder returns (module, inputs), with the inputs in a tuple; "
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{start}it returned a {type(result).__name__}")
+        model, args = result
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{start}its first value is a {type(model).__name__}")
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(f"{start}its second value is a {type(args).__name__}: write (x,) for one input")
+        return model, tuple(args)
 
     def program(self, sizes: dict[str, Any], dtype: torch.dtype | None = None) -> Program:
         """Return the captured module. Raises :class:`CaptureError` where it cannot be captured, as in a dtype that it does not have."""

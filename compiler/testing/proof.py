@@ -35,7 +35,9 @@ from thresher.errors import CaptureError, ProgramError
 from thresher.frontend.capture import capture
 from thresher.ir.lineage import Restore, TrainedApart, unfold
 from thresher.ir.program import Program
+from thresher.passes.pipelines import resolve
 from thresher.rewriting.contract import Context, Pass, PassResult
+from thresher.rewriting.defects import check_result, describe
 from thresher.rewriting.manager import PassManager
 from thresher.rewriting.registry import make_pass
 from thresher.testing.cases import Case, described
@@ -89,7 +91,7 @@ def examine(
     Args:
         item: the pass, or ``name{option=value}``.
         cases: models; the pass is expected to rewrite each of them in at least one size.
-        first: passes that run before it (and are not judged).
+        first: passes, or names of pipelines, that run before it (and are not judged).
         draws: sizes of each case that are tried, at most; default: so many that any two values of its sizes occur together.
         misses: graphs one step off that are tried, per case.
         dtypes: of the models that are tried besides the one in float32.
@@ -156,15 +158,18 @@ class _Trial:
                 yield Finding("unmet", self.case.name, f"{size}={value} is said to be refused, and was rewritten")
 
     def _prepared(self, program: Program) -> Program:
-        return PassManager(self.first, "off").run(program, self.context(program)) if self.first else program
+        passes = resolve(self.first)
+        return PassManager(passes, "off").run(program, self.context(program)) if passes else program
 
     def _apply(self, program: Program, where: str) -> tuple[PassResult | None, list[Finding]]:
         """The result, and what was wrong with the way there."""
         before = Snapshot.of(program)
         try:
-            result = self.item.apply(program, self.context(program))
+            result = check_result(self.item, self.item.apply(program, self.context(program)))
+        except ProgramError as error:
+            return None, [Finding("raises", where, str(error))]
         except Exception as error:
-            return None, [Finding("raises", where, f"{type(error).__name__}: {error}")]
+            return None, [Finding("raises", where, describe(self.item, error))]
         wrong = [Finding("input", where, message) for message in before.changes(program)]
         try:
             result.program.verify()
