@@ -65,6 +65,9 @@ def run_verify(options: Namespace) -> int:
 
     certificate = Certificate.load(options.certificate)
     verdict = verify(certificate)
+    if not verdict.removed:
+        print("nothing was folded: the certificate removes no index")
+        return 0
     print(f"the certificate holds: {verdict.steps} steps, {verdict.values} values, {verdict.removed} removed indices")
     if options.explain:
         print(certificate.explain(*options.explain))

@@ -119,6 +119,8 @@ def _without_aliases(exported: ExportedProgram) -> ExportedProgram:
     if not unread:
         return exported
     module = copy.deepcopy(exported.graph_module)
+    for original, node in zip(exported.graph.nodes, module.graph.nodes):
+        node.name = original.name  # a copy of ``input`` is called ``input_1``, and the signature would not know it
     for node in [n for n in module.graph.nodes if n.name in unread]:
         module.graph.erase_node(node)
     module.recompile()

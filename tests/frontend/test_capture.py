@@ -199,3 +199,12 @@ def test_conversions_in_forward_that_change_nothing() -> None:
     with pytest.raises(CaptureError, match="Router could not be exported"):
         capture(model, (x.double(),))
     assert model.classifier.weight.dtype is torch.float32
+
+
+def test_tied_parameters_beside_an_input_with_the_name_of_a_builtin() -> None:
+    """A copy of torch's graph calls ``input`` another name."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval()
+    model[1].weight = model[0].bias
+    x = torch.randn(2, 3, 5)
+    program = capture(model, (x,))
+    assert torch.equal(program.run(x)[0], model(x)) and len(program.constants) == 5

@@ -54,8 +54,8 @@ class Sizes:
         analyzer = sym.Analyzer()
         for index, variable in enumerate(self._variables.values()):
             analyzer.bind(variable, tirx.IntImm("int64", values[index % len(values)]))
-        found = analyzer.simplify(expression)
-        return int(found) if isinstance(found, tirx.IntImm) else None
+        number = analyzer.simplify(expression)
+        return int(number) if isinstance(number, tirx.IntImm) else None
 
     def unknown(self, size: Size) -> set[sympy.Symbol]:
         """Return the symbols in ``size`` that have no variable yet."""

@@ -65,11 +65,19 @@ def test_before_and_after() -> None:
     check_rewrite("fold-batch-norm", BEFORE, AFTER, constants={"var": torch.linspace(0.5, 2.0, 4)})
 
 
+def tied_bias() -> nn.Module:
+    """The bias of the convolution is the scale of the norm, too."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4))
+    model[1].weight = model[0].bias
+    return model
+
+
 REFUSALS = [
     (
         "the statistics or the affine parameters are computed, not constant",
         lambda: (Function(lambda x, mean: F.batch_norm(x, mean, torch.ones(3))), torch.randn(2, 3, 4), torch.randn(3)),
     ),
+    ("one parameter stands in two places", lambda: (tied_bias(), torch.randn(2, 3, 5))),
 ]
 
 
