@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -121,5 +122,6 @@ def test_failures_of_specialising_passes_are_reported(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pipelines, "specialize", (*pipelines.specialize, Broken()))
     compiled = compile_with(FakeClock(), half_dead(), (X,), target="cpu")
     (record,) = [r for r in compiled.report.passes if r.name == "broken-for-a-test"]
-    assert record.status == "reverted" and record.failure == "ValueError: no such layout"
+    line = inspect.getsourcelines(Broken.apply)[1] + 1
+    assert record.status == "reverted" and record.failure == f"ValueError: no such layout ({__file__}:{line})"
     assert "broken-for-a-test" in str(compiled.report)

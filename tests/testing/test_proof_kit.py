@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -158,4 +159,5 @@ def test_what_a_pass_raises_is_said() -> None:
             raise KeyError("weight")
 
     (raised, idle) = examine(Raises(), Case("identity", lambda: (nn.Tanh(), (torch.randn(2),))))
-    assert raised.message == "KeyError: 'weight'" and idle.check == "idle"
+    line = inspect.getsourcelines(Raises.apply)[1] + 1
+    assert raised.message == f"KeyError: 'weight' ({__file__}:{line})" and idle.check == "idle"
