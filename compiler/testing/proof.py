@@ -96,7 +96,6 @@ def examine(
         misses: graphs one step off that are tried, per case.
         dtypes: of the models that are tried besides the one in float32.
         context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
-
         every: return all findings, not only the first of each check and case.
 
     Returns: one finding for each check and case that failed, the first one found.

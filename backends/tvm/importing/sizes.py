@@ -49,8 +49,10 @@ class Sizes:
 
     def _at(self, expression: Any, values: Sequence[int]) -> int | None:
         """Return the number that an expression has for values of the free sizes, in turn; None where it has other variables."""
-        if isinstance(expression, int):
-            return expression
+        if isinstance(
+            expression, (int, tirx.IntImm)
+        ):  # most are: an analyzer for each dimension of each call takes seconds
+            return int(expression)
         analyzer = sym.Analyzer()
         for index, variable in enumerate(self._variables.values()):
             analyzer.bind(variable, tirx.IntImm("int64", values[index % len(values)]))
