@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx.backend.test.loader import load_model_tests
 from torch import Tensor
 
+from benchmarks.conformance.suites.onnx_nodes import node_tests, stored_data
 from thresher.errors import CaptureError
 from thresher.frontend.onnx.dtypes import HOLDERS, torch_dtype
 from thresher.frontend.onnx.model import OnnxModel
@@ -69,18 +67,10 @@ def run(model: onnx.ModelProto, *inputs: Any, **fixed: Any) -> Any:
         return OnnxModel(model, fixed)(*inputs)
 
 
-@cache
-def node_tests() -> dict[str, Any]:
-    """All tests of operators that ONNX has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tests compute with infinities on purpose
-        return {test.name: test for test in load_model_tests(kind="node")}
-
-
 def stored_node_test(name: str) -> StoredTest:
     """Return one of them. Raises :class:`Unsupported` for types that torch does not have."""
     test = node_tests()[name]
-    inputs, outputs = test.data_sets[0]
+    inputs, outputs = stored_data(name)
     graph = test.model.graph
     return StoredTest(
         test.model,

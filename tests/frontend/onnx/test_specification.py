@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.conformance.suites.onnx_nodes import node_tests
 from helpers.onnx_cases import (
     DATA,
     StoredTest,
     difference,
     light_model_test,
-    node_tests,
     stored_model_tests,
     stored_node_test,
     with_constants,
