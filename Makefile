@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: debian demo test lint docs bench gpu-bench coverage conformance clean
+.PHONY: debian demo test lint docs bench gpu-bench coverage conformance mutation clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +48,10 @@ coverage: $(READY)
 # hours; what a run that was stopped has judged stays judged
 conformance: $(READY)
 	$(BIN)/python -m benchmarks.conformance.run --jobs 2
+
+# an hour: what the cases of our passes do not notice
+mutation: $(READY)
+	$(BIN)/python benchmarks/mutation.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

@@ -158,6 +158,14 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """Return a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise ArgumentTypeError(f"must be at least 0, not {number}")
+    return number
+
+
 def fraction(text: str) -> float:
     """Return a number between 0 and 1, without these."""
     number = float(text)

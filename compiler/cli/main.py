@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from thresher.cli import build, check, compare, demo, show, tune
+from thresher.cli import build, check, compare, demo, prove, show, tune
 from thresher.errors import ThresherError
 
 #: In groups, on one screen: argparse lists commands in one column without groups.
@@ -28,6 +28,7 @@ check
   validate  let an artifact prove itself on this machine
   verify    check the certificate of a fold, without the optimiser
   blame     find the pass or the operator that makes a result wrong
+  prove     try a pass on its cases, and its cases on changes of the pass
 try
   demo      prune, fold, compile and check a real pretrained model
 
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True, metavar="COMMAND", prog="thresher", parser_class=argparse.ArgumentParser
     )
-    for group in (build, tune, show, compare, check, demo):
+    for group in (build, tune, show, compare, check, prove, demo):
         group.add(commands)
     return parser
 

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.errors import PassError
 from thresher.frontend.capture import capture
 from thresher.ir.program import Program
+from thresher.rewriting.contract import Context, Pass
+from thresher.rewriting.registry import make_pass
 
 Built = tuple[nn.Module, tuple]
 
@@ -97,6 +100,29 @@ class Case:
         """Return the captured module. Raises :class:`CaptureError` where it cannot be captured, as in a dtype that it does not have."""
         model, args = self.module(sizes, dtype)
         return capture(model, args)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case of one pass, and how the pass is run on it: its options, the passes ``first``, and what it may look at.
+
+    ``Entry(case, "{limit=5}", first=("simplify",))``. A table of passes has entries: ``CASES = {"my-pass": [Entry(case)]}``.
+    """
+
+    case: Case
+    options: str = ""
+    first: Sequence[str | Pass] = ()
+    context: Callable[[Program], Context] | None = None
+
+    def configured(self, item: str | Pass) -> Pass:
+        """Return the pass with the options of this entry, which go with the name of a pass only."""
+        if not self.options:
+            return make_pass(item)
+        if not isinstance(item, str) or "{" in item:
+            raise PassError(
+                f"case {self.case.name!r} has the options {self.options}: name the pass without any, not {item}"
+            )
+        return make_pass(item + self.options)
 
 
 def _pairs(row: tuple[int, ...]) -> set[tuple]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helpers.cases import attention, canonicalize, fold, layers, sparsity, specialize, tokens
-from helpers.cases.base import Entry
+from thresher.testing import Entry
 
 CASES: dict[str, list[Entry]] = {
     **canonicalize.CASES, **fold.CASES, **attention.CASES, **layers.CASES, **sparsity.CASES, **specialize.CASES, **tokens.CASES,

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.attention import Layers, sequences
-from helpers.cases.base import Entry, calibrated
+from helpers.cases.contexts import calibrated
 from helpers.masked_attention import Masked, band, qkv
 from helpers.modules import Function
-from thresher.testing import Case
+from thresher.testing import Case, Entry
 
 
 def banded(rows: int) -> tuple[nn.Module, tuple]:

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from helpers.cases.base import Entry
 from helpers.modules import Function
-from thresher.testing import Case
+from thresher.testing import Case, Entry
 
 
 def masked(n: int, c: int) -> tuple[nn.Module, tuple]:

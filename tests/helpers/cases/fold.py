@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.cases.base import Entry
 from helpers.folds import Net, kill
 from helpers.planted import CONV_BN, MLP
 from thresher.passes import pipelines
-from thresher.testing import Case, settle
+from thresher.testing import Case, Entry, settle
 
 
 def forward_norm(n: int, c: int) -> tuple[nn.Module, tuple]:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.cases.base import Entry, calibrated
+from helpers.cases.contexts import calibrated
 from helpers.folds import Net
-from thresher.testing import Case
+from thresher.testing import Case, Entry
 
 
 def residual(n: int, c: int) -> tuple[nn.Module, tuple]:

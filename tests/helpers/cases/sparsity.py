@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.cases.base import Entry, calibrated, skipping
+from helpers.cases.contexts import calibrated, skipping
 from helpers.folds import Net
-from thresher.testing import Case
+from thresher.testing import Case, Entry
 
 
 def pruned(n: int, c: int) -> tuple[nn.Module, tuple]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from helpers.cases.base import Entry
-from thresher.testing import Case
+from thresher.testing import Case, Entry
 
 
 def image(n: int, c: int) -> tuple[nn.Module, tuple]:

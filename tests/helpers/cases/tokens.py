@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from helpers.attention import Layers, sequences
-from helpers.cases.base import Entry, calibrated
-from thresher.testing import Case
+from helpers.cases.contexts import calibrated
+from thresher.testing import Case, Entry
 
 
 def layers(tokens: int) -> tuple[nn.Module, tuple]:

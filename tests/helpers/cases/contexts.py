@@ -1,9 +1,8 @@
-"""The form of an entry of the table of cases, and the contexts that approximate and specialising passes need."""
+"""The contexts that cases of approximate and specialising passes need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +13,9 @@ from thresher import Budget
 from thresher.analysis.cost.break_even import BreakEven, Layer
 from thresher.approximation.calibration import Calibration
 from thresher.ir.program import Program
-from thresher.rewriting.contract import Context, Pass
-from thresher.testing import Case, prove
+from thresher.rewriting.contract import Context
 
 SAMPLES = 6
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A case, and how the pass is run on it: its options, the passes ``first``, and what it may look at."""
-
-    case: Case
-    options: str = ""
-    first: Sequence[str | Pass] = ()
-    context: Callable[[Program], Context] | None = None
-
-    def prove(self, name: str) -> None:
-        """Put the case through the whole proof kit. Raises :class:`AssertionError` with all findings."""
-        prove(name + self.options, self.case, first=self.first, draws=2, context=self.context)
 
 
 def calibrated(limit: float, noise: float = 1.0) -> Callable[[Program], Context]:

@@ -1,0 +1,1 @@
+"""Mutation of passes: which changes of its source does the proof kit notice?"""
