@@ -1,49 +1,49 @@
-"""``run_decompositions`` without two costs that are half of what a small model takes to capture.
+"""``run_decompositions`` without the costs that are most of what a small model takes to capture.
 
-torch asks the dispatcher for all composite operators once for each of its fifty namespaces; and it gives each of some six hundred
-operators twenty kernels for the time of the call, with a function, and its annotations, made anew for each. Both are private to torch:
-where a version has them no more, nothing is replaced.
+Composite operators are those that torch itself computes by others. For each call torch lists them, once for each of its fifty
+namespaces and that three times, and gives each of some six hundred of them twenty-one kernels for the time of the call: those that
+decompose them as torch does anyway, too. All of this is private to torch: where a version has it no more, nothing is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-import torch._export.utils
+from torch import _export, export
 from torch._C import DispatchKey
 from torch._ops import OperatorBase
 
-LIST_OPERATORS = "_materialize_cpp_cia_ops"
-list_operators: Callable[[], None] | None = getattr(torch._export.utils, LIST_OPERATORS, None)
-torch_py_impl = OperatorBase.py_impl
+COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 
 @contextlib.contextmanager
 def fast_decompositions() -> Iterator[None]:
     """Make ``run_decompositions`` fast for the time of the block. Of several threads the first that ends makes the others slower."""
-    if list_operators is not None:
-        list_operators()  # no operator is registered meanwhile: once is enough
-        setattr(torch._export.utils, LIST_OPERATORS, lambda: None)
-    OperatorBase.py_impl = _py_impl
-    try:
+    once = functools.cache(functools.cache)  # no operator is registered meanwhile; both modules have the same list
+    with contextlib.ExitStack() as stack:
+        _replace(stack, _export.utils, "_materialize_cpp_cia_ops", once)
+        for module in (export.exported_program, export.decomp_utils):
+            _replace(stack, module, "_collect_all_valid_cia_ops", once)
+        _replace(stack, export.exported_program, "_override_composite_implicit_decomp", _of_others)
         yield
-    finally:
-        OperatorBase.py_impl = torch_py_impl
-        if list_operators is not None:
-            setattr(torch._export.utils, LIST_OPERATORS, list_operators)
 
 
-def _py_impl(self: OperatorBase, key: Any) -> Callable[[Any], Any]:
-    """Register a kernel as ``py_impl`` does for a dispatch key; leave everything else to torch."""
-    if not isinstance(key, DispatchKey) or key == DispatchKey.Python or key in self.py_kernels:
-        return torch_py_impl(self, key)
+def _replace(stack: contextlib.ExitStack, module: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put what is made from a function of a module in its place until the stack is left."""
+    original = getattr(module, name, None)
+    if original is not None:
+        setattr(module, name, make(original))
+        stack.callback(setattr, module, name, original)
 
-    def register(kernel):  # without annotations: they are what takes the time
-        self.py_kernels[key] = kernel
-        self._dispatch_cache.clear()
-        return kernel
 
-    return register
+def _of_others(override: Callable[[Mapping], Any]) -> Callable[[Mapping], Any]:
+    """Return the function as one that leaves operators alone which are decomposed as torch does anyway."""
+    return lambda table: override({op: kernel for op, kernel in table.items() if not _is_default(op, kernel)})
+
+
+def _is_default(op: OperatorBase, kernel: Any) -> bool:
+    in_cpp = isinstance(kernel, functools.partial) and kernel.func.__name__ == "_special_op_to_decompose_cia"
+    return in_cpp or op.py_kernels.get(COMPOSITE) is kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,6 @@ from torch.nn.attention.flex_attention import flex_attention
 from helpers.modules import Function
 from thresher.errors import CaptureError
 from thresher.frontend.capture import capture
-from thresher.frontend.fast_decompositions import torch_py_impl
 from thresher.testing import ZOO, settle
 
 
@@ -166,10 +166,17 @@ def test_padding_leaves_a_free_dimension_free() -> None:
 def test_the_fast_decomposition_is_that_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = ZOO[name]()
     quick = capture(settle(model), args).text()
-    kernel = torch._ops.OperatorBase.py_impl
     monkeypatch.setattr(sys.modules["thresher.frontend.decompositions"], "fast_decompositions", contextlib.nullcontext)
     assert capture(model, args).text() == quick
-    assert torch._ops.OperatorBase.py_impl is kernel is torch_py_impl
+
+
+@pytest.mark.parametrize(
+    "where", ["export.exported_program._override_composite_implicit_decomp", "_export.utils._materialize_cpp_cia_ops"]
+)
+def test_what_makes_it_fast_lasts_for_a_capture(where: str) -> None:
+    function = operator.attrgetter(where)(torch)
+    capture(Function(torch.relu).eval(), (torch.eye(3),))
+    assert operator.attrgetter(where)(torch) is function
 
 
 def test_sparse_values_are_refused_by_name() -> None:
