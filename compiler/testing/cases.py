@@ -104,15 +104,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case of one pass, and how the pass is run on it: its options, the passes ``first``, and what it may look at.
+    """A case of one pass, and how the pass is run on it.
 
     ``Entry(case, "{limit=5}", first=("simplify",))``. A table of passes has entries: ``CASES = {"my-pass": [Entry(case)]}``.
+
+    Attributes:
+        case: the models.
+        options: of the pass.
+        first: passes that run before it.
+        context: what the pass may look at, made for each program.
+        draws, misses: sizes, and graphs one step off, that are tried at most, whatever the other cases of the pass have.
     """
 
     case: Case
     options: str = ""
     first: Sequence[str | Pass] = ()
     context: Callable[[Program], Context] | None = None
+    draws: int | None = None
+    misses: int | None = None
 
     def configured(self, item: str | Pass) -> Pass:
         """Return the pass with the options of this entry, which go with the name of a pass only."""

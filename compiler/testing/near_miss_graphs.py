@@ -95,12 +95,14 @@ def _up_to(program: Program, name: str) -> Program:
 
 
 def _changed(program: Program, change: Change) -> Program | None:
-    """The program after a step; None where it cannot run, or draws random numbers."""
+    """Return the program after a step; None where it cannot run, has no defined result, or draws random numbers."""
     changed, reports = program.clone(), logging.getLogger("torch._subclasses.fake_tensor")
     before, reports.disabled = reports.disabled, True  # it reports every call whose arguments do not fit
     try:
         change(changed)
         changed.clean().propagate().verify()
+        if _reads_beyond(changed):
+            return None
         results = changed.run(*changed.probe, dtype=torch.float64)
         if _is_random(changed) and compare(results, changed.run(*changed.probe, dtype=torch.float64)).exceeds(0.0):
             return None
@@ -109,6 +111,12 @@ def _changed(program: Program, change: Change) -> Program | None:
     finally:
         reports.disabled = before
     return changed
+
+
+def _reads_beyond(program: Program) -> bool:
+    """Return whether a batch norm has more channels than its constants have numbers: it does not check that, and reads on."""
+    norms = program.calls(aten._native_batch_norm_legit_no_training.default)
+    return any(shape_of(v) != shape_of(n.args[0])[1:2] for n in norms for v in n.args[1:5] if v is not None)
 
 
 def _is_random(program: Program) -> bool:
@@ -124,8 +132,10 @@ def _region(program: Program, around: Collection[str]) -> set[fx.Node]:
 
 
 def _steps(program: Program, node: fx.Node) -> Iterator[Step]:
-    if node.op == "get_attr" and program.constants[node.target].is_floating_point():
-        yield from (Step("constant", *step) for step in _constants(node, program))
+    if node.op == "get_attr":
+        yield Step("computed", f"{node.target} is computed in the graph", partial(_computed, node.name))
+        if program.constants[node.target].is_floating_point():
+            yield from (Step("constant", *step) for step in _constants(node, program))
     if node.op != "call_function":
         return
     for edit in call_edits.edits(node, program):
@@ -178,6 +188,25 @@ def _written(name: str, index: int, number: float) -> Change:
         program.constants[target] = value
 
     return change
+
+
+def _computed(name: str, program: Program) -> None:
+    """Let a constant depend on an input, for everybody that reads it."""
+    node = _find(program, name)
+    users, inputs = (
+        list(node.users),
+        [n for n in program.placeholders if is_tensor(n) and dtype_of(n).is_floating_point],
+    )
+    first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with program.graph.inserting_before(first):
+        number = program.graph.call_function(aten.sum.default, (inputs[0],))
+        if dtype_of(node).is_floating_point:
+            value = program.graph.call_function(aten.mul.Tensor, (node, number))
+        else:
+            positive = program.graph.call_function(aten.gt.Scalar, (number, 0))
+            value = program.graph.call_function(aten.mul.Tensor, (node, positive))
+    for user in users:
+        user.replace_input_with(node, value)
 
 
 # ---------------------------------------------------------------------- arguments

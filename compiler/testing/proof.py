@@ -96,5 +96,6 @@ def trials(
     for case in cases:
         entry = case if isinstance(case, Entry) else Entry(case)
         before, looks_at = entry.first or first, entry.context or context or (lambda program: Context())
-        result.append(Trial(entry.configured(item), entry.case, before, looks_at, draws, misses, dtypes, seed))
+        sizes, graphs = entry.draws or draws, misses if entry.misses is None else entry.misses
+        result.append(Trial(entry.configured(item), entry.case, before, looks_at, sizes, graphs, dtypes, seed))
     return result

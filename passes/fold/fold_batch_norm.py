@@ -23,7 +23,7 @@ from thresher.analysis.slices.operators import TABLE
 from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear
 from thresher.errors import ProgramError
-from thresher.ir.lineage import Restore, Values
+from thresher.ir.lineage import ROUNDING, Restore, Values
 from thresher.ir.nodes import dtype_of, getitem_users, shape_of
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
@@ -170,15 +170,22 @@ def _offset(weight: Tensor, shift: Tensor) -> Tensor:
 def _forward_restore(
     new_names: tuple[str, ...], names: list[str | None], factor: Tensor, original: Tensor, shift: Tensor
 ) -> Restore:
-    """Return the way back: W = W' / s, b = b' - W h; a layer without bias has no room for another b'."""
+    """Return the way back: W = W' / s, b = b' - W h; a layer without bias has no room for another b' than W h."""
     name, bias = names
 
     def back(values: Values) -> Values:
         weight = _divided(values[new_names[0]], factor, original)
-        rest = {bias: values[new_names[1]] - _offset(weight, shift)} if bias is not None else {}
-        return {str(name): weight} | rest
+        offset = _offset(weight, shift)
+        if bias is not None:
+            return {str(name): weight, bias: values[new_names[1]] - offset}
+        apart = (values[new_names[1]] - offset).abs().max() / offset.abs().max().clamp_min(1e-30)
+        if apart > ROUNDING and bool(apart.isfinite()):  # infinite where unfolding asks what is computed from what
+            raise ProgramError(
+                f"{name} was trained with a bias that it does not have: give the layer a bias before folding"
+            )
+        return {str(name): weight}
 
-    return Restore(new_names if bias is not None else new_names[:1], back)
+    return Restore(new_names, back)
 
 
 def _takes(program: Program, user: fx.Node, value: fx.Node, shift: Tensor) -> bool:

@@ -25,6 +25,7 @@ from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.elementwise import Elementwise
 from thresher.analysis.slices.transfer.mixing import Mixing
 from thresher.analysis.slices.transfer.weighted import Convolution, Linear, Weighted
+from thresher.ir.lineage import Restore
 from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
@@ -57,11 +58,11 @@ class MergeDuplicates(Pass):
 
 
 def _weights(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias of a call that has them as constants, else None."""
-    weight, bias = program.constant(node.args[1]), argument(node, 2, "bias")
-    if weight is None or (bias is not None and program.constant(bias) is None):
+    """Return weight and bias of a call that has them as constants, the bias with a number for each channel; else None."""
+    weight, bias = program.constant(node.args[1]), program.constant(argument(node, 2, "bias"))
+    if weight is None or (argument(node, 2, "bias") is not None and (bias is None or bias.shape != weight.shape[:1])):
         return None
-    return weight, program.constant(bias)
+    return weight, bias
 
 
 def _plain(node: fx.Node) -> Weighted | None:
@@ -152,5 +153,8 @@ def _add_columns(program: Program, node: fx.Node, classes: dict[fx.Node, Classes
     if len(old.users) == 1:
         program.constants[str(old.target)] = merged
     else:
-        node.update_arg(1, program.add_constant(merged, str(old.target), dtype_of(old), like=old))
+        new = program.add_constant(merged, str(old.target), dtype_of(old), like=old)
+        node.update_arg(1, new)
+        name, copy = str(old.target), str(new.target)
+        program.lineage.append(Restore((copy,), lambda values: {name: values[copy]}))
     return int(used.sum())

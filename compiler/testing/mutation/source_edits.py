@@ -6,8 +6,9 @@
     continue    ->  pass              a call whose value nobody reads, an early end of a function or of a round of a loop
     f(x, y=1)   ->  f(x)              an argument that has a default
 
-Strings stay as they are, so messages and docstrings do; so do notes, annotations, decorators, imports and assertions. mutmut and cosmic-ray
-have no conditions that hold always and no arguments that have a default, and write their mutants into files; hence this module.
+Strings stay as they are, so messages and docstrings do; so do notes, the origin of a new node (``like=``), annotations, decorators, imports
+and assertions. mutmut and cosmic-ray have no conditions that hold always and no deleted statements, and write their mutants into files;
+hence this module.
 """
 
 from __future__ import annotations
@@ -309,7 +310,7 @@ def _optional(call: ast.Call, namespace: Mapping[str, Any]) -> Iterator[ast.expr
     last = len(call.args) - 1
     if 0 <= last < len(positional) and positional[last].name in defaults:
         yield call.args[last]
-    yield from (keyword for keyword in call.keywords if keyword.arg in defaults)
+    yield from (keyword for keyword in call.keywords if keyword.arg in defaults - {"like"})
 
 
 def _callee(function: ast.expr, namespace: Mapping[str, Any]) -> tuple[Any, int]:

@@ -38,9 +38,7 @@ def record(files: Sequence[str], sources: Sequence[str]) -> list[Test]:
     if recorder.failed:
         raise ThresherError(f"{recorder.failed} fails before anything is changed: mend it first")
     if code or not recorder.tests:
-        raise ThresherError(
-            f"pytest finds no test in {', '.join(files)}, or cannot import them (exit code {int(code)})"
-        )
+        raise ThresherError(f"pytest finds no test in {', '.join(files)} (exit code {int(code)})")
     return recorder.tests
 
 
@@ -59,7 +57,7 @@ def _run(arguments: list[str], recorder: _Recorder) -> int:
     return pytest.main([*arguments, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[recorder])
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps plugins in sets
 class _Recorder:
     """A plugin of pytest."""
 

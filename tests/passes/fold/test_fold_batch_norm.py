@@ -11,7 +11,12 @@ from helpers.canonical import canonical
 from helpers.modules import Function
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
+from thresher.errors import ProgramError
+from thresher.frontend.capture import capture
+from thresher.ir.lineage import unfold
 from thresher.passes import pipelines
+from thresher.rewriting.manager import PassManager
+from thresher.testing import settle
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,17 @@ REFUSALS = [
 @pytest.mark.parametrize(("sentence", "build"), REFUSALS)
 def test_refusals(sentence: str, build: Build) -> None:
     check_refusal("fold-batch-norm", sentence, build, ("evaluate-constants",))
+
+
+def test_a_layer_without_bias_cannot_take_the_weight_that_was_trained_with_one() -> None:
+    model = settle(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False)))
+    program = capture(model, (torch.randn(2, 3, 5, 5),))
+    folded = PassManager(["evaluate-constants", "fold-batch-norm"]).run(program).rounded()
+    (weight,) = (name for name, value in folded.constants.items() if value.dim() == 4)
+    trained = {**folded.constants, weight: folded.constants[weight] * 1.5}
+    with pytest.raises(
+        ProgramError, match=r"1.weight was trained with a bias that it does not have: give the layer a bias"
+    ):
+        unfold(program.original.state, folded.lineage, folded.constants, trained)
+    unchanged = unfold(program.original.state, folded.lineage, folded.constants, folded.constants)
+    torch.testing.assert_close(unchanged["1.weight"], model[1].weight.detach())
