@@ -39,6 +39,8 @@ from thresher.ir.signature import dimension, tree_of
 from thresher.runtime.signature import Signature
 from thresher.runtime.tensor_spec import LiteralSpec, NumberSpec, TensorSpec, dtype_name
 
+CURE = "call clean() at the end of the pass"
+
 
 class Role(enum.Enum):
     """The role of a constant in the model."""
@@ -306,8 +308,8 @@ class Program:
     def verify(self) -> Program:
         """Raise :class:`ProgramError` unless the program is well-formed; returns self.
 
-        Well-formed: topologically ordered, every constant present and used, one node per constant, what is written of the shape and
-        dtype of its input, and the shapes and dtypes in the metadata equal those of a fake-tensor run.
+        Well-formed: topologically ordered, every call and constant present and read, one node per constant, what is written of the
+        shape and dtype of its input, and the shapes and dtypes in the metadata equal those of a fake-tensor run.
         """
         try:
             self.graph.lint()
@@ -321,7 +323,9 @@ class Program:
                 f"a constant has two get_attr nodes: {sorted(t for t in targets if targets.count(t) > 1)}"
             )
         if dangling := sorted(set(self.constants) - set(targets)):
-            raise ProgramError(f"constants that no node reads: {dangling[:5]}; call clean() at the end of the pass")
+            raise ProgramError(f"constants that no node reads: {dangling[:5]}; {CURE}")
+        if unread := [n for n in self.graph.nodes if n.op in ("call_function", "get_attr") and not n.users]:
+            raise ProgramError(f"nothing reads {', '.join(map(_in_words, unread[:5]))}; {CURE}")
         for target, value in self.written().items():
             if not is_tensor(value) or _signature(value.meta["val"]) != _signature(target.meta["val"]):
                 raise ProgramError(f"{value} is written into {target.name}, and has another shape or dtype")
@@ -360,6 +364,10 @@ class Program:
     def structurally_equal(self, other: Program) -> bool:
         """Return whether operators, arguments, shapes and constants' shapes are the same, node names aside."""
         return self.text(canonical=True) == other.text(canonical=True)
+
+
+def _in_words(node: fx.Node) -> str:
+    return f"the constant {node.target!r}" if node.op == "get_attr" else f"the call {node.name} ({node.target})"
 
 
 def _signature(value: Any) -> Any:

@@ -153,6 +153,12 @@ def test_verify_catches_what_is_wrong() -> None:
     def dangling(p: Program) -> None:
         p.constants["nobody"] = torch.zeros(1)
 
+    def dead_call(p: Program) -> None:
+        p.insert_call(p.output, torch.ops.aten.neg.default, (p.placeholders[0],))
+
+    def unread(p: Program) -> None:
+        p.add_constant(torch.zeros(1), "unread")
+
     def missing(p: Program) -> None:
         del p.constants["0.bias"]
 
@@ -163,12 +169,16 @@ def test_verify_catches_what_is_wrong() -> None:
     for change, message in (
         (wrong_shape, "0.weight"),
         (wrong_metadata, "relu"),
-        (dangling, "nobody"),
+        (dangling, r"constants that no node reads: \['nobody'\]; call clean"),
+        (dead_call, r"nothing reads the call neg_default \(aten.neg.default\); call clean"),
+        (unread, "nothing reads the constant 'unread'; call clean"),
         (missing, "0.bias"),
         (misfit, "relu|linear"),
     ):
         with pytest.raises(ProgramError, match=message):
             broken(change).verify()
+        if change in (dangling, dead_call, unread):  # the cure that the message names
+            broken(change).clean().verify()
     small().verify()
 
 
