@@ -37,11 +37,12 @@ def measure(library: str, name: str, amount: float) -> dict[str, Any]:
     from thresher.frontend.capture import capture
     from thresher.passes import pipelines
     from thresher.rewriting.manager import PassManager
+    from thresher.testing import zero_channels
 
     row: dict[str, Any] = {"library": library, "model": name, "amount": amount}
     try:
         model, args = architectures.build(library, name)
-        architectures.zero_channels(architectures.settle(model, args), amount)
+        zero_channels(architectures.settle(model, args), amount)
     except Exception as error:
         return row | {"status": "not built", "reason": f"{type(error).__name__}: {str(error)[:150]}"}
     try:

@@ -28,7 +28,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 
 def torchvision(name: str) -> tuple[nn.Module, tuple]:
-    from helpers.architectures import build, settle, zero_channels
+    from helpers.architectures import build, settle
+    from thresher.testing import zero_channels
 
     model, args = build("torchvision", name)
     return zero_channels(settle(model, args), 0.3), (torch.randn(1, 3, 224, 224),)
@@ -36,8 +37,8 @@ def torchvision(name: str) -> tuple[nn.Module, tuple]:
 
 def decoder() -> tuple[nn.Module, tuple]:
     """1.05 B parameters; 30 % of the rows of every projection are zero."""
-    from helpers.architectures import zero_channels
     from thresher import models
+    from thresher.testing import zero_channels
 
     model = models.Llama(32000, 2048, 22, 32, 8, 5632).eval()
     return zero_channels(model, 0.3), (torch.randint(0, 100, (1, 16)),)

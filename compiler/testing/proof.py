@@ -29,17 +29,30 @@ import torch
 
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Pass
+from thresher.rewriting.registry import make_pass
 from thresher.testing.cases import Case, Entry
-from thresher.testing.judge import Finding
+from thresher.testing.judge import Finding, Judge
+from thresher.testing.survey import Survey, Zoo, survey
 from thresher.testing.trial import Trial
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 
 
-def prove(item: str | Pass, *cases: Case | Entry, **options: Any) -> None:
-    """Examine a pass (:func:`examine` has the arguments). Raises :class:`AssertionError` with all findings, if there are any."""
-    if findings := examine(item, *cases, **options):
+class Findings(list[Finding]):
+    """All findings about a pass, and the :class:`Survey` of the models that it was tried on (None without ``zoo``)."""
+
+    survey: Survey | None = None
+
+
+def prove(item: str | Pass, *cases: Case | Entry, **options: Any) -> Survey | None:
+    """Examine a pass (:func:`examine` has the arguments); returns the survey of the models that it was tried on with ``zoo``.
+
+    Raises :class:`AssertionError` with all findings, if there are any.
+    """
+    findings = examine(item, *cases, **options)
+    if findings:
         raise AssertionError("\n".join(map(str, findings)))
+    return findings.survey
 
 
 def examine(
@@ -52,7 +65,8 @@ def examine(
     context: Callable[[Program], Context] | None = None,
     seed: int = 0,
     every: bool = False,
-) -> list[Finding]:
+    zoo: bool | Zoo = False,
+) -> Findings:
     """Try a pass on cases and say what is wrong.
 
     Args:
@@ -64,10 +78,11 @@ def examine(
         dtypes: of the models that are tried besides the one in float32.
         context: what the pass may look at, made for each program; approximate passes need a ``calibration`` in it.
         every: return all findings, not only the first of each check and case.
+        zoo: try it on real models, too (:class:`~thresher.testing.survey.Zoo`); one that it leaves alone is no finding.
 
     Returns: one finding for each check and case that failed, the first one found.
     """
-    findings: list[Finding] = []
+    findings = Findings()
     for trial in trials(
         item, *cases, first=first, draws=draws, misses=misses, dtypes=dtypes, context=context, seed=seed
     ):
@@ -78,6 +93,10 @@ def examine(
         for finding in trial.unmet():
             seen.setdefault(finding if every else finding.check, finding)
         findings += seen.values()
+    if zoo:
+        judge = Judge(make_pass(item), context or (lambda program: Context()), seed)
+        findings.survey = survey(judge, first, zoo if isinstance(zoo, Zoo) else Zoo())
+        findings += findings.survey.findings
     return findings
 
 

@@ -168,8 +168,7 @@ class Trial:
                 yield Finding("unmet", self.case.name, f"{size}={value} is said to be refused, and was rewritten")
 
     def _prepared(self, program: Program) -> Program:
-        passes = resolve(self.first)
-        return PassManager(passes, "off").run(program, self.context(program)) if passes else program
+        return prepared(program, self.first, self.context)
 
     def _free_batch(self, example: Example) -> Iterator[FreeBatch]:
         """Yield the model captured with a free number of samples, where it allows that."""
@@ -198,6 +197,12 @@ class Trial:
         for change, other in near_misses(example.program, around, self.misses, self.seed):
             other.lineage.clear()  # its parameters are as they are here, whatever came before
             yield NearMiss(example.where, other, change)
+
+
+def prepared(program: Program, first: Sequence[str | Pass], context: Callable[[Program], Context]) -> Program:
+    """Return the program after the passes that run first."""
+    passes = resolve(first)
+    return PassManager(passes, "off").run(program, context(program)) if passes else program
 
 
 def _free(model: nn.Module, count: int) -> tuple:

@@ -67,6 +67,26 @@ def mask_channels(
     return model
 
 
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def zero_channels(model: nn.Module, amount: float, seed: int = 0) -> nn.Module:
+    """Set ``amount`` of the output channels of every convolution and linear layer to zero (weight and bias), but for the classifier."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [m for m in model.modules() if isinstance(m, WEIGHTED) or type(m).__name__ == "Conv1D"]
+    with torch.no_grad():
+        for module in layers[:-1]:
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or not isinstance(
+                module, WEIGHTED
+            )  # Conv1D: [in, out]
+            count = module.weight.shape[1 if transposed else 0]
+            dead = torch.randperm(count, generator=generator)[: int(amount * count)]
+            module.weight.index_fill_(1 if transposed else 0, dead, 0)
+            if module.bias is not None and module.bias.numel() == count:
+                module.bias.index_fill_(0, dead, 0)
+    return model
+
+
 @dataclass(frozen=True)
 class Replayed:
     """A model after passes: whether they changed it, what it costs now, and its error beside the original.

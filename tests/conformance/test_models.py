@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.conformance.sample import Inputs, SampleExcluded
-from benchmarks.conformance.suites import language
-from benchmarks.conformance.suites.model_inputs import draw, find_inputs
-from benchmarks.conformance.suites.particular import PARTICULAR, overlaid
-from benchmarks.conformance.suites.tensors import boxes, patches, text_with
+from thresher.models.families import language
+from thresher.models.families.model_inputs import draw, find_inputs
+from thresher.models.families.particular import PARTICULAR, overlaid
+from thresher.models.families.sample import Inputs, SampleExcluded
+from thresher.models.families.tensors import boxes, patches, text_with
 
 
 def test_the_table_has_architectures_of_the_library_alone() -> None:

@@ -147,23 +147,3 @@ def settle(model: nn.Module, args: tuple = (), seed: int = 0) -> nn.Module:
                 module.reset_running_stats()
             model(*(torch.randn(4, *a.shape[1:], generator=generator) if a.is_floating_point() else a for a in args))
     return model.eval()
-
-
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def zero_channels(model: nn.Module, amount: float, seed: int = 0) -> nn.Module:
-    """Set ``amount`` of the output channels of every convolution and linear layer to zero (weight and bias), but for the classifier."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = [m for m in model.modules() if isinstance(m, WEIGHTED) or type(m).__name__ == "Conv1D"]
-    with torch.no_grad():
-        for module in layers[:-1]:
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or not isinstance(
-                module, WEIGHTED
-            )  # Conv1D: [in, out]
-            count = module.weight.shape[1 if transposed else 0]
-            dead = torch.randperm(count, generator=generator)[: int(amount * count)]
-            module.weight.index_fill_(1 if transposed else 0, dead, 0)
-            if module.bias is not None and module.bias.numel() == count:
-                module.bias.index_fill_(0, dead, 0)
-    return model

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.architectures import build, names, settle, zero_channels
+from helpers.architectures import build, names, settle
 from thresher.errors import CaptureError
 from thresher.frontend.capture import capture
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
+from thresher.testing import zero_channels
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 from thresher.verification.verifier import verify
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..sample import Suite
-from . import language, onnx_models, onnx_nodes, operators, torch_modules, vision
+from . import families, onnx_models, onnx_nodes, operators, torch_modules
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -13,8 +13,8 @@ SUITES: dict[str, Suite] = {
         torch_modules.MODULES,
         onnx_nodes.NODES,
         onnx_models.MODELS,
-        vision.TORCHVISION,
-        vision.TIMM,
-        language.TRANSFORMERS,
+        families.TORCHVISION,
+        families.TIMM,
+        families.TRANSFORMERS,
     )
 }

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..sample import Case, Inputs, SampleExcluded, Suite
+from thresher.models.families.sample import Case, Inputs, SampleExcluded
+
+from ..sample import Suite
 from .onnx_tensors import as_array, as_file, as_tensor, shape_like_inputs, with_constants
 
 KINDS = ("pytorch-operator", "pytorch-converted", "simple", "real")

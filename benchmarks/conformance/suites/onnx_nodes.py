@@ -12,7 +12,9 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from ..sample import Case, Inputs, Suite
+from thresher.models.families.sample import Case, Inputs
+
+from ..sample import Suite
 from .onnx_tensors import as_array, as_file, as_tensor, shape_like_inputs, with_constants
 
 #: Conversions of floating-point numbers to integers of few bits: what a number beyond their range becomes is undefined, and another

@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from ..sample import SampleExcluded
+from thresher.models.families.sample import SampleExcluded
 
 #: Types of ml_dtypes that torch has, too; both keep them in the same bits.
 SAME_BITS = {

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ..sample import Case, Suite
+from thresher.models.families.sample import Case
+
+from ..sample import Suite
 from .bound import bound_case
 
 FLOAT32_SAMPLES = 3

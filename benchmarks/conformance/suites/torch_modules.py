@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from ..sample import Case, SampleExcluded, Suite
+from thresher.models.families.sample import Case, SampleExcluded
+
+from ..sample import Suite
 from .bound import Arguments, bound_case
 
 MOST_SAMPLES = 10  # one loss has hundreds, and would count more than all convolutions together

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sample import Inputs
-from .small_configs import FIRST_SPECIAL_TOKEN
-from .tensors import Maker, fixed, normal, ones, whole
+from thresher.models.families.sample import Inputs
+from thresher.models.families.small_configs import FIRST_SPECIAL_TOKEN
+from thresher.models.families.tensors import Maker, fixed, normal, ones, whole
 
 TOKENS = 12
 MOST_ATTEMPTS = 40

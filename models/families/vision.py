@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thresher.models.families.sample import Case, Inputs
+from thresher.models.families.weights import randomize
 from thresher.models.pretrained import allow_torchvision
-
-from ..sample import Case, Inputs, Suite
-from .weights import randomize
 
 SMALLEST_IMAGE = 64
 LARGE_IMAGES = {"inception_v3": 299, "maxvit_t": 224, "vit_b_32": 224, "vit_l_32": 224, "vit_h_14": 224}
@@ -24,7 +23,7 @@ def import_library(name: str) -> Any:
     """Import torchvision or timm; the operators that they name must exist as long as they are used."""
     allowed = allow_torchvision()
     module = __import__(name)
-    module.operators_of_torchvision = allowed
+    vars(module)["operators_of_torchvision"] = allowed
     return module
 
 
@@ -98,21 +97,3 @@ def _case(model: nn.Module, shapes: list[tuple[int, ...]], images_in_a_list: boo
         return Inputs((images,) if images_in_a_list else tuple(images))
 
     return Case(randomize(model, inputs(2)), inputs(0), [inputs(1)])
-
-
-TORCHVISION = Suite(
-    "torchvision",
-    "torchvision",
-    "Every model of `torchvision.models.list_models()`, with random weights and a small input.",
-    torchvision_names,
-    torchvision_case,
-    limit=600.0,
-)
-TIMM = Suite(
-    "timm",
-    "timm",
-    "The smallest model of every family of `timm.list_modules()`, with random weights, at its own input size.",
-    timm_names,
-    timm_case,
-    limit=600.0,
-)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..tensors import Maker, fixed, normal, ones
-from .entry import Particular
+from thresher.models.families.particular.entry import Particular
+from thresher.models.families.tensors import Maker, fixed, normal, ones
 
 PAIR = {"pixel_values": normal(1, 2, 3, 64, 64)}
 GRID = fixed([[1, 4, 4]])

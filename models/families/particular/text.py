@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..tensors import PROMPT, fixed, normal, ones, pair, parts
-from .entry import Particular
+from thresher.models.families.particular.entry import Particular
+from thresher.models.families.tensors import PROMPT, fixed, normal, ones, pair, parts
 
 DOTS = {
     "index_topk": 8,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..tensors import fixed, normal, ones, whole
-from .entry import Particular
+from thresher.models.families.particular.entry import Particular
+from thresher.models.families.tensors import fixed, normal, ones, whole
 
 #: 24 steps before, seven more that lags look back to, and four after.
 STEPS = Particular(

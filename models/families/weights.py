@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..sample import Inputs
+from thresher.models.families.sample import Inputs
 
 
 def randomize(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:

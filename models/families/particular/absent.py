@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .entry import Particular
+from thresher.models.families.particular.entry import Particular
 
 ABSENT: dict[str, Particular] = {
     "sam3_video": Particular(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..tensors import PROMPT, Maker, constant, fixed, normal, ones, whole
-from .entry import Particular
+from thresher.models.families.particular.entry import Particular
+from thresher.models.families.tensors import PROMPT, Maker, constant, fixed, normal, ones, whole
 
 
 def spectrogram(frames: int, bins: int, mask: str = "input_features_mask") -> dict[str, Maker]:

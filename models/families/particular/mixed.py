@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..tensors import PROMPT, boxes, fixed, normal, ones, patches, text_with, whole
-from .entry import Particular
-from .images import SPATIAL
+from thresher.models.families.particular.entry import Particular
+from thresher.models.families.particular.images import SPATIAL
+from thresher.models.families.tensors import PROMPT, boxes, fixed, normal, ones, patches, text_with, whole
 
 PERCEPTION = {
     "architecture": "vit_pe_core_tiny_patch16_384",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tensors import Maker
+from thresher.models.families.tensors import Maker
 
 
 @dataclass(frozen=True)

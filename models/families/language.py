@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from thresher.frontend.fixed_arguments import fix_arguments
-
-from ..sample import Case, Inputs, SampleExcluded, Suite
-from .model_inputs import draw, find_inputs
-from .particular import PARTICULAR, Method, Particular, overlaid
-from .small_configs import LADDER, shrink
-from .vision import import_library
-from .weights import randomize
+from thresher.models.families.model_inputs import draw, find_inputs
+from thresher.models.families.particular import PARTICULAR, Method, Particular, overlaid
+from thresher.models.families.sample import Case, Inputs, SampleExcluded
+from thresher.models.families.small_configs import LADDER, shrink
+from thresher.models.families.vision import import_library
+from thresher.models.families.weights import randomize
 
 MOST_PARAMETERS = 150_000_000
 SIZES = ("grid_thw", "image_grid_thw", "video_grid_thw", "merge_sizes", "spatial_shapes", "target_sizes", "tgt_sizes")
@@ -126,15 +125,3 @@ def _model(model_class: Any, config: Any, particular: Particular) -> nn.Module:
     # some have keys and values among their outputs, whatever the configuration says
     register_cache_pytrees_for_model(model)
     return Method(model, particular.method) if particular.method else model
-
-
-TRANSFORMERS = Suite(
-    "transformers",
-    "transformers",
-    "One small configuration of every architecture of transformers that has a model class, with random weights. Rules on the names of "
-    "fields and arguments make configurations and inputs; what they do not give an architecture is in a table, with the reason. "
-    "Sizes of images that are an argument (`grid_thw`) are fixed.",
-    names,
-    build,
-    limit=300.0,
-)
