@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thresher.approximation.calibration import Calibration
 from thresher.errors import ProgramError
+from thresher.ir.free_sizes import sizes_kept_free
 from thresher.ir.lineage import Restore, TrainedApart, unfold
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context, Pass, PassResult
@@ -52,14 +53,16 @@ class Judge:
         """Return the result, None where there is none, and what was wrong with the way there."""
         before = Snapshot.of(program)
         try:
-            result = check_result(self.item, self.item.apply(program, self.context(program)))
+            with sizes_kept_free(program):
+                result = check_result(self.item, self.item.apply(program, self.context(program)))
         except ProgramError as error:
             return None, [Finding("raises", where, str(error))]
         except Exception as error:
             return None, [Finding("raises", where, describe(self.item, error))]
         wrong = [Finding("input", where, message) for message in before.changes(program)]
         try:
-            result.program.verify()
+            with sizes_kept_free(program):
+                result.program.verify()
         except Exception as error:
             wrong.append(Finding("well-formed", where, str(error)))
             return None, wrong

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
-from thresher.analysis.slices.transfer.base import argument, concrete
+from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.lineage import moved
 from thresher.ir.nodes import dtype_of, getitem_users, is_tensor, shape_of
 from thresher.ir.program import Program
@@ -148,8 +148,10 @@ def name_each_part(program: Program, node: fx.Node) -> str:
     if isinstance(shape_of(source)[dim], torch.SymInt):
         return ""
     parts = [v.shape[dim] if node.target is not aten.unbind.int else 1 for v in node.meta["val"]]
+    if any(isinstance(size, torch.SymInt) for size in parts):  # values of tensors decide them
+        return ""
     for index, item in getitem_users(node).items():
-        start = sum(concrete(p) for p in parts[:index])
+        start = sum(parts[:index])
         if node.target is aten.unbind.int:
             part = program.insert_call(item, aten.select.int, (source, dim, start), like=node)
         else:

@@ -29,6 +29,8 @@ CALLS = [
     (aten.cat.default, ([2, 3], [2, 1], [2, 4]), (1,)),
     (aten.cat.default, ([2, 3], "again", [2, 4], "again"), (1,)),
     (aten.stack.default, ([2, 3], [2, 3]), (1,)),
+    (aten.reshape.default, ([],), ([],)),
+    (aten.reshape.default, ([1],), ([],)),
 ]
 
 

@@ -12,6 +12,7 @@ from helpers.modules import Function
 from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.rewriting.manager import PassManager
+from thresher.testing import refused
 
 aten = torch.ops.aten
 
@@ -110,3 +111,19 @@ def test_a_slope_keeps_the_shape(shape: tuple[int, ...]) -> None:
     layer = nn.PReLU()
     (result,) = canonical(layer, x)[0].run(x)
     assert torch.equal(result, layer(x)) and result.shape == shape
+
+
+def test_parts_whose_sizes_are_computed_stay_a_split() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            first, second = counts.tolist()
+            torch._check(first >= 0)
+            torch._check(second >= 0)
+            torch._check(first + second == x.shape[0])
+            some, others = x.split([first, second])
+            return some.sum(0) - others.sum(0)
+
+    program = capture(Model(), (torch.randn(6, 4), torch.tensor([2, 4])))
+    after = refused("simplify", program).after
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(after(x, torch.tensor([5, 1])), x[:5].sum(0) - x[5:].sum(0))

@@ -100,7 +100,7 @@ def _flatten(fact: Tensor, groups: Sequence[tuple[int, ...]], group_sizes: Seque
         axes.append(math.prod(shape[d] for d in dims))
     grouped = [d for dims in groups for d in dims]
     rest = [d for d in range(fact.dim()) if d not in grouped]
-    return fact.expand(shape).permute(*grouped, *rest).reshape(axes)
+    return fact.expand(shape).permute([*grouped, *rest]).reshape(axes)
 
 
 def _unflatten(
