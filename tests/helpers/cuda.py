@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 import thresher
 
 MMA = "mma_sync"
-EMULATION = Path(__file__).parent / "emulation"  # headers that let a CPU run the code
 
 
 def half(model: nn.Module, args: tuple, dtype: torch.dtype = torch.float16) -> tuple[nn.Module, tuple]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import thresher
+from thresher import authoring
 from thresher.cli import main as cli
 from thresher.rewriting import registry
 
@@ -89,6 +91,26 @@ def test_examples_run(
         code = compile("\n" * example.line + example.code, str(page), "exec", dont_inherit=True)
         exec(code, vars(module))
         assert_shown(example.output, capsys.readouterr().out)
+
+
+def test_the_guide_has_every_name_for_authors() -> None:
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("authoring.md", "operators-and-kernels.md"))
+    assert [name for name in authoring.__all__ if f"`{name}`" not in text] == []
+
+
+def test_the_guide_names_fields_and_methods_that_exist() -> None:
+    """Of programs, and every field of a candidate."""
+    text = (ROOT / "docs/authoring.md").read_text()
+    names = set(re.findall(r"\b(?:program|work)\.([a-z]\w+)", text))
+    assert [
+        name for name in names if not hasattr(authoring.Program, name) and name not in fields(authoring.Program)
+    ] == []
+    assert [name for name in fields(authoring.Candidate) if f"`{name}`" not in text] == []
+
+
+def fields(cls: type) -> list[str]:
+    """Return the names of the fields of a dataclass."""
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def assert_shown(shown: str, printed: str) -> None:

@@ -1,7 +1,7 @@
 """The operator table: which row says how facts about slices pass through an operator.
 
-To support an operator, add it here; a new kind of operator gets a row in ``thresher.analysis.slices.transfer``. What is not in the
-table is never cut through, and the report says so.
+To support an operator, add it here; a new kind of operator gets a row in ``thresher.analysis.slices.transfer``. An operator that is
+defined elsewhere is added by :func:`register_rule`. What is not in the table is never cut through, and the report says so.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from thresher.analysis.slices.transfer.movement import (
 from thresher.analysis.slices.transfer.norms import GroupNorm, LayerNorm
 from thresher.analysis.slices.transfer.routing import ExpertLinear, TopK
 from thresher.analysis.slices.transfer.weighted import Bilinear, Convolution, Embedding, Linear
+from thresher.errors import ThresherError
 from thresher.ir.program import Program
 
 ELEMENTWISE = """abs acos asin atan atanh ceil clamp clamp_max clamp_min clone contiguous cos cosh detach alias elu erf erfc exp
@@ -109,7 +110,34 @@ def _table() -> dict[Any, TransferRule]:
 
 
 TABLE = _table()
+BUILT_IN = frozenset(TABLE)
 DEFAULT = TransferRule()
+
+
+def register_rule(operator: Any, rule: TransferRule | None = None, *, like: Any = None) -> None:
+    """Add an operator to the table, with a rule of its own or with the rule of another operator.
+
+    Args:
+        operator: an overload (``torch.ops.mine.squared_relu.default``).
+        rule: an instance, which serves all calls of the operator.
+        like: an operator of the table whose rule holds for this one, too: both take their tensors in the same arguments.
+
+    Raises :class:`ThresherError` for an operator that is no overload or has a built-in rule, for ``like`` without a rule, and unless there
+    is one of ``rule`` and ``like``. A rule that was registered before is replaced.
+    """
+    if not isinstance(operator, torch._ops.OpOverload):
+        raise ThresherError(f"register_rule(operator=): {operator} is no overload; write torch.ops.mine.f.default")
+    if operator in BUILT_IN:
+        raise ThresherError(f"register_rule(operator=): {operator} has a built-in rule, which other passes rely on")
+    if (rule is None) == (like is None):
+        raise ThresherError(f"register_rule({operator}): give either rule= or like=")
+    if like is not None and like not in TABLE:
+        raise ThresherError(
+            f"register_rule(like=): {like} has no rule; docs/operators.md lists the operators that have one"
+        )
+    if rule is not None and not isinstance(rule, TransferRule):
+        raise ThresherError(f"register_rule(rule=): {rule} is no TransferRule; give an instance of a subclass")
+    TABLE[operator] = TABLE[like] if rule is None else rule
 
 
 def rule_of(node: fx.Node) -> TransferRule:

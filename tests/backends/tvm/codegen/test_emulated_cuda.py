@@ -3,93 +3,26 @@ matrix instructions emulated, and run beside the same kernel before it was sched
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import functools
-import re
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import tvm
 from torch import Tensor, nn
-from tvm import tirx
 
 import thresher.ops  # noqa: F401  (registers the operators)
-from helpers.cuda import EMULATION, MMA, half
+from helpers.cuda import MMA, half
 from thresher import capture
-from thresher.backends.tvm.codegen.relax_pipeline import context_of, fuse, schedule
+from thresher.backends.tvm.codegen.relax_pipeline import fuse, schedule
+from thresher.backends.tvm.emulation.kernels import check_kernels, compare_kernel, functions
 from thresher.backends.tvm.importing.import_program import import_program
 from thresher.backends.tvm.kernels.cuda.schedules import TILES
 from thresher.backends.tvm.plans.plan_selection import PlanSelector
 from thresher.backends.tvm.target import resolve_target
+from thresher.errors import BackendError
 from thresher.passes import pipelines
 from thresher.rewriting.manager import PassManager
 
 TARGET = resolve_target("cuda:sm_80")
-ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{')
-DYNAMIC = re.compile(r"extern __shared__ (__align__\(\d+\)) uchar (\w+)\[\]")
-BINDING = re.compile(r'^( *)for .*T\.thread_binding\((?:T\.int64\()?(\d+)\)?, thread="([\w.]+)"')
-
-
-FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
-
-
-@functools.cache
-def headers() -> Path:
-    """The emulation's headers, compiled once: they take three times as long as a kernel."""
-    folder = tempfile.TemporaryDirectory(prefix="emulation-")
-    atexit.register(folder.cleanup)
-    shutil.copytree(EMULATION, folder.name, dirs_exist_ok=True)
-    header = Path(folder.name) / "emulation.h"
-    subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
-    return Path(folder.name)
-
-
-def launches(function: tirx.PrimFunc) -> list[dict[str, int]]:
-    """The extents of blocks and threads, of each kernel that the function becomes: one for every outermost loop."""
-    loops = [match for line in function.script().splitlines() if (match := BINDING.match(line))]
-    outermost = min(len(match[1]) for match in loops)
-    found: list[dict[str, int]] = []
-    for indent, extent, axis in (match.groups() for match in loops):
-        if len(indent) == outermost:
-            found.append({})
-        found[-1][axis] = max(int(extent), found[-1].get(axis, 1))
-    return found
-
-
-def emulate(function: tirx.PrimFunc, folder: Path, values: dict[str, np.ndarray]) -> str:
-    """Run a scheduled function on ``values`` by the names of its buffers; returns its code."""
-    with TARGET.tvm, context_of(TARGET):
-        code = (
-            tvm.compile(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), TARGET.tvm)
-            .mod.imports[0]
-            .inspect_source()
-        )
-    text = DYNAMIC.sub(r"\1 static uchar \2[1 << 18]", code)
-    text = '#include "emulation.h"\n' + text.replace("__shared__ alignas", "static __align__")
-    kernels: dict[str, list[str]] = {}  # their pointers by name
-    for (name, parameters), extents in zip(ENTRY.findall(code), launches(function), strict=True):
-        kinds, kernels[name] = re.findall(r"(\w+\*)", parameters), re.findall(r"(\w+?)_ptr(?:_\d+)?\b", parameters)
-        casts = ", ".join(f"({kind})pointers[{i}]" for i, kind in enumerate(kinds))
-        grid, block = (", ".join(str(extents.get(f"{of}Idx.{x}", 1)) for x in "xyz") for of in ("block", "thread"))
-        text += f'extern "C" bool run_{name}(void** pointers) {{\n'
-        text += f"  return emulated::launch({{{grid}}}, {{{block}}}, [=] {{ {name}({casts}); }});\n}}\n"
-    (folder / "kernel.cpp").write_text(text)
-    command = ["g++", *FLAGS, "-shared", f"-I{headers()}", "-o", folder / "kernel.so", folder / "kernel.cpp"]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
-    between: dict[str, np.ndarray] = {}  # what one kernel leaves for the next
-    for name, names in kernels.items():
-        arrays = [values[n] if n in values else between.setdefault(n, np.zeros(1 << 20, np.uint8)) for n in names]
-        run = library[f"run_{name}"]
-        run.restype = ctypes.c_bool
-        assert run((ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])), f"{name}: threads wait for ever"
-    return code
 
 
 class Mixed(nn.Module):
@@ -110,43 +43,26 @@ class Mixed(nn.Module):
         return self.head(y.mean(1)).softmax(-1)
 
 
-def functions(module: tvm.IRModule) -> dict[str, tirx.PrimFunc]:
-    return {g.name_hint: f for g, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
-
-
-def examples(function: tirx.PrimFunc) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    shapes = {p.name: ([int(d) for d in p.ty.shape], str(p.ty.dtype)) for p in function.params}
-    return {name: random.standard_normal(shape).astype(dtype) for name, (shape, dtype) in shapes.items()}
-
-
-def compared(before: tirx.PrimFunc, after: tirx.PrimFunc, folder: Path) -> str:
-    """Run both; returns the code of the scheduled one."""
-    values = examples(before)
-    given = {name: tvm.runtime.tensor(v) for name, v in values.items()}
-    wanted = [given[p.name] for p in before.params]  # one may be there twice
-    host = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
-    tvm.compile(tvm.IRModule({"main": before.with_attr("global_symbol", "main")}), host)["main"](*wanted)
-    code = emulate(after, folder, values)
-    have, want = list(values.values())[-1].astype(float), wanted[-1].numpy().astype(float)
-    unit = 2.0**-10 if values[before.params[-1].name].dtype == np.float16 else 1e-6
-    assert np.abs(have - want).max() <= 4 * unit * max(1.0, np.abs(want).max())
-    return code
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_every_kernel_computes_what_it_did_before_it_was_scheduled(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_kernel_computes_what_it_did_before_it_was_scheduled(dtype: torch.dtype) -> None:
     model, args = half(Mixed().eval(), (torch.randn(2, 3, 16, 16),), dtype)
-    program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, args)).rounded()
-    module = import_program(program, TARGET).module
-    before, after = fuse(module, TARGET), schedule(module, TARGET, PlanSelector())
-    scheduled, on_cores = functions(after), 0
-    assert len(scheduled) >= 12
-    for name, function in functions(before).items():
-        if name != "flash_attention":  # it has tests of its own
-            (tmp_path / name).mkdir()
-            on_cores += MMA in compared(function, scheduled[name], tmp_path / name)
-    assert on_cores == (5 if dtype is torch.float16 else 0)
+    program = PassManager([*pipelines.exact, *pipelines.specialize], "off").run(capture(model, args))
+    code = check_kernels(program)
+    assert len(code) >= 12
+    assert sum(MMA in text for text in code.values()) == (5 if dtype is torch.float16 else 0)
+
+
+def test_a_kernel_that_computes_something_else_is_named(tmp_path: Path) -> None:
+    modules = [import_program(capture(m, (torch.randn(2, 8),)), TARGET).module for m in (nn.ReLU(), nn.Hardsigmoid())]
+    (before,) = functions(fuse(modules[0], TARGET)).values()
+    (after,) = functions(schedule(modules[1], TARGET, PlanSelector())).values()
+    with pytest.raises(AssertionError, match="kernel relu: what it computes on a GPU is off by"):
+        compare_kernel("relu", before, after, tmp_path, TARGET)
+
+
+def test_only_code_for_gpus_is_emulated() -> None:
+    with pytest.raises(BackendError, match="check_kernels: 'cpu' is no GPU; write cuda:sm_NN"):
+        check_kernels(capture(nn.ReLU(), (torch.randn(2, 8),)), "cpu")
 
 
 @pytest.mark.parametrize("tile", [*TILES[:5], TILES[6]], ids=str)  # every shape, both depths
@@ -160,7 +76,7 @@ def test_every_tile_is_right(tile: object, tmp_path: Path) -> None:
     ((workload, _),) = asked.sites.items()
     after = schedule(module, TARGET, PlanSelector({workload: repr(tile)}))
     (name,) = [n for n in functions(after) if "matmul" in n]
-    code = compared(functions(fuse(module, TARGET))[name], functions(after)[name], tmp_path)
+    code = compare_kernel(name, functions(fuse(module, TARGET))[name], functions(after)[name], tmp_path, TARGET)
     assert f"__launch_bounds__({32 * tile.warps[0] * tile.warps[1]})" in code and MMA in code
 
 
@@ -189,4 +105,4 @@ def test_selected_blocks_are_right(masked: bool, tmp_path: Path) -> None:
     assert {"rank", "before", "pyramid_entries"} <= {n.rstrip("0123456789") for n in after}
     for name, function in before.items():
         (tmp_path / name).mkdir()
-        compared(function, after[name], tmp_path / name)
+        compare_kernel(name, function, after[name], tmp_path / name, TARGET)

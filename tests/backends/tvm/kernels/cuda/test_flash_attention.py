@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import thresher
-from helpers.cuda import EMULATION, bodies, compiled_code
+from helpers.cuda import bodies, compiled_code
 from helpers.nvrtc import kernels
+from thresher.backends.tvm.emulation.kernels import HEADERS
 from thresher.backends.tvm.kernels.cuda.flash_attention import Operand, Problem, source
 from thresher.ops.sparse_attention import block_lists
 
@@ -111,7 +112,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         )
     (folder / "kernel.cpp").write_text(text)
     made = folder / "kernel.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{EMULATION}"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{HEADERS}"]
     subprocess.run(["g++", *flags, "-o", made, folder / "kernel.cpp"], check=True)
     return ctypes.CDLL(str(made))
 

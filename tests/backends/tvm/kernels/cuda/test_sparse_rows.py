@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops  # noqa: F401  (registers the operators)
-from helpers.cuda import EMULATION, bodies, compiled_code
+from helpers.cuda import bodies, compiled_code
 from helpers.nvrtc import kernels
 from thresher.analysis.cost.break_even import BreakEven
+from thresher.backends.tvm.emulation.kernels import HEADERS
 from thresher.backends.tvm.kernels.cuda.sparse_rows import MAX_SLICE, MIN_SLICE, Problem, fits, source
 from thresher.frontend.capture import capture
 from thresher.passes.sparsity.skip_zeros import SkipZeros
@@ -42,7 +43,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         )
     (folder / "kernel.cpp").write_text(text)
     made = folder / "kernel.so"
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{EMULATION}"]
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HEADERS}"]
     subprocess.run(["g++", *flags, "-o", made, folder / "kernel.cpp"], check=True)
     return ctypes.CDLL(str(made))
 

@@ -1,0 +1,1 @@
+"""What generated CUDA code computes, on a CPU: :func:`~thresher.backends.tvm.emulation.kernels.check_kernels`."""
