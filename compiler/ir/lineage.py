@@ -57,6 +57,21 @@ def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]
     return Restore((new,), back)
 
 
+def computed(new: str, sources: Mapping[str, Tensor]) -> Restore:
+    """Return the step back for a constant ``new`` that was computed from the constants ``sources``, which it does not give back.
+
+    Where one of them stands in the small program, too, and training has changed it, the step raises :class:`TrainedApart`.
+    """
+
+    def back(values: Values) -> Values:
+        for name, before in sources.items():
+            if name in values and _apart(before, values[name], torch.ones_like(before, dtype=torch.bool)):
+                raise TrainedApart(name, (new,))
+        return {}
+
+    return Restore((new,), back)
+
+
 def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: Values, current: Values) -> Values:
     """Return the state of the original model: ``original`` with the values of ``current``, the constants of the small program.
 
@@ -84,7 +99,8 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
                     raise TrainedApart(name, restore.constants)
                 mask = mask | mask_before
             covered[name] = mask
-        open_ends -= touched
+        if restored:
+            open_ends -= touched
         values |= restored
         open_ends |= set(restored) if touched else set()
     if lost := sorted(open_ends - original.keys()):

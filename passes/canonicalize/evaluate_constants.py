@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.ir.lineage import Restore, Values, moved
+from thresher.ir.lineage import Restore, Values, computed, moved
 from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program, Role
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
@@ -87,8 +87,9 @@ class EvaluateConstants(Pass):
             constant = work.add_constant(values[node].clone(), node.name, dtype_of(node), like=node, role=role)
             for user in outside:
                 user.replace_input_with(node, constant)
-            if restore := way_back(work, node, str(constant.target), values):
-                work.lineage.append(restore)
+            name = str(constant.target)
+            sources = {str(n.target): work.constants[n.target] for n in _sources(node)}
+            work.lineage.append(way_back(work, node, name, values) or computed(name, sources))
             notes.append(Note.at(node, f"{node.target} of constants evaluated"))
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
@@ -141,7 +142,7 @@ def _sources(value: Any) -> set[fx.Node]:
     while todo:
         node = todo.pop()
         constants |= {node} if node.op == "get_attr" else set()
-        todo += node.all_input_nodes
+        todo += [] if node.target in FILLED else node.all_input_nodes
     return constants
 
 

@@ -28,14 +28,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from thresher.analysis.slices.channels import ChannelAnalysis, known_facts
+from thresher.analysis.slices.channels import ChannelAnalysis, constants_of, known_facts
 from thresher.analysis.slices.facts import sizes, take
 from thresher.analysis.slices.operators import rule_of
 from thresher.analysis.slices.transfer.base import Facts, argument
 from thresher.analysis.slices.transfer.edge_marker import edge_marker
 from thresher.analysis.slices.transfer.elementwise import Elementwise
 from thresher.analysis.slices.transfer.weighted import Weighted
-from thresher.ir.lineage import Restore, moved
+from thresher.ir.lineage import Restore, computed, moved
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program, Role
 from thresher.passes.fold import _edge_markers
@@ -143,7 +143,9 @@ def _replace_known_values(program: Program) -> tuple[Facts, list[Note], Claims]:
         if node.target is aten.expand.default and program.constant(node.args[0]) is not None:
             continue  # a constant already
         value = fact.value
+        sources = {str(n.target): program.constants[n.target] for n in constants_of(node, facts)}
         constant = program.add_constant(value, f"{node.name}_known", dtype_of(node), like=node)
+        program.lineage.append(computed(str(constant.target), sources))
         for user in list(node.users):
             replacement = constant
             if not _broadcasts(user, node) and tuple(value.shape) != shape_of(node):

@@ -127,3 +127,37 @@ def test_tied_weights_of_a_real_module_are_not_lost_silently() -> None:
         next(p for p in small.parameters() if p.dim() == 2).mul_(1.1)
     with pytest.raises(TrainedApart, match="freeze them before training"):
         small.unfold()
+
+
+class Shared(nn.Module):
+    """A weight that is read as it is, and in a value that is the same for every input: the passes compute that beforehand."""
+
+    def __init__(self, folded: bool) -> None:
+        super().__init__()
+        self.folded, self.query, self.head = folded, nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 3)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.folded:
+            return self.head(x * self.norm.weight.tanh() + self.norm.weight)
+        normed = self.norm(torch.cat([self.query.expand(len(x), -1, -1), x], 1))
+        return self.head(normed[:, :1].sigmoid() * normed[:, 1:])
+
+
+@pytest.mark.parametrize(("folded", "new"), [(False, "tanh"), (True, "sigmoid_known")])
+def test_what_was_computed_of_a_parameter_is_not_trained_apart_from_it(folded: bool, new: str) -> None:
+    model, x = Shared(folded), torch.randn(2, 5, 4)
+    small = thresher.rewrite(model, (x,), passes=["exact"])
+    names = {name.rpartition(".")[2]: parameter for name, parameter in small.named_parameters()}
+    with torch.no_grad():
+        small.get_parameter("head.weight").mul_(1.1)
+        model.load_state_dict(small.unfold())
+        torch.testing.assert_close(model(x), small(x))
+        small.get_parameter("norm.weight").mul_(1.1)
+    with pytest.raises(TrainedApart, match=rf"copies of norm.weight were trained apart \(one of them in {new}"):
+        small.unfold()
+    with torch.no_grad():
+        small.get_parameter("norm.weight").copy_(model.norm.weight)
+        names[new].mul_(1.1)
+    with pytest.raises(ProgramError, match=f"nothing in the original model corresponds to them: {new}"):
+        small.unfold()

@@ -100,6 +100,22 @@ def read_facts(program: Program, facts: Facts, rows: Tensor | None = None) -> di
     return read
 
 
+def constants_of(value: fx.Node, facts: Facts) -> list[fx.Node]:
+    """Return the constants that a known value depends on, as far as transfer rules tell: a factor of 0 hides what it is multiplied with."""
+    read = {value: torch.ones([1] * len(sizes(value)), dtype=torch.bool)}
+    for node in reversed(value.graph.nodes):
+        wanted = read.get(node)
+        if node.op != "call_function" or wanted is None or not wanted.any():
+            continue
+        everything = {
+            n: torch.ones([1] * len(sizes(n)), dtype=torch.bool) for n in node.all_input_nodes if is_tensor(n)
+        }
+        for source, fact in (rule_of(node).backward(node, wanted, facts) if is_tensor(node) else everything).items():
+            fact = reduce_to(fact, sizes(source))
+            read[source] = read[source] | fact if source in read else fact
+    return [n for n, wanted in read.items() if n.op == "get_attr" and wanted.any()]
+
+
 @dataclass
 class ChannelAnalysis:
     """The facts of a program, the ties between its dimensions, and the largest cut that both allow.
