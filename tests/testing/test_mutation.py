@@ -21,7 +21,7 @@ from thresher.testing import Case, Mutant, examine, mutate
 from thresher.testing.mutation.forks import Lost, in_forks
 from thresher.testing.mutation.pass_modules import importers_of, modules_of
 from thresher.testing.mutation.source_edits import SourceEdit, source_edits
-from thresher.testing.mutation.test_files import record
+from thresher.testing.mutation.test_files import preload, record
 
 QUICK: dict[str, Any] = {"draws": 1, "misses": 12, "dtypes": ()}
 TINY: dict[str, Any] = {"draws": 1, "misses": 0, "dtypes": ()}
@@ -193,6 +193,13 @@ def test_tests_that_say_nothing_are_refused(tmp_path: Path, text: str, message: 
     file.write_text(text)
     with pytest.raises(ThresherError, match=message):
         record([str(file)], [])
+
+
+def test_tests_that_cannot_be_imported_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "test_not_imported.py"
+    file.write_text("import no_such_module\n")
+    with pytest.raises(ThresherError, match=r"test_not_imported.py cannot be imported by pytest: mend it first"):
+        preload([str(file)])
 
 
 def test_a_reason_explains_a_mutant(item: Pass) -> None:

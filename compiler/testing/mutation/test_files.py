@@ -23,9 +23,15 @@ class Test:
 
 
 def preload(files: Sequence[str]) -> None:
-    """Import test files, and what they import, in this process; then a fork of it need not."""
+    """Import test files, and what they import, in this process; then a fork of it need not.
+
+    Raises :class:`ThresherError` where one cannot be imported.
+    """
+    recorder = _Recorder(())
     with redirect_stdout(io.StringIO()):
-        _run([*files, "--collect-only"], _Recorder(()))
+        _run([*files, "--collect-only"], recorder)
+    if recorder.failed:
+        raise ThresherError(f"{recorder.failed} cannot be imported by pytest: mend it first")
 
 
 def record(files: Sequence[str], sources: Sequence[str]) -> list[Test]:

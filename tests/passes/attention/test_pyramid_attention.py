@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import thresher
 from helpers.attention import SLOW, Layers, canonical, sequences
-from helpers.cases.base import calibrated
+from helpers.cases.contexts import calibrated
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from helpers.sites import site

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.attention import Layers, canonical, sequences
-from helpers.cases.base import calibrated
+from helpers.cases.contexts import calibrated
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher import Budget

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thresher
-from helpers.cases.base import calibrated
+from helpers.cases.contexts import calibrated
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from helpers.sites import site

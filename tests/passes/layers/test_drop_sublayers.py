@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from helpers.cases.base import calibrated
+from helpers.cases.contexts import calibrated
 from helpers.rewrites import check_rewrite
 from thresher import Budget
 from thresher.approximation.calibration import Calibration

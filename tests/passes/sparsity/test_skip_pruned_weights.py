@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import thresher.ops  # noqa: F401  (registers the operators)
-from helpers.cases.base import skipping
+from helpers.cases.contexts import skipping
 from helpers.clocks import FakeClock, compile_with
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite

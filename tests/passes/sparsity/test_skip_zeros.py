@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops
-from helpers.cases.base import skipping
+from helpers.cases.contexts import skipping
 from helpers.clocks import FakeClock, compile_with
 from helpers.modules import Function
 from helpers.rewrites import check_rewrite

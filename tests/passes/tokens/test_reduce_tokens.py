@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import thresher
 import thresher.ops
-from helpers.cases.base import calibrated
+from helpers.cases.contexts import calibrated
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from helpers.sites import site
