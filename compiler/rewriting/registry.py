@@ -93,12 +93,16 @@ def make_pass(spec: str | Pass) -> Pass:
 def _load(entry: importlib.metadata.EntryPoint) -> None:
     if entry.name in _REGISTRY:
         return
+    package = entry.dist.name if entry.dist is not None else "some package"
     try:
-        register_pass(entry.load())
+        cls = register_pass(entry.load())
     except Exception as error:  # of somebody else's package
-        package = entry.dist.name if entry.dist is not None else "some package"
         reason = f"{type(error).__name__}: {error}"
         raise PassError(f"the pass {entry.name!r} of {package} ({entry.value}) cannot be loaded: {reason}") from error
+    if cls.name != entry.name:
+        raise PassError(
+            f'the entry point {entry.name!r} of {package} is the pass {cls.name!r}: write {cls.name} = "{entry.value}"'
+        )
 
 
 def _checked(cls: type[Pass], text: str) -> dict[str, Any]:

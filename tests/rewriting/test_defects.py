@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -135,6 +136,18 @@ def test_a_broken_entry_point_is_a_warning_that_names_it(monkeypatch: pytest.Mon
     assert "fold-channels" in names and "broken-pass" not in names
     with pytest.raises(PassError, match="the pass 'broken-pass' of some package"):
         thresher.rewrite(MODEL, (X,), passes=["broken-pass"])
+
+
+def test_an_entry_point_has_the_name_of_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = "thresher.passes.fold.fold_scale:FoldScale"
+    other = importlib.metadata.EntryPoint("scale-folder", value, registry.GROUP)
+    several = importlib.metadata.EntryPoints([*importlib.metadata.entry_points(group=registry.GROUP), other])
+    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: several)
+    cure = f"the entry point 'scale-folder' of some package is the pass 'fold-scale': write fold-scale = \"{value}\""
+    with pytest.raises(PassError, match=re.escape(cure)):
+        thresher.rewrite(MODEL, (X,), passes=["scale-folder"])
+    with pytest.warns(UserWarning, match="the entry point 'scale-folder'"):
+        assert "fold-scale" in registry.registered_passes()
 
 
 def test_notes_that_are_right_pass(monkeypatch: pytest.MonkeyPatch) -> None:
