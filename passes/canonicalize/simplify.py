@@ -71,7 +71,8 @@ class Simplify(Pass):
                 if message:
                     notes.append(Note.at(node, message))
                     break
-        notes += share(work)  # and once each has its one spelling
+        names = {n.name for n in program.graph.nodes}  # the others are of calls that a note above is about
+        notes += [note for note in share(work) if note.node in names]  # once each has its one spelling
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
 
@@ -195,11 +196,11 @@ def name_kth_largest(program: Program, node: fx.Node) -> str:
         return ""
     x, k = largest.args[:2]
     last = len(shape_of(x)) - 1
-    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    start = argument(node, 2, "start")
     start = start + k if start is not None and start < 0 else start
     if argument(largest, 2, "dim", -1) % (last + 1) != last or node.args[1] % (last + 1) != last:
         return ""
-    if start != k - 1 or (end is not None and 0 <= end < k) or step != 1:
+    if start != k - 1 or shape_of(node)[last] != 1:  # an end before the start leaves nothing
         return ""
     node.replace_all_uses_with(program.insert_call(node, torch.ops.thresher.kth_largest.default, (x, k), like=node))
     return "the last of the largest: written as thresher::kth_largest"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from helpers.cases import spellings
 from helpers.modules import Function
 from thresher.testing import Case, Entry
 
@@ -68,7 +69,7 @@ def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
 CASES = {
     "evaluate-constants": [Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6)))],
     "complex-numbers": [Entry(Case("spectrum", spectrum, n=(2, 3), c=(6, 7)))],
-    "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3)))],
+    "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3))), *spellings.ENTRIES],
     "canonicalize-attention": [
         Entry(Case("spelled out", spelled_out, n=(2, 3), tokens=(3, 5)), first=("evaluate-constants", "simplify"))
     ],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.cases.kinds import kinds
 from helpers.folds import Net, kill
 from helpers.planted import CONV_BN, MLP
 from thresher.passes import pipelines
@@ -102,18 +101,6 @@ def norms(kind: str, n: int) -> tuple[nn.Module, tuple]:
 
 
 NORMS = ("transposed", "transposed groups", "plain", "into the next", "padded", "grouped", "rows")
-
-
-def kinds(
-    name: str, build: Callable, first: Sequence[str], active: Sequence[str], refused: Sequence[str] = ()
-) -> list[Entry]:
-    """Return an entry for each kind that the pass rewrites, and one for all that it refuses, beside one that it does not."""
-    cases = [Case(f"{name}: {kind}", build, kind=(kind,), n=(2,)) for kind in active]
-    entries = [Entry(case, first=first, misses=40) for case in cases]
-    if refused:
-        beside = Case(f"{name}: others", build, kind=(active[0], *refused), n=(3,), refused={"kind": refused})
-        entries.append(Entry(beside, first=first, draws=1 + len(refused), misses=0))
-    return entries
 
 
 def twins(n: int, c: int) -> tuple[nn.Module, tuple]:

@@ -12,7 +12,7 @@ from helpers.modules import Function
 from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
 from thresher.rewriting.manager import PassManager
-from thresher.testing import refused
+from thresher.testing import before_after, refused
 
 aten = torch.ops.aten
 
@@ -127,3 +127,14 @@ def test_parts_whose_sizes_are_computed_stay_a_split() -> None:
     after = refused("simplify", program).after
     x = torch.randn(6, 4)
     torch.testing.assert_close(after(x, torch.tensor([5, 1])), x[:5].sum(0) - x[5:].sum(0))
+
+
+def test_an_end_before_the_start_leaves_nothing_of_the_largest() -> None:
+    refused("simplify", Function(lambda x: x.topk(3).values[..., 2:-1]), (torch.randn(2, 5),))
+
+
+def test_notes_are_of_nodes_that_the_program_had() -> None:
+    """Two parts that are written as the same slice are computed once, and the note of that is the note of the parts."""
+    outcome = before_after("simplify", Function(lambda x: x.split(2, 1)[0] + x.chunk(2, 1)[0]), (torch.randn(3, 4),))
+    names = {node.name for node in outcome.before.graph.nodes}
+    assert outcome.changed and {note.node for note in outcome.rewrites} <= names
