@@ -42,6 +42,21 @@ def test_known_constant_moves_into_the_next_bias() -> None:
     assert (4,) in shapes(folded).values()  # the bias that b did not have
 
 
+def test_a_slice_without_elements_stays_and_so_does_what_it_is_cut_from() -> None:
+    """A model has one where the size of a part is 0 by its configuration."""
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        hidden = s.a(x).relu()
+        return s.b(torch.cat([hidden, hidden[:, 8:].reshape(3, 1, 0).flatten(1)], 1))
+
+    net = Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    kill(net.a.weight, 1)
+    kill(net.a.bias, 1)
+    kill(net.b.weight, 0)
+    folded, _ = fold(net, torch.randn(3, 6))
+    assert shapes(folded)["a.weight"] == (8, 6)
+
+
 def test_unread_units_go() -> None:
     """The producer is alive, but no consumer has a weight for it."""
     net = Net(lambda s, x: s.b(s.a(x).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 4))

@@ -47,9 +47,9 @@ class Movement(TransferRule):
         return {}
 
     def map(self, node: fx.Node, facts: Facts) -> Map | None:
-        """Return where the elements of the result come from; None where an index is not constant."""
+        """Return where the elements of the result come from; None where an index is not constant, or the result has no elements."""
         indices = self.indices(node, facts)
-        return None if indices is None else map_of(node, self.moved(node, facts), indices)
+        return None if indices is None or 0 in sizes(node) else map_of(node, self.moved(node, facts), indices)
 
     def forward(self, node: fx.Node, facts: Facts) -> Known | None:
         operands = self.moved(node, facts)
