@@ -13,4 +13,4 @@ from thresher.testing import prove
 def test_every_registered_pass_is_proven(name: str) -> None:
     assert name in OWN, "the table has a case of a pass that is not registered"
     assert CASES.get(name), "the table of cases (tests/helpers/cases) has none of this pass"
-    prove(name, *CASES[name], draws=2)
+    prove(name, *CASES[name])
