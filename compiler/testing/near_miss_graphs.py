@@ -1,5 +1,6 @@
 """Graphs one step off: a number that is another one, operands exchanged, a neighbour of the operator, a value that somebody else reads,
-a constant that is shared, a zero that is none. What a pass takes for its pattern there, it must still get right.
+a constant that is shared, a zero that is none, a value that is expanded, an input that is transposed. What a pass takes for its pattern
+there, it must still get right.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ def _steps(program: Program, node: fx.Node) -> Iterator[Step]:
         yield Step("computed", f"{node.target} is computed in the graph", partial(_computed, node.name))
         if program.constants[node.target].is_floating_point():
             yield from (Step("constant", *step) for step in _constants(node, program))
+    if node.op != "get_attr" and is_tensor(node):
+        yield from (Step("layout", *step) for step in _layouts(node))
     if node.op != "call_function":
         return
     for edit in call_edits.edits(node, program):
@@ -299,6 +302,37 @@ def _shifted(name: str, program: Program) -> None:
         moved = program.graph.call_function(aten.add.Tensor, (node, 0.25))
     for user in users:
         user.replace_input_with(node, moved)
+
+
+def _layouts(node: fx.Node) -> Iterator[tuple[str, Change]]:
+    """Yield the value with its numbers at other places in memory: of an expanded one, and of a transposed input."""
+    shape = shape_of(node)
+    for dim in [d for d, size in enumerate(shape) if isinstance(size, int) and size > 1][:1]:
+        yield f"{node.name} is one slice along dimension {dim}, expanded", partial(_expanded, node.name, dim)
+    if node.op == "placeholder" and len(shape) > 1 and all(isinstance(size, int) for size in shape):
+        yield f"{node.name} is the transpose of an input", partial(_transposed, node.name)
+
+
+def _expanded(name: str, dim: int, program: Program) -> None:
+    node = _find(program, name)
+    users, shape = list(node.users), list(shape_of(node))
+    first = program.insert_call(node.next, aten.slice.Tensor, (node, dim, 0, 1), like=node)
+    value = program.insert_call(first.next, aten.expand.default, (first, shape), like=node)
+    for user in users:
+        user.replace_input_with(node, value)
+
+
+def _transposed(name: str, program: Program) -> None:
+    node = _find(program, name)
+    users, index = list(node.users), program.placeholders.index(node)
+    values = list(program.probe)
+    values[index] = values[index].transpose(-1, -2).contiguous()
+    program.probe = tuple(values)
+    node.meta["val"] = fake_results.empty(values[index].shape, dtype_of(node), program.fake_mode)
+    first = next(n for n in program.graph.nodes if n.op == "call_function")
+    value = program.insert_call(first, aten.transpose.int, (node, -2, -1), like=node)
+    for user in users:
+        user.replace_input_with(node, value)
 
 
 # ---------------------------------------------------------------------- several calls

@@ -105,6 +105,12 @@ def test_near_misses_are_one_step_away() -> None:
     for words, other in found.items():
         assert not program.structurally_equal(other) or "number" in words or "used in the place" in words, words
         other.verify()
+    expanded, transposed = (
+        found["linear is one slice along dimension 0, expanded"],
+        found["input_1 is the transpose of an input"],
+    )
+    assert "aten.expand.default(%slice_tensor, [2, 4])" in expanded.text() and transposed.probe[0].shape == (3, 2)
+    torch.testing.assert_close(transposed(program.probe[0].T.contiguous()), program(program.probe[0]))
     assert list(dict(near_misses(program))) == list(found)  # the same each time
     assert len(list(near_misses(program, limit=3))) == 3
 
