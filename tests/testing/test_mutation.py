@@ -14,6 +14,7 @@ import pytest
 
 from helpers import halves
 from helpers.cases import CASES
+from helpers.equivalent_mutants import REASONS
 from thresher.errors import ThresherError
 from thresher.rewriting.contract import Pass
 from thresher.rewriting.registry import find_pass, make_pass
@@ -247,3 +248,12 @@ def test_a_call_has_a_process_of_its_own() -> None:
     answers = dict(in_forks(calls, 2, lambda index: 20.0 if index != 1 else 0.2))
     assert answers[1] == Lost(timeout=True) and answers[2] == Lost(timeout=False)
     assert len({answers[0], answers[3], os.getpid()}) == 3 and "os" in sys.modules
+
+
+def test_every_explained_mutant_is_one() -> None:
+    """A reason whose lines are gone explains nothing."""
+    for (file, before, after), reason in REASONS.items():
+        module = importlib.import_module(f"thresher.passes.{file.removesuffix('.py').replace('/', '.')}")
+        edits = source_edits(Path(str(module.__file__)).read_text(), vars(module))
+        assert any((edit.old_line, edit.new_line) == (before, after) for edit in edits), (file, before, after)
+        assert " " in reason

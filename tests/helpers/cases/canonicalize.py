@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from helpers.cases import spellings
+from helpers.cases.kinds import kinds
 from helpers.modules import Function
 from thresher.testing import Case, Entry
 
@@ -58,6 +61,58 @@ def grouped(n: int, tokens: int) -> tuple[nn.Module, tuple]:
     return Function(attend), (torch.randn(n, 6, tokens, 4), k, v)
 
 
+def shared(kind: str, n: int) -> tuple[nn.Module, tuple]:
+    """Keys and values that are repeated by a reshape, of one of them only, or in another order than heads are shared."""
+    t, groups, times = 3, 3 if kind == "tiled" else 2, 3
+    shape = (n, groups * times, t, 4)
+
+    def repeated(x: Tensor) -> Tensor:
+        if kind == "tiled":
+            return x[:, None].expand(n, times, groups, t, 4).reshape(shape)
+        if kind == "joined":
+            return torch.cat([x[:, :, None]] * times, 2).reshape(shape)
+        if kind == "along the features":
+            return x.reshape(n, 2, t, 4)[..., :1].expand(n, 2, t, 12).reshape(shape)
+        wide = x.reshape(n, groups, 1, t, 4) if kind == "reshaped" else x[:, :, None]
+        return wide.expand(n, groups, times, t, 4).reshape(shape)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        values = v.repeat(1, times, 1, 1) if kind == "keys only" else repeated(v)
+        return F.scaled_dot_product_attention(q, repeated(k), values)
+
+    _, k, v = (torch.randn(n, groups, t, 4) for _ in range(3))
+    return Function(attend), (torch.randn(shape), k, v)
+
+
+class Weight(nn.Module):
+    """A square weight, a mask and a row, and the function that uses them."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+        self.weight, self.row = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1, 4))
+        self.register_buffer("mask", torch.eye(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+COMPUTED: dict[str, Callable] = {
+    "filled": lambda s, x: x + torch.zeros_like(x).cos() - torch.full_like(x, 3.0) * torch.ones_like(x),
+    "moved": lambda s, x: F.linear(x, s.weight.t()[1:, :].clone()),
+    "parts": lambda s, x: F.linear(x, s.weight.split(2)[1]) * F.linear(x, s.weight.chunk(2)[0]),
+    "scaled": lambda s, x: F.linear(x, s.weight * 2.0 * s.mask),
+    "twice": lambda s, x: F.linear(x, s.weight * s.mask) + F.linear(x.relu(), s.weight * s.mask),
+    "buffer": lambda s, x: x * s.mask.exp().sum(0) + (s.mask[0] > 1),
+    "squared": lambda s, x: F.linear(x, s.weight * s.weight),
+    "expanded": lambda s, x: x * (s.row * 2).expand(3, 4)[0],
+}
+
+
+def computed(kind: str, n: int) -> tuple[nn.Module, tuple]:
+    return Weight(COMPUTED.get(kind, lambda s, x: x * s.row.expand(x.shape[0], 4))), (torch.randn(n, 4),)
+
+
 def softshrink(n: int) -> tuple[nn.Module, tuple]:
     return nn.Softshrink(0.3), (torch.randn(n, 5),)
 
@@ -67,13 +122,19 @@ def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
 
 
 CASES = {
-    "evaluate-constants": [Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6)))],
+    "evaluate-constants": [
+        Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6))),
+        *kinds("computed", computed, (), tuple(COMPUTED), ("torn",)),
+    ],
     "complex-numbers": [Entry(Case("spectrum", spectrum, n=(2, 3), c=(6, 7)))],
     "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3))), *spellings.ENTRIES],
     "canonicalize-attention": [
         Entry(Case("spelled out", spelled_out, n=(2, 3), tokens=(3, 5)), first=("evaluate-constants", "simplify"))
     ],
-    "share-key-heads": [Entry(Case("grouped", grouped, n=(2, 3), tokens=(3, 5)), first=("simplify",))],
+    "share-key-heads": [
+        Entry(Case("grouped", grouped, n=(2, 3), tokens=(3, 5)), first=("simplify",)),
+        *kinds("shared", shared, ("simplify",), ("reshaped",), ("tiled", "joined", "along the features", "keys only")),
+    ],
     "canonicalize-threshold": [
         Entry(Case("soft", soft, n=(2, 3), c=(4, 5)), first=("simplify",)),
         Entry(Case("shrink", softshrink, n=(2, 3))),

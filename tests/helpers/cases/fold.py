@@ -63,8 +63,9 @@ def twins_in(kind: str, n: int) -> tuple[nn.Module, tuple]:
     image, rows, c = (torch.randn(n, 3, 6, 6),), (torch.randn(n, 6),), 6
     conv, linear = copied(nn.Conv2d(3, c, 3, padding=1), (2, 0), (5, 1)), copied(nn.Linear(6, c, bias=False), (3, 0))
     scale = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 2.0])
+    plane, one = torch.linspace(0.5, 2.0, 36).reshape(6, 6), torch.full((1, 1, 1), 0.5)
     forward, layers, args = {
-        "image": (lambda s, x: s.b(F.max_pool2d(s.a(x).relu() * scale[:, None, None], 2)), [conv, nn.Conv2d(c, 4, 3)], image),
+        "image": (lambda s, x: s.b(F.max_pool2d(s.a(x).relu() * scale[:, None, None] * plane + one, 2)), [conv, nn.Conv2d(c, 4, 3)], image),
         "mean": (lambda s, x: s.b(s.a(x).relu().mean((2, 3))), [conv, nn.Linear(c, 4)], image),
         "two readers": (lambda s, x: s.b(s.a(x).relu()) + s.b(s.a(x).tanh()), [linear, nn.Linear(c, 4)], rows),
         "sum": (lambda s, x: s.b(s.a(x) + s.c(x)), [linear, nn.Linear(c, 4), copied(nn.Linear(6, c), (3, 0), (4, 1))], rows),

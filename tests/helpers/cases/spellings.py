@@ -56,14 +56,10 @@ def largest(x: Tensor) -> Tensor:
 
 
 def other_largest(x: Tensor) -> Tensor:
-    a = torch.topk(x, 3).values[..., :1] + torch.topk(x, 3, largest=False).values[..., -1:]
-    return (
-        x
-        - a
-        - torch.topk(x, 2, 0).values[-1:]
-        - torch.topk(x, 5).values[..., 1:].sum(-1, True)
-        - torch.topk(x, 4).values[..., 3:-1].sum()
-    )
+    first, smallest = torch.topk(x, 3).values[..., :1], torch.topk(x, 3, largest=False).values[..., -1:]
+    rows = torch.topk(x, 2, 0).values[-1:] - torch.topk(x[:, :1], 2, 0).values[1:]
+    several, none = torch.topk(x, 5).values[..., 1:].sum(-1, True), torch.topk(x, 4).values[..., 3:-1].sum()
+    return x - first - smallest - rows - several - none
 
 
 MATRIX = torch.linspace(-1.0, 1.0, 24).reshape(6, 4)
@@ -93,7 +89,16 @@ def twice(x: Tensor) -> Tensor:
 
 def expanded(x: Tensor) -> Tensor:
     wide, column = x[:1].expand(x.shape), x[:, :1].expand(x.shape)
-    return wide.exp() * 2 + (column - column.relu()) * x
+    return (
+        wide.exp() * 2
+        + (column - column.relu()) * x
+        + torch.add(column, column.tanh(), alpha=3)
+        - wide.sub(wide.sin(), alpha=2)
+    )
+
+
+def beside(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape) * x - x[:, :1].expand(x.shape).cumsum(1)
 
 
 def attention(mask: Tensor) -> nn.Module:
@@ -101,6 +106,10 @@ def attention(mask: Tensor) -> nn.Module:
         return F.scaled_dot_product_attention(q, k, k, mask)
 
     return Function(attend)
+
+
+def wide_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k, mask.expand(len(q), 2, 3, 3))
 
 
 def spelled(kind: str, n: int) -> tuple[nn.Module, tuple]:
@@ -113,6 +122,7 @@ def spelled(kind: str, n: int) -> tuple[nn.Module, tuple]:
     functions = {
         "nothing": nothing, "something": something, "positive": positive, "not quite positive": not_quite_positive, "largest": largest,
         "other largest": other_largest, "products": products, "other products": other_products, "twice": twice, "expanded": expanded,
+        "beside": beside,
     }  # fmt: skip
     models = {
         "parts": lambda: (Function(parts), (torch.randn(n, 4, 6),)),
@@ -122,7 +132,7 @@ def spelled(kind: str, n: int) -> tuple[nn.Module, tuple]:
         "shuffle": lambda: (nn.ChannelShuffle(2), image),
         "empty mask": lambda: (attention(torch.ones(3, 3, dtype=torch.bool)), tokens),
         "zero mask": lambda: (attention(torch.zeros(3, 3)), tokens),
-        "wide mask": lambda: (attention(below.expand(n, 2, 3, 3)), tokens),
+        "wide mask": lambda: (Function(wide_mask), (*tokens, torch.randn(1, 1, 3, 3))),
         "mask": lambda: (attention(below), tokens),
         "statistics": lambda: (nn.InstanceNorm2d(4, track_running_stats=True), image),
     }
@@ -131,7 +141,7 @@ def spelled(kind: str, n: int) -> tuple[nn.Module, tuple]:
 
 SPELLED = (
     "nothing", "positive", "largest", "products", "twice", "expanded", "parts", "slopes", "slope", "instance", "shuffle", "empty mask",
-    "zero mask",
+    "zero mask", "wide mask",
 )  # fmt: skip
-PLAIN = ("not quite positive", "other largest", "other products", "mask", "statistics")
+PLAIN = ("beside", "not quite positive", "other largest", "other products", "mask", "statistics")
 ENTRIES = kinds("spelled", spelled, (), SPELLED, PLAIN) + kinds("mixed", spelled, (), ("something",))
