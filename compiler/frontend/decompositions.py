@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OperatorBase
+from torch._ops import OperatorBase, OpOverload
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputSpec
+from torch.export.graph_signature import InputSpec, OutputKind
 
 from thresher.errors import CaptureError
 from thresher.frontend.fast_decompositions import fast_decompositions
@@ -40,7 +41,8 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
     exported = _without_aliases(exported)
     try:
         with fast_decompositions():
-            return exported.run_decompositions(decomposition_table())
+            table = decomposition_table()
+            return exported if _is_decomposed(exported, table) else exported.run_decompositions(table)
     except Exception as error:
         if pair := _shared_memory(exported):
             raise CaptureError(
@@ -49,12 +51,34 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
         raise CaptureError(f"torch cannot decompose the exported program: {str(error).strip()[:1500]}") from error
 
 
+def _is_decomposed(exported: ExportedProgram, table: Mapping[Any, Any]) -> bool:
+    """Return True only where decomposing would trace the same calls again: none of them is in the table, made of others, or writes."""
+    specs = exported.graph_signature.output_specs
+    calls = [n.target for n in exported.graph.nodes if n.op == "call_function"]
+    return all(s.kind is OutputKind.USER_OUTPUT for s in specs) and all(
+        isinstance(op, OpOverload)
+        and op not in table
+        and not op._schema.is_mutable
+        and (
+            op in _kept_whole()
+            or not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        )
+        for op in calls
+    )
+
+
+@cache
+def _kept_whole() -> frozenset[OpOverload]:
+    """Return the operators of KEPT_WHOLE that torch would decompose."""
+    table = torch.export.default_decompositions()
+    return frozenset(op for op in table if op._schema.name.removeprefix("aten::") in KEPT_WHOLE)
+
+
 def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
     """Return torch's table of decompositions without those of KEPT_WHOLE, and with that of products of groups of rows."""
     table = torch.export.default_decompositions()
-    for operator in list(table.keys()):
-        if operator._schema.name.removeprefix("aten::") in KEPT_WHOLE:
-            table.pop(operator)
+    for operator in _kept_whole():
+        table.pop(operator)
     table.update(grouped_products())
     table[aten.instance_norm.default] = _instance_norm
     table[aten.multilabel_margin_loss_forward.default] = _multilabel_margin_loss

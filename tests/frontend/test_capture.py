@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from helpers.modules import Function
 from thresher.errors import CaptureError
+from thresher.frontend import decompositions
 from thresher.frontend.capture import capture
 from thresher.testing import ZOO, settle
 
@@ -166,8 +166,27 @@ def test_padding_leaves_a_free_dimension_free() -> None:
 def test_the_fast_decomposition_is_that_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = ZOO[name]()
     quick = capture(settle(model), args).text()
-    monkeypatch.setattr(sys.modules["thresher.frontend.decompositions"], "fast_decompositions", contextlib.nullcontext)
+    monkeypatch.setattr(decompositions, "fast_decompositions", contextlib.nullcontext)
     assert capture(model, args).text() == quick
+
+
+NOT_DECOMPOSED = {
+    "calls that stay": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), True),
+    "a call in the table": (nn.Softshrink(), False),
+    "a composite call": (nn.Flatten(), False),
+    "one of torch's that is said to stay": (nn.BatchNorm2d(3), False),
+    "a write": (nn.ReLU(inplace=True), False),
+}
+
+
+@pytest.mark.parametrize("what", NOT_DECOMPOSED)
+def test_what_is_decomposed_already_is_not_traced_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, same), x = NOT_DECOMPOSED[what], torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model.eval(), (x,), strict=False)
+    assert (decompositions.decompose(exported) is exported) == same
+    text = capture(model, (x,)).text()
+    monkeypatch.setattr(decompositions, "_is_decomposed", lambda exported, table: False)
+    assert capture(model, (x,)).text() == text
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ HIERA = {"hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256]}
 FEATURES = [[16, 16], [8, 8], [4, 4]]
 
 PATCHES = {"image_size": 64, "patch_size": 16}
+SAM = {"vision_config": {"image_size": 256}, "prompt_encoder_config": {"image_size": 256, "image_embedding_size": 16}}
 DEPTH = {
     "patch_size": 64,
     "intermediate_hook_ids": [1, 0],
@@ -126,6 +127,8 @@ IMAGES: dict[str, Particular] = {
         },
     ),
     "mgp-str": Particular("its images are wider than high", inputs={"pixel_values": normal(1, 3, 32, 64)}),
+    "sam": Particular("two of its parts must have the same size of image", config=SAM),
+    "sam_hq": Particular("two of its parts must have the same size of image", config=SAM),
     "seggpt": Particular(
         "its image lies under an example with its mask",
         config={"image_size": [128, 64], "merge_index": 0, "intermediate_hidden_state_indices": [0, 1, 2, 3]},
