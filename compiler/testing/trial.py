@@ -55,7 +55,8 @@ class Example(Step):
         self.rewrites = result.rewrites
         yield from judge.judge(self.program, result, self.where)
         if result.rewrites and judge.item.kind == "exact":
-            yield from judge.way_back(self.captured, self.captured.original.state, result.program, self.where)
+            state = self.captured.original.state
+            yield from judge.way_back(self.captured, state, result.program, self.where, self.program)
 
 
 @dataclass

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from thresher.models.families import LIBRARIES, Library
 from thresher.models.families.sample import SampleExcluded
 from thresher.rewriting.contract import Context, Note, Pass, PassResult
-from thresher.testing import Zoo, examine, prove
+from thresher.testing import Case, Zoo, examine, prove
 
 aten = torch.ops.aten
 SAMPLE = Zoo(("reference/lista", "reference/bert", "transformers/albert"))
@@ -40,6 +41,21 @@ class Nothing(Pass):
 
     def apply(self, program, context: Context) -> PassResult:
         return PassResult(program)
+
+
+@dataclass(frozen=True)
+class DropNegations(Pass):
+    """Remove two negations in a row."""
+
+    name: ClassVar[str] = "drop-negations"
+
+    def apply(self, program, context: Context) -> PassResult:
+        work, rewrites = program.clone(), []
+        for node in list(work.calls(aten.neg.default)):
+            if node.args[0].target is aten.neg.default:
+                node.replace_all_uses_with(node.args[0].args[0])
+                rewrites.append(Note.at(node, "two negations"))
+        return PassResult(work.clean(), rewrites) if rewrites else PassResult(program)
 
 
 def test_an_exact_pass_on_a_sample() -> None:
@@ -96,3 +112,20 @@ def test_a_model_that_cannot_be_built_is_left_out(monkeypatch: pytest.MonkeyPatc
 def test_a_name_that_no_model_has_is_an_error() -> None:
     with pytest.raises(ValueError, match="no model has a name like timm-convnext; names look like timm/convnext"):
         prove(Nothing(), zoo=Zoo(("timm-convnext",)))
+
+
+class Copied(nn.Module):
+    """A scale that is read as it is and, through a hyperbolic tangent, as a constant of its own; and two negations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.neg().neg() * self.scale.tanh() + self.scale
+
+
+def test_copies_that_an_earlier_pass_keeps_are_not_those_of_the_pass() -> None:
+    case = Case("copies", lambda n: (Copied(), (torch.randn(n, 4),)), n=(2,))
+    assert not DropNegations.keeps_copies
+    prove(DropNegations(), case, first=["evaluate-constants"], misses=0, dtypes=())
