@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import thresher
-
-from .sample import Case, Inputs, SampleExcluded
+from thresher.models.families.sample import Case, Inputs, SampleExcluded
 
 #: Every outcome, as it is called on the page.
 OUTCOMES = {

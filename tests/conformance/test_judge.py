@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conformance.judge import Verdict, judge, leaf_difference
-from benchmarks.conformance.sample import Case, Inputs, SampleExcluded
 from thresher.errors import BackendError, ValidationError
+from thresher.models.families.sample import Case, Inputs, SampleExcluded
 
 
 class TwoOutputs(nn.Module):
