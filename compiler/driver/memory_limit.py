@@ -18,6 +18,7 @@ from thresher.ir.program import Program
 VARIABLE = "THRESHER_MEMORY"  # gigabytes that a build may take, instead of what is available
 GIGABYTE = 10**9
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of a container
+PROCESS = Path("/proc/self")
 
 
 def check_memory(program: Program, verify: Verify, available: int | None = None) -> None:
@@ -66,7 +67,7 @@ def available_bytes() -> int | None:
             return int(float(text) * GIGABYTE)
         except ValueError as error:
             raise InputError(f"{VARIABLE} must be a number of gigabytes, not {text!r}") from error
-    known = [size for size in (_of_machine(), _of_container()) if size is not None]
+    known = [size for size in (_of_machine(), _of_container(), _of_process()) if size is not None]
     return min(known, default=None)
 
 
@@ -86,4 +87,16 @@ def _of_container() -> int | None:
         statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
         return max(limit - used + int(statistics.get("inactive_file", 0)), 0)
     except (OSError, ValueError):  # no group, or no limit ("max")
+        return None
+
+
+def _of_process() -> int | None:
+    """Return what this process may still take of its address space (``ulimit -v``)."""
+    try:
+        lines = (PROCESS / "limits").read_text().splitlines()
+        limit = int(
+            next(line.removeprefix("Max address space").split()[0] for line in lines if "address space" in line)
+        )
+        return max(limit - int((PROCESS / "statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"), 0)
+    except (OSError, StopIteration, ValueError):  # no such system, or no limit ("unlimited")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,12 @@ def test_what_is_available(monkeypatch, tmp_path) -> None:
     assert available_bytes() == 1_500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() != 1_500_000
+    (tmp_path / "limits").write_text("Max address space         6000000              unlimited            bytes\n")
+    (tmp_path / "statm").write_text("1000 10 10")
+    monkeypatch.setattr(memory_limit, "PROCESS", tmp_path)
+    assert available_bytes() == 6_000_000 - 1000 * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "limits").write_text("Max address space         unlimited            unlimited            bytes\n")
+    assert available_bytes() != 6_000_000 - 1000 * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv(VARIABLE, "2.5")
     assert available_bytes() == 2.5 * GIGABYTE
     monkeypatch.setenv(VARIABLE, "much")
