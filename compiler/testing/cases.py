@@ -114,6 +114,7 @@ class Entry:
         first: passes that run before it.
         context: what the pass may look at, made for each program.
         draws, misses: sizes, and graphs one step off, that are tried at most, whatever the other cases of the pass have.
+        restored: every parameter of the result must lead back to those of the model; else one that does not is only frozen.
     """
 
     case: Case
@@ -122,6 +123,7 @@ class Entry:
     context: Callable[[Program], Context] | None = None
     draws: int | None = None
     misses: int | None = None
+    restored: bool = False
 
     def configured(self, item: str | Pass) -> Pass:
         """Return the pass with the options of this entry, which go with the name of a pass only."""

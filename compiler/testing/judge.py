@@ -117,11 +117,18 @@ class Judge:
             yield Finding("budget", where, f"the error on held-out samples is {error:.3g}, the budget {limit:.3g}")
 
     def way_back(
-        self, original: Program, state: Mapping[str, Tensor], after: Program, where: str, before: Program | None = None
+        self,
+        original: Program,
+        state: Mapping[str, Tensor],
+        after: Program,
+        where: str,
+        before: Program | None = None,
+        restored: bool = False,
     ) -> Iterator[Finding]:
         """Yield what is wrong where parameters move a little, as in training, and what comes back is put into the program as it was.
 
-        First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for.
+        First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for. With
+        ``restored`` those that have none are wrong, too.
         ``before``: the program that the pass was applied to, if passes ran before: copies that these keep are not its own.
         """
         training = _Training(original, state, after.rounded(), after.lineage, self.seed)
@@ -138,6 +145,10 @@ class Judge:
             yield Finding(
                 "way back", where, f"{what} trained and unfolded, the original computes something else: {fault}"
             )
+        lost = [name for name, error in ways.items() if error is not None and not isinstance(error, TrainedApart)]
+        if restored and lost:
+            cure = "leave a Restore in the lineage, or add it with role=Role.BUFFER"
+            yield Finding("way back", where, f"{lost[0]!r} leads back to no parameter of the model: {cure}")
         apart = next((error for error in ways.values() if isinstance(error, TrainedApart)), None)
         if apart and not self.item.keeps_copies and not (before and self._is_apart(original, state, before)):
             cure = "refuse where a constant is read elsewhere, too, or say keeps_copies = True"

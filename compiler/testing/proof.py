@@ -116,5 +116,7 @@ def trials(
         entry = case if isinstance(case, Entry) else Entry(case)
         before, looks_at = entry.first or first, entry.context or context or (lambda program: Context())
         sizes, graphs = entry.draws or draws, misses if entry.misses is None else entry.misses
-        result.append(Trial(entry.configured(item), entry.case, before, looks_at, sizes, graphs, dtypes, seed))
+        result.append(
+            Trial(entry.configured(item), entry.case, before, looks_at, sizes, graphs, dtypes, seed, entry.restored)
+        )
     return result

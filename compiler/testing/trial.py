@@ -45,6 +45,7 @@ class Example(Step):
 
     sizes: dict[str, Any]
     captured: Program
+    restored: bool
 
     def run(self, judge: Judge) -> Iterator[Finding]:
         self.rewrites = ()
@@ -56,7 +57,7 @@ class Example(Step):
         yield from judge.judge(self.program, result, self.where)
         if result.rewrites and judge.item.kind == "exact":
             state = self.captured.original.state
-            yield from judge.way_back(self.captured, state, result.program, self.where, self.program)
+            yield from judge.way_back(self.captured, state, result.program, self.where, self.program, self.restored)
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Trial:
     misses: int
     dtypes: Sequence[torch.dtype]
     seed: int
+    restored: bool = False
     examples: list[Example] = field(default_factory=list)
 
     @property
@@ -139,7 +141,7 @@ class Trial:
         active = False
         for sizes in self.case.draws(self.draws, self.seed):
             captured = self.case.program(sizes)
-            example = Example(described(self.case, sizes), self._prepared(captured), sizes, captured)
+            example = Example(described(self.case, sizes), self._prepared(captured), sizes, captured, self.restored)
             self.examples.append(example)
             yield example
             if not example.rewrites:

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 import thresher
+from helpers.cases.canonicalize import computed
 from helpers.planted import PLANTED
 from helpers.planted_merge import BEGINNERS, FAULTS, MergeParallel
+from thresher.errors import PassError
 from thresher.rewriting.contract import Pass
 from thresher.testing import (
     ZOO,
     Case,
+    Entry,
     IndexMapError,
     before_after,
     examine,
@@ -53,6 +56,26 @@ def test_a_case_that_tests_nothing_is_named() -> None:
     assert finding.check == "idle" and "rewrote nothing" in finding.message
     with pytest.raises(AssertionError, match="idle: no norm"):
         prove("fold-batch-norm", idle)
+
+
+def test_a_parameter_that_leads_back_to_none_is_named_where_all_must() -> None:
+    """The square of a weight has no way back: its sign is gone."""
+    case = Case("squared", computed, kind=("squared",), n=(2,))
+    (finding,) = examine("evaluate-constants", Entry(case, restored=True, misses=0), dtypes=())
+    assert (
+        finding.check == "way back"
+        and "'mul' leads back to no parameter of the model: leave a Restore" in finding.message
+    )
+    assert not examine("evaluate-constants", Entry(case, misses=0), dtypes=())
+
+
+def test_an_entry_has_options_for_a_name_only() -> None:
+    entry = Entry(Case("one", lambda: (nn.ReLU(), (torch.randn(2),))), "{limit=5}")
+    assert str(entry.configured("evaluate-constants")) == "evaluate-constants{limit=5}"
+    with pytest.raises(
+        PassError, match=r"has the options \{limit=5\}: name the pass without any, not evaluate-constants\{limit=3\}"
+    ):
+        entry.configured("evaluate-constants{limit=3}")
 
 
 def test_draws_have_every_pair_of_values() -> None:

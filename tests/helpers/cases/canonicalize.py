@@ -124,7 +124,7 @@ def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
 CASES = {
     "evaluate-constants": [
         Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6))),
-        *kinds("computed", computed, (), tuple(COMPUTED), ("torn",)),
+        *kinds("computed", computed, (), tuple(COMPUTED), ("torn",), lost=("squared",)),
     ],
     "complex-numbers": [Entry(Case("spectrum", spectrum, n=(2, 3), c=(6, 7)))],
     "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3))), *spellings.ENTRIES],

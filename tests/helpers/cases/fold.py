@@ -137,7 +137,7 @@ CASES = {
     "fold-batch-norm": [
         Entry(CONV_BN, first=("evaluate-constants",)),
         Entry(Case("batch norm, linear", forward_norm, n=(2, 3), c=(4, 5)), first=("evaluate-constants",)),
-        *kinds("norm", norms, ("evaluate-constants",), NORMS),
+        *kinds("norm", norms, ("evaluate-constants",), NORMS, lost=("plain", "into the next")),
     ],
     "fold-scale": [
         Entry(Case("scaled layer", scaled, n=(2, 3), c=(4, 5)), first=("evaluate-constants", "simplify")),
