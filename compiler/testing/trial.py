@@ -45,7 +45,7 @@ class Example(Step):
 
     sizes: dict[str, Any]
     captured: Program
-    restored: bool
+    restored: bool = False
 
     def run(self, judge: Judge) -> Iterator[Finding]:
         self.rewrites = ()
