@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from thresher.ir import fake_results
-from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, is_tensor, same_size, shape_of
 from thresher.ir.program import Program
 from thresher.testing import call_edits
 from thresher.verification.compare import compare
@@ -359,8 +359,9 @@ def _siblings(program: Program, nodes: Sequence[fx.Node]) -> Iterator[Step]:
 
 def _sizes(program: Program, nodes: Sequence[fx.Node], seed: int) -> Iterator[Step]:
     """Yield other sizes of the inputs: alone, and with an edit that changes the shape of a call, which the other size may hide."""
-    places = [(d, s) for p in program.placeholders if is_tensor(p) for d, s in enumerate(shape_of(p))]
-    sizes = [(d, s, o) for d, s in dict.fromkeys(places) if isinstance(s, int) for o in (1, s + 1) if o != s and s]
+    shapes = [shape_of(p) for p in program.placeholders if is_tensor(p)]
+    places = [(d, s) for shape in shapes for d, s in enumerate(shape) if isinstance(s, int)]
+    sizes = [(d, s, o) for d, s in dict.fromkeys(places) for o in (1, s + 1) if o != s and s]
     calls = [n for n in nodes if n.op == "call_function"]
     hidden = [(n.name, edit) for n in calls for edit, _ in call_edits.reshaping(n, program)]
     random.Random(seed).shuffle(hidden)
@@ -377,9 +378,10 @@ def _sizes(program: Program, nodes: Sequence[fx.Node], seed: int) -> Iterator[St
 def _resize(dim: int, size: int, other: int, program: Program) -> None:
     probe = list(program.probe)
     for index, node in enumerate(program.placeholders):
-        if is_tensor(node) and len(shape_of(node)) > dim and shape_of(node)[dim] == size:
-            value = probe[index]
+        shape = list(shape_of(node)) if is_tensor(node) else []
+        if len(shape) > dim and same_size(shape[dim], size):
+            value, shape[dim] = probe[index], other
             kept = value.narrow(dim, 0, min(size, other))
             probe[index] = torch.cat([kept, value.narrow(dim, 0, other - size)], dim) if other > size else kept.clone()
-            node.meta["val"] = fake_results.empty(probe[index].shape, value.dtype, program.fake_mode)
+            node.meta["val"] = fake_results.empty(shape, value.dtype, program.fake_mode)
     program.probe = tuple(probe)

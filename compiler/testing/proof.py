@@ -14,7 +14,8 @@ notes        what it changed, it says, at nodes that exist; what it says, it cha
 repeatable   two applications give the same
 way back     what training does to the result comes back to the original's parameters, or an error says that it cannot
 rest         applied again and again it comes to an end, and stays exact
-near miss    a graph one step off is refused, or rewritten rightly, too (:mod:`thresher.testing.near_miss_graphs`)
+near miss    a graph one step off is refused, or rewritten rightly, too, also for a free number of samples
+             (:mod:`thresher.testing.near_miss_graphs`)
 budget       (approximate passes) the error of the result on samples that it did not see keeps within the budget
 idle         (of a case) the pass rewrote nothing in any size: the case tests nothing
 unmet        (of a case) with one value of a size the pass rewrote nothing, and the case does not say that this is meant

@@ -25,6 +25,8 @@ from thresher.testing.comparisons import divergence, new_precision, signature_ch
 from thresher.testing.judge import Finding, Judge
 from thresher.testing.near_miss_graphs import near_misses
 
+FREE_MISSES = 4  # one graph in so many that are tried one step off is tried with a free number of samples
+
 
 @dataclass
 class Step:
@@ -67,11 +69,26 @@ class FreeBatch(Step):
     more: Sequence[Tensor]
 
     def run(self, judge: Judge) -> Iterator[Finding]:
+        self.rewrites = ()
         result, wrong = judge.apply(self.program, self.where)
         yield from (replace(w, check="batch", message=f"{w.check}: {w.message}") for w in wrong)
-        if result is not None and result.rewrites and (d := divergence(self.program, result.program, self.more)):
+        if result is None or not result.rewrites:
+            return
+        self.rewrites = result.rewrites
+        if differs := divergence(self.program, result.program, self.more):
             samples = f"with {len(self.more[0])} samples instead of {len(self.more[0]) - 2}"
-            yield Finding("batch", self.where, f"{samples}: {d}")
+            yield Finding("batch", self.where, f"{samples}: {differs}")
+
+
+@dataclass
+class FreeMiss(FreeBatch):
+    """A graph one step off the model with a free first dimension."""
+
+    change: str
+
+    def run(self, judge: Judge) -> Iterator[Finding]:
+        for one in super().run(judge):
+            yield Finding("near miss", self.where, f"where {self.change}: {one.check}: {one.message}")
 
 
 @dataclass
@@ -146,12 +163,15 @@ class Trial:
             yield example
             if not example.rewrites:
                 continue
-            if self.item.kind == "exact":
-                yield from self._free_batch(example)
+            free = self._free_batch(example) if self.item.kind == "exact" else None
+            if free is not None:
+                yield free
             if not active:  # once: what follows does not depend on sizes
                 active = True
                 yield from self._other_dtypes(example)
                 yield from self._near_misses(example)
+                if free is not None:
+                    yield from self._free_misses(free)
 
     def unmet(self) -> Iterator[Finding]:
         """Yield the sizes in which the case does not test what it says, as far as its examples were run."""
@@ -173,17 +193,16 @@ class Trial:
     def _prepared(self, program: Program) -> Program:
         return prepared(program, self.first, self.context)
 
-    def _free_batch(self, example: Example) -> Iterator[FreeBatch]:
-        """Yield the model captured with a free number of samples, where it allows that."""
+    def _free_batch(self, example: Example) -> FreeBatch | None:
+        """Return the model captured with a free number of samples; None where it does not allow that."""
         model, args = self.case.module(example.sizes)
         if not args or not all(isinstance(a, Tensor) and a.dim() and len(a) == len(args[0]) > 1 for a in args):
-            return
+            return None
         try:
             program = capture(model, args, dynamic_shapes=_free(model, len(args)))
         except Exception:  # the model needs just this number
-            return
-        more = [torch.cat([a, a[:2].flip(0)]) for a in args]
-        yield FreeBatch(example.where, self._prepared(program), more)
+            return None
+        return FreeBatch(example.where, self._prepared(program), _with_two_more(args))
 
     def _other_dtypes(self, example: Example) -> Iterator[OtherDtype]:
         for dtype in self.dtypes:
@@ -200,6 +219,16 @@ class Trial:
         for change, other in near_misses(example.program, around, self.misses, self.seed):
             other.lineage.clear()  # its parameters are as they are here, whatever came before
             yield NearMiss(example.where, other, change)
+
+    def _free_misses(self, free: FreeBatch) -> Iterator[FreeMiss]:
+        around = {note.node for note in free.rewrites}
+        for change, other in near_misses(free.program, around, self.misses // FREE_MISSES, self.seed):
+            other.lineage.clear()
+            yield FreeMiss(free.where, other, _with_two_more(other.probe), change)
+
+
+def _with_two_more(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat([x, x[:2].flip(0)]) for x in inputs]
 
 
 def prepared(program: Program, first: Sequence[str | Pass], context: Callable[[Program], Context]) -> Program:

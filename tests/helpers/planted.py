@@ -629,3 +629,27 @@ def not_divided(work: Program, mul: fx.Node) -> bool:
     linear.args = (linear.args[0], scaled)
     work.lineage.append(Restore((scaled.target,), lambda values: {name: values[scaled.target]}))
     return replaced(mul, linear)
+
+
+# ---------------------------------------------------------------------- near misses of a free number of samples
+
+
+@plant(
+    "a sum with a factor, for the example's samples",
+    aten.relu.default,
+    function("relu of a sum", lambda x, y: torch.relu(x + y), ("n", "c"), ("n", "c")),
+    "near miss",
+    "fits the sizes of the example only",
+)
+def sum_of_so_many(work: Program, relu: fx.Node) -> bool:
+    total = relu.args[0]
+    if not is_tensor(total) or total.target is not aten.add.Tensor or not isinstance(total.args[1], fx.Node):
+        return False
+    x, y, alpha = *total.args, total.kwargs.get("alpha", 1)
+    if alpha != 1:
+        sizes = [d if isinstance(d, int) else len(work.probe[0]) for d in shape_of(y)]
+        factors = torch.full(sizes, float(alpha))
+        factor = work.add_constant(factors, "factor", dtype_of(y), like=y)
+        y = work.insert_call(relu, aten.mul.Tensor, (y, factor), like=relu)
+    total = work.insert_call(relu, aten.add.Tensor, (x, y), like=relu)
+    return replaced(relu, work.insert_call(relu, aten.clamp_min.default, (total, 0), like=relu))
