@@ -9,7 +9,7 @@ silent loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,10 +33,14 @@ class TrainedApart(ProgramError):
 
 @dataclass(frozen=True)
 class Restore:
-    """A step of the way back: ``back(values)`` gives the constants from which those named ``constants`` were computed."""
+    """A step of the way back: ``back(values)`` gives the constants from which those named ``constants`` were computed.
+
+    ``fixed``: constants that they were computed from, too, as they were then, and that the step does not give back.
+    """
 
     constants: tuple[str, ...]
     back: Callable[[Values], Values]
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]) -> Restore:
@@ -58,18 +62,8 @@ def moved(new: str, old: str, original: Tensor, move: Callable[[Tensor], Tensor]
 
 
 def computed(new: str, sources: Mapping[str, Tensor]) -> Restore:
-    """Return the step back for a constant ``new`` that was computed from the constants ``sources``, which it does not give back.
-
-    Where one of them stands in the small program, too, and training has changed it, the step raises :class:`TrainedApart`.
-    """
-
-    def back(values: Values) -> Values:
-        for name, before in sources.items():
-            if name in values and _apart(before, values[name], torch.ones_like(before, dtype=torch.bool)):
-                raise TrainedApart(name, (new,))
-        return {}
-
-    return Restore((new,), back)
+    """Return the step back for a constant ``new`` that was computed from the constants ``sources``, which it does not give back."""
+    return Restore((new,), lambda values: {}, sources)
 
 
 def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: Values, current: Values) -> Values:
@@ -78,15 +72,18 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
     ``initial`` are these constants when the program was made.
 
     Raises:
-        TrainedApart: a parameter of the original stands in two constants, which differ.
+        TrainedApart: a parameter of the original stands in two constants, which differ; or in one that was computed from it as it was.
         ProgramError: naming the constants that changed since and have no way back to the original's parameters.
     """
     values = dict(current)
     covered: dict[str, Tensor] = {}  # which elements of a value that came back stand in the small program; default: all
     open_ends = {name for name, value in current.items() if not torch.equal(value, initial[name])}
+    fixed: list[Restore] = []  # steps that are undone, and whose sources must be as they were
     for restore in reversed(list(lineage)):
         if not all(name in values for name in restore.constants):
             continue
+        _check_fixed(fixed, {name: values[name] for name in restore.constants})
+        fixed.append(restore)
         restored, stands = restore.back(values), _covered(restore, values)
         touched = open_ends & set(restore.constants)
         for name in restore.constants:
@@ -103,6 +100,7 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
             open_ends -= touched
         values |= restored
         open_ends |= set(restored) if touched else set()
+    _check_fixed(fixed, values)
     if lost := sorted(open_ends - original.keys()):
         raise ProgramError(
             f"these parameters changed, but nothing in the original model corresponds to them: {', '.join(lost[:5])}; "
@@ -112,6 +110,14 @@ def unfold(original: Mapping[str, Tensor], lineage: Iterable[Restore], initial: 
         name: values[name].to(tensor.dtype).reshape(tensor.shape) if name in values else tensor.clone()
         for name, tensor in original.items()
     }
+
+
+def _check_fixed(steps: Iterable[Restore], values: Values) -> None:
+    """Raise :class:`TrainedApart` where one of ``values`` is not what the constants of a step were computed from."""
+    for step in steps:
+        for name, before in step.fixed.items():
+            if name in values and _apart(before, values[name], torch.ones_like(before, dtype=torch.bool)):
+                raise TrainedApart(name, step.constants)
 
 
 def _covered(restore: Restore, values: Values) -> dict[str, Tensor]:

@@ -188,4 +188,4 @@ def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: di
         value = torch.where(live, values[name_of_result] / torch.where(live, torch.as_tensor(factor), 1.0), before)
         return inner.back({**values, name_of_result: value})
 
-    return Restore((name_of_result,), back)
+    return Restore((name_of_result,), back, {str(n.target): program.constants[n.target] for n in factors})

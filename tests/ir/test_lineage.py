@@ -161,3 +161,30 @@ def test_what_was_computed_of_a_parameter_is_not_trained_apart_from_it(folded: b
         names[new].mul_(1.1)
     with pytest.raises(ProgramError, match=f"nothing in the original model corresponds to them: {new}"):
         small.unfold()
+
+
+class Twice(nn.Module):
+    """Two values that no input changes: one leads back to ``weight``, the other was computed from it, or from what scales it."""
+
+    def __init__(self, product: bool) -> None:
+        super().__init__()
+        self.product, self.weight, self.scale = product, nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("mask", torch.tensor([1.0, 2.0, 1.0, 3.0]))
+        self.register_buffer("order", torch.tensor([3, 1, 2, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product:
+            return x * (self.weight * self.scale) + self.scale
+        return x * (self.weight * self.mask) + self.weight[self.order]
+
+
+@pytest.mark.parametrize(("product", "trained", "name"), [(False, "mul", "weight"), (True, "scale", "scale")])
+def test_a_source_that_comes_back_must_be_what_it_was(product: bool, trained: str, name: str) -> None:
+    model, x = Twice(product), torch.randn(2, 4)
+    small = thresher.rewrite(model, (x,), passes=["exact"])
+    constants = {n.rpartition(".")[2]: p for n, p in small.named_parameters()}
+    assert all(torch.equal(v, small.unfold()[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        constants[trained].mul_(1.1)
+    with pytest.raises(TrainedApart, match=f"copies of {name} were trained apart"):
+        small.unfold()
