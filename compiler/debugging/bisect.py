@@ -53,18 +53,19 @@ def find_wrong_operator(
     target: str,
     lowering_options: LoweringOptions,
     clock: Callable[[], float],
+    flat: Sequence[Any] | None = None,
 ) -> Search:
     """Return an operator of ``program`` whose lowering differs from torch, if there is one.
 
-    The program runs on its probe. A part of it differs where its error exceeds the tolerance of its dtype, and rounding in this part
-    neither explains that (:mod:`thresher.verification.truth`) nor decides a choice. It is halved until a single operator is left. Where
-    none of them differs alone, the smallest part that does is the suspect.
+    The program runs on the inputs ``flat``, of the example's shapes; default: on the example. A part of it differs where its error exceeds
+    the tolerance of its dtype, and rounding in this part neither explains that (:mod:`thresher.verification.truth`) nor decides a choice.
+    It is halved until a single operator is left. Where none of them differs alone, the smallest part that does is the suspect.
 
     A part is judged on the values that it has in torch, so the order is free: parts that choose (top-k, sort) come first, because they
     turn the least difference into another result. No part is begun after SECONDS of ``clock``.
     """
     search = _Search(program, backend, target, lowering_options)
-    program.run(*program.probe, watch=search.values.__setitem__)
+    program.run(*(program.probe if flat is None else flat), watch=search.values.__setitem__)
     calls = [n for n in program.calls() if is_tensor(n)]
     parts = [calls[i : i + PART] for i in range(0, len(calls), PART)]
     parts.sort(key=lambda part: not any(map(is_choice, _with_sources(part))))

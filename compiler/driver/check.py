@@ -116,7 +116,8 @@ def _confirm(compared: Sequence[Compared], build: Build, session: Session) -> Se
     if not session.runs_here or not doubtful:
         return Search(None)
     options = replace(build.lowering_options, shared_weights=None)
-    search = find_wrong_operator(build.rewritten.program, session.backend, session.target, options, session.clock.now)
+    program, where = build.rewritten.program, _where_doubtful(compared, build)
+    search = find_wrong_operator(program, session.backend, session.target, options, session.clock.now, where)
     for check in doubtful:
         if check.excused and _of_code(check):
             if search.suspect:
@@ -125,6 +126,14 @@ def _confirm(compared: Sequence[Compared], build: Build, session: Session) -> Se
             elif search.unfinished:
                 check.detail += f" ({search.unfinished})"
     return search
+
+
+def _where_doubtful(compared: Sequence[Compared], build: Build) -> tuple[Any, ...]:
+    """Return the first input of the example's shapes on which code is in doubt; else the example."""
+    probe = build.rewritten.program.probe
+    shapes = [getattr(x, "shape", None) for x in probe]
+    doubtful = [c.flat for c in compared if any(map(_of_code, _doubtful([c])))]
+    return next((flat for flat in doubtful if [getattr(x, "shape", None) for x in flat] == shapes), probe)
 
 
 def _sentence(search: Search) -> str:

@@ -104,6 +104,20 @@ def test_rounding_is_excused_and_reported(build: Callable[..., thresher.Compiled
     assert Report.from_json(report.to_json()) == report
 
 
+def test_what_differs_on_random_inputs_only_is_searched_there(build: Callable[..., thresher.Compiled]) -> None:
+    """As a choice among numbers that are equal for some inputs, and not for the example's."""
+
+    def wrong_above(program: Program, node: fx.Node) -> fx.Node:
+        return program.insert_call(node.next, aten.clamp_max.default, (node, 0.55), like=node)
+
+    model, x = (
+        nn.Sequential(nn.Tanh(), nn.Sigmoid()),
+        torch.tensor([[-9.0, 0.01, -5.5, -8.0], [0.02, -6.5, -9.5, -7.0]]),
+    )
+    with pytest.raises(ValidationError, match=r"random input(.|\n)*operator that diverges: sigmoid"):
+        build(Other(aten.sigmoid.default, wrong_above), model, (x,), library="never")
+
+
 @pytest.mark.parametrize("operator", ["gelu", "sigmoid"])
 @pytest.mark.parametrize(
     ("model", "reason"),
