@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OperatorBase, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputSpec, OutputKind
@@ -52,19 +52,18 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _is_decomposed(exported: ExportedProgram, table: Mapping[Any, Any]) -> bool:
-    """Return True only where decomposing would trace the same calls again: none of them is in the table, made of others, or writes."""
+    """Return True only where decomposing would trace the same calls again: none is in the table, made of others, writes, or has effects."""
     specs = exported.graph_signature.output_specs
-    calls = [n.target for n in exported.graph.nodes if n.op == "call_function"]
-    return all(s.kind is OutputKind.USER_OUTPUT for s in specs) and all(
-        isinstance(op, OpOverload)
-        and op not in table
-        and not op._schema.is_mutable
-        and (
-            op in _kept_whole()
-            or not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-        )
-        for op in calls
-    )
+    calls = [n for n in exported.graph.nodes if n.op == "call_function"]
+    return all(s.kind is OutputKind.USER_OUTPUT for s in specs) and all(_is_final(n, table) for n in calls)
+
+
+def _is_final(call: fx.Node, table: Mapping[Any, Any]) -> bool:
+    op = call.target
+    if not isinstance(op, OpOverload) or op in table or op._schema.is_mutable or call.is_impure():
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    return op in _kept_whole() or not composite
 
 
 @cache
