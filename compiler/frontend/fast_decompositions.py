@@ -19,24 +19,26 @@ from torch._ops import OperatorBase
 COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 
+COLLECT, OVERRIDE = "_collect_all_valid_cia_ops", "_override_composite_implicit_decomp"
+PLACES = (
+    (_export.utils, "_materialize_cpp_cia_ops"), (export.exported_program, COLLECT), (export.decomp_utils, COLLECT),
+    (export.exported_program, OVERRIDE),
+)  # fmt: skip
+#: As torch has them, whatever block is entered meanwhile.
+ORIGINALS = [(module, name, getattr(module, name)) for module, name in PLACES if hasattr(module, name)]
+
+
 @contextlib.contextmanager
 def fast_decompositions() -> Iterator[None]:
     """Make ``run_decompositions`` fast for the time of the block. Of several threads the first that ends makes the others slower."""
     once = functools.cache(functools.cache)  # no operator is registered meanwhile; both modules have the same list
-    with contextlib.ExitStack() as stack:
-        _replace(stack, _export.utils, "_materialize_cpp_cia_ops", once)
-        for module in (export.exported_program, export.decomp_utils):
-            _replace(stack, module, "_collect_all_valid_cia_ops", once)
-        _replace(stack, export.exported_program, "_override_composite_implicit_decomp", _of_others)
+    for module, name, original in ORIGINALS:
+        setattr(module, name, _of_others(original) if name == OVERRIDE else once(original))
+    try:
         yield
-
-
-def _replace(stack: contextlib.ExitStack, module: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put what is made from a function of a module in its place until the stack is left."""
-    original = getattr(module, name, None)
-    if original is not None:
-        setattr(module, name, make(original))
-        stack.callback(setattr, module, name, original)
+    finally:
+        for module, name, original in ORIGINALS:
+            setattr(module, name, original)
 
 
 def _of_others(override: Callable[[Mapping], Any]) -> Callable[[Mapping], Any]:

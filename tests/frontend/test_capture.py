@@ -18,6 +18,7 @@ from helpers.modules import Function
 from thresher.errors import CaptureError
 from thresher.frontend import decompositions
 from thresher.frontend.capture import capture
+from thresher.frontend.fast_decompositions import fast_decompositions
 from thresher.testing import ZOO, settle
 
 
@@ -195,6 +196,13 @@ def test_what_is_decomposed_already_is_not_traced_again(what: str, monkeypatch: 
 def test_what_makes_it_fast_lasts_for_a_capture(where: str) -> None:
     function = operator.attrgetter(where)(torch)
     capture(Function(torch.relu).eval(), (torch.eye(3),))
+    assert operator.attrgetter(where)(torch) is function
+    first, second = fast_decompositions(), fast_decompositions()  # two threads: the one that began first ends first
+    first.__enter__()
+    second.__enter__()
+    assert operator.attrgetter(where)(torch) is not function
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
     assert operator.attrgetter(where)(torch) is function
 
 
