@@ -88,8 +88,7 @@ class EvaluateConstants(Pass):
             for user in outside:
                 user.replace_input_with(node, constant)
             name = str(constant.target)
-            sources = {str(n.target): work.constants[n.target] for n in _sources(node)}
-            work.lineage.append(way_back(work, node, name, values) or computed(name, sources))
+            work.lineage.append(way_back(work, node, name, values) or computed(name, _values(work, _sources(node))))
             notes.append(Note.at(node, f"{node.target} of constants evaluated"))
         return PassResult(work.clean(), notes) if notes else PassResult(program)
 
@@ -146,6 +145,10 @@ def _sources(value: Any) -> set[fx.Node]:
     return constants
 
 
+def _values(program: Program, constants: set[fx.Node]) -> Values:
+    return {str(n.target): program.constants[n.target] for n in constants}
+
+
 def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: dict[fx.Node, Any]) -> Restore | None:
     """Return the way from an evaluated constant back to its parameter, through products with constants (masks) and moved elements.
 
@@ -188,4 +191,4 @@ def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: di
         value = torch.where(live, values[name_of_result] / torch.where(live, torch.as_tensor(factor), 1.0), before)
         return inner.back({**values, name_of_result: value})
 
-    return Restore((name_of_result,), back, {str(n.target): program.constants[n.target] for n in factors})
+    return Restore((name_of_result,), back, _values(program, factors))
