@@ -137,12 +137,13 @@ MOVES = (
 
 def _sources(value: Any) -> set[fx.Node]:
     """Return the constants that a factor is computed of."""
-    constants, todo = set(), [value] if isinstance(value, fx.Node) else []
+    seen, todo = set(), [value] if isinstance(value, fx.Node) else []
     while todo:
         node = todo.pop()
-        constants |= {node} if node.op == "get_attr" else set()
-        todo += [] if node.target in FILLED else node.all_input_nodes
-    return constants
+        if node not in seen:  # the masks of shifted windows reach one constant in millions of ways
+            seen.add(node)
+            todo += [] if node.target in FILLED else node.all_input_nodes
+    return {node for node in seen if node.op == "get_attr"}
 
 
 def _values(program: Program, constants: set[fx.Node]) -> Values:
