@@ -25,6 +25,11 @@ from thresher.runtime.comparison import Check
 from thresher.runtime.reference_run import ReferenceRun
 
 DIFFERS = "its lowering differs from torch's result in this model"
+OTHER_MODEL = (
+    "the model computes something else where it is captured, before any pass: its code asks whether it is traced or exported "
+    "(torch.compiler.is_exporting(), transformers' is_tracing()) and goes another way then; give it arguments or a configuration "
+    "with which both ways are one, such as the mask that it would make itself"
+)
 MENDED = 3  # operators that torch computes because their lowering differs, at most
 
 
@@ -64,7 +69,8 @@ def validate(
             search = _confirm(compared, sides.build, session)
         reference_run = sides.reference_run(compared[0].flat)
     if (wrong := _wrong(compared)) and options.validate == "error":
-        raise ValidationError("\n".join([*map(str, wrong), _sentence(search)]))
+        cause = OTHER_MODEL if sides.captured_otherwise(compared) else _sentence(search)
+        raise ValidationError("\n".join([*map(str, wrong), cause]))
     if wrong:
         warnings.warn(f"validation failed: {wrong[0]}", stacklevel=4)
     elif mended:

@@ -144,8 +144,19 @@ def test_torch_computes_what_is_lowered_wrongly(build: Callable[..., thresher.Co
 
 def test_a_wrong_pass_is_not_excused(build: Callable[..., thresher.Compiled]) -> None:
     """The rewritten program is compared with the eager model in the same way."""
-    with pytest.raises(ValidationError, match=r"rewritten = eager, example input.*rounding does not explain"):
+    with pytest.raises(ValidationError, match=r"rewritten = eager, example input.*rounding does not explain") as error:
         build(Other(), Chaotic(), (X,), passes=[_Wrong()], verify="off")
+    assert "exported" not in str(error.value)
+
+
+class AsksWhetherItIsExported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() if torch.compiler.is_exporting() else x.cos()
+
+
+def test_a_model_that_is_another_one_when_it_is_exported(build: Callable[..., thresher.Compiled]) -> None:
+    with pytest.raises(ValidationError, match=r"rewritten = eager.*(?s:.*)asks whether it is traced or exported"):
+        build(Other(), AsksWhetherItIsExported(), (X,))
 
 
 class _Wrong(Pass):
