@@ -50,19 +50,14 @@ def conv_kernel(importer: Importer, node: fx.Node) -> Any:
     if _has_small_groups(importer, node, array, outputs):
         window = depthwise.Window(stride, dilation, padding)
         return add_bias(importer, _conv_depthwise(importer, node, array, (weight, "depthwise"), window, out), bias)
-    inputs = array.shape[1]
     plan = importer.choose(node, lambda limit: _plans(importer, node, array, out, limit))
     if isinstance(plan, winograd.Plan):
         return add_bias(importer, _conv_winograd(importer, node, array, out, plan), bias)
-    plan, wide = widen(importer, node, plan) if groups == 1 else (plan, 0)
-    image, parts = _padded(importer, importer.value(x), padding, padding), []
-    per_out = outputs // groups
-    for group in range(groups):
-        rows_of_group = array[group * per_out : (group + 1) * per_out]
-        part = Group((weight, group), group * inputs, out, stride, dilation)
-        parts.append(_conv_group(importer, image, rows_of_group, part, plan, wide))
-    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, len(out)))
-    return add_bias(importer, value, bias, wide)
+    image, part = _padded(importer, importer.value(x), padding, padding), Group(weight, 0, out, stride, dilation)
+    if groups > 1:
+        return add_bias(importer, _conv_groups(importer, image, array, part, plan, groups), bias)
+    plan, wide = widen(importer, node, plan)
+    return add_bias(importer, _conv_group(importer, image, array, part, plan, wide), bias, wide)
 
 
 def _plans(
@@ -72,7 +67,8 @@ def _plans(
     *_, stride, _, dilation, groups = node.args
     outputs, inputs, *taps = array.shape
     machine = importer.cpu
-    direct = _plans_of_product(importer, out, (outputs // groups, inputs, *taps), limit)
+    width = gemm.whole(outputs // groups, machine.lanes) if groups > 1 else 0
+    direct = _plans_of_product(importer, out, (groups * width or outputs, inputs, *taps), limit, width)
     single = all(list(v) == [1, 1] for v in (stride, dilation))
     if importer.strict_rounding or taps != [3, 3] or groups != 1 or not single:
         return [*direct]
@@ -81,11 +77,13 @@ def _plans(
     return [plan for pair in pairs for plan in pair if plan is not None][:limit]
 
 
-def _plans_of_product(importer: Importer, out: Sequence[int], weight: Sequence[int], limit: int) -> list[gemm.Plan]:
-    """Return the plans of a convolution as a product; ``weight`` is the shape [O, I, *taps] of one group."""
+def _plans_of_product(
+    importer: Importer, out: Sequence[int], weight: Sequence[int], limit: int, part: int = 0
+) -> list[gemm.Plan]:
+    """Return the plans of a convolution as a product; ``weight`` is the shape [O, I, *taps], ``part`` as for :func:`gemm.plans`."""
     outputs, inputs, *taps = weight
     line = out[-1] if math.prod(taps) > 1 else 0
-    return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line)
+    return gemm.plans(math.prod(out), outputs, (*taps, inputs), importer.cpu, limit, line, part=part)
 
 
 def _outputs_first(array: np.ndarray, groups: int) -> np.ndarray:
@@ -157,6 +155,14 @@ class Group:
     dilation: Sequence[int]
     origin: Sequence[int] | None = None
 
+    def pixel(self, image: te.Tensor, row: Any, k: Sequence[Any], first: Any) -> Any:
+        """Return what the output pixel ``row`` reads at ``k``: (tap, ..., channel), the channels counted from ``first`` on."""
+        b, *pixel = gemm.unravel(row, self.out)
+        *tap, c = k
+        origin = self.origin or [0] * len(tap)
+        at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, self.stride, self.dilation)]
+        return image[(b, *at, first + c)]
+
 
 def _conv_group(importer: Importer, image: Any, array: np.ndarray, group: Group, plan: gemm.Plan, wide: int = 0) -> Any:
     """Return one group as a product: rows are the output pixels, the sum goes over the taps and the input channels.
@@ -169,15 +175,40 @@ def _conv_group(importer: Importer, image: Any, array: np.ndarray, group: Group,
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
         def read(m: Any, *k: Any) -> Any:
-            b, *pixel = gemm.unravel(m, group.out)
-            *tap, c = k
-            origin = group.origin or [0] * len(tap)
-            at = [o + p * s + t * d for o, p, t, s, d in zip(origin, pixel, tap, group.stride, group.dilation)]
-            return image[(b, *at, group.first + c if group.first else c)]
+            return group.pixel(image, m, k, group.first)
 
         return gemm.product(read, w, (*taps, inputs), group.out, outputs, plan, wide)
 
     return importer.emit_te("conv", compute, image, packed)
+
+
+def _conv_groups(importer: Importer, image: Any, array: np.ndarray, first: Group, plan: gemm.Plan, groups: int) -> Any:
+    """Return all groups as one product: the panels of the packed weight belong to one group each, and read its channels.
+
+    ``array`` is [groups * O, I, *taps]. Outputs that do not fill the panels of a group are computed beside zeros, which are cut out
+    afterwards.
+    """
+    inputs, *taps = array.shape[1:]
+    width, tile = len(array) // groups, plan.tile(importer.cpu)
+    full = gemm.whole(width, importer.cpu.lanes)
+    each = array.reshape(groups, width, inputs, *taps)
+    padded = np.pad(each, [(0, 0), (0, full - width), *[(0, 0)] * (1 + len(taps))]).reshape(-1, inputs, *taps)
+    packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(padded, 1, -1)), tile), (first.key, tile))
+
+    def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
+        def read(m: Any, group: Any, *k: Any) -> Any:
+            return first.pixel(image, m, k, group * inputs)
+
+        return gemm.product(read, w, (*taps, inputs), first.out, groups * full, plan, groups=groups)
+
+    value = importer.emit_te("conv", compute, image, packed)
+    if full == width:
+        return value
+
+    def without_zeros(t: te.Tensor) -> te.Tensor:
+        return te.compute((*first.out, len(array)), lambda *i: t[(*i[:-1], i[-1] // width * full + i[-1] % width)])
+
+    return importer.emit_te("ungroup", without_zeros, value)
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,23 @@ def tiles(m: int, n: int, k: int, machine: CpuInfo, line: int = 0) -> list[Tile]
 
 
 def plans(
-    m: int, n: int, taps: Sequence[int], machine: CpuInfo, limit: int = 1, line: int = 0, vectors: int = 0
+    m: int,
+    n: int,
+    taps: Sequence[int],
+    machine: CpuInfo,
+    limit: int = 1,
+    line: int = 0,
+    vectors: int = 0,
+    part: int = 0,
 ) -> list[Plan]:
     """Return the ``limit`` most promising plans for ``[m, k] x [k, n]`` with k = the product of ``taps``; the first is the estimate's
-    choice. ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide.
+    choice. ``line``: as for :func:`tiles`; ``vectors``: only tiles so wide; ``part``: only tiles of which whole ones make so many columns.
     """
     depth = math.prod(taps)
     sliced = m > 1 and bool(slices_of(taps)[0])  # a single row reads the weight once anyway
     ways = [sliced, not sliced] if m > 1 and slices_of(taps, SLICE)[0] and limit > 1 else [sliced]
     estimates: list[tuple[int, int, int, Plan]] = []
-    fit = [t for t in tiles(m, n, depth, machine, line) if vectors in (0, t.vectors)]
+    fit = [t for t in tiles(m, n, depth, machine, line) if vectors in (0, t.vectors) and part % t.columns == 0]
     for t, tile in enumerate(fit[: 1 if limit == 1 else 6]):
         for w, slices in enumerate(ways):
             grid = -(-m // tile.rows), -(-n // tile.columns)
@@ -129,9 +136,11 @@ def product(
     n: int,
     plan: Plan,
     wide: int = 0,
+    groups: int = 0,
 ) -> te.Tensor:
     """Compute the product. ``read(row index, *k)`` is A; ``rows`` is the shape of the row space, the result is ``[*rows, n]``, or
-    ``[*rows, wide]`` with zeros after the n columns (:func:`widened`).
+    ``[*rows, wide]`` with zeros after the n columns (:func:`widened`). With ``groups`` of columns, each whole tiles wide, each has an A of
+    its own: ``read(row index, group, *k)``.
 
     A deep sum may be computed in slices (``SLICE``), so that a slice of A and of the packed weight stays in the cache while the tiles of
     a task pass over it; the slices' results add up in a second block.
@@ -145,7 +154,8 @@ def product(
         row = te.min(i, m - 1) if full_m != m else i
         k = [*outside, *inside] if factor == 1 else [outside[0] * (taps[0] // factor) + inside[0]]
         panel = te.min(j // columns, blocks - 1) if full_n > blocks * columns else j // columns
-        return read(row, *k) * packed[(panel, *k, j % columns)]
+        group = [panel // (blocks // groups)] if groups else []
+        return read(row, *group, *k) * packed[(panel, *k, j % columns)]
 
     if not outer:
         axes = [te.reduce_axis((0, size), name=f"k{d}") for d, size in enumerate(taps)]
