@@ -14,7 +14,8 @@ from tvm import s_tir, te, tirx
 from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.cpu import CpuInfo
-from thresher.backends.tvm.kernels.cpu.gemm import Tile, inline_epilogue, register_product, shares, tiles
+from thresher.backends.tvm.kernels.cpu.epilogue import inline_epilogue
+from thresher.backends.tvm.kernels.cpu.gemm import Tile, register_product, shares, tiles
 from thresher.backends.tvm.kernels.cpu.registers import register_part
 from thresher.backends.tvm.kernels.loop_marks import cut
 

@@ -20,7 +20,8 @@ import numpy as np
 from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.cpu import CACHE_LINE, CpuInfo
-from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, shares, whole
+from thresher.backends.tvm.kernels.cpu.epilogue import inline_epilogue
+from thresher.backends.tvm.kernels.cpu.gemm import shares, whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part, vectorise
 from thresher.backends.tvm.kernels.loop_marks import cut
 

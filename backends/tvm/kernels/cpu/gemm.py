@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from tvm import s_tir, te
-from tvm.tirx import IndexMap
 
 from thresher.backends.tvm.cpu import CpuInfo
+from thresher.backends.tvm.kernels.cpu.epilogue import flatten_rows, inline_epilogue
 from thresher.backends.tvm.kernels.cpu.registers import register_part
 from thresher.backends.tvm.kernels.loop_marks import cut, idle
 
@@ -377,30 +377,3 @@ def _slice_tasks(row_tiles: int, column_tiles: int, tile: Tile, depth: int, mach
         return round(share * (1 + 0.1 * min(spill, 5)) + traffic, 6)
 
     return sorted(((r, c) for r in shares(row_tiles) for c in shares(column_tiles)), key=cost)
-
-
-def inline_epilogue(sch: s_tir.Schedule, anchor: Any, keep: frozenset[str] = frozenset()) -> Any:
-    """Inline all that follows ``anchor`` into the last block, which is returned; blocks named in ``keep`` stay."""
-    block = anchor
-    while consumers := sch.get_consumers(block):
-        block = consumers[0]
-    last = sch.get(block).name_hint
-    for other in sch.get_child_blocks(sch.get_sblock("root")):
-        name = sch.get(other).name_hint
-        if name not in (last, sch.get(anchor).name_hint) and name not in keep:
-            sch.compute_inline(other)
-    return sch.get_sblock(last)
-
-
-def flatten_rows(sch: s_tir.Schedule, block: Any) -> None:
-    """Give the block two iterators, (row, column), whatever the rank of what it writes."""
-    extents = [int(sch.get(loop).extent) for loop in sch.get_loops(block)]
-
-    def index(*i: Any) -> list[Any]:
-        row = i[0]
-        for size, part in zip(extents[1:-1], i[1:-1]):
-            row = row * size + part
-        return [row, i[-1]]
-
-    if len(extents) != 2:
-        sch.transform_block_layout(block, IndexMap.from_func(index, ndim=len(extents), index_dtype="int64"))

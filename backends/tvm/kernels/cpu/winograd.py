@@ -18,7 +18,8 @@ from tvm import s_tir, te, tirx
 
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu import batched
-from thresher.backends.tvm.kernels.cpu.gemm import inline_epilogue, whole
+from thresher.backends.tvm.kernels.cpu.epilogue import inline_epilogue
+from thresher.backends.tvm.kernels.cpu.gemm import whole
 from thresher.backends.tvm.kernels.cpu.registers import register_part
 from thresher.backends.tvm.kernels.loop_marks import cut
 
