@@ -15,6 +15,7 @@ from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fi
     extrema,
     movement,
     norms,
+    patches,
     pools,
     prims,
     products,
