@@ -5,7 +5,6 @@ A rule gives its node a twin (:meth:`Layout.emit`), or lets it read one, and ret
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,22 +15,22 @@ import thresher.ops.channels_last  # noqa: F401  (registers the operators)
 from thresher.analysis.slices.operators import TABLE
 from thresher.analysis.slices.transfer.base import argument
 from thresher.analysis.slices.transfer.elementwise import Elementwise
-from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import dtype_of, shape_of
 from thresher.passes.specialize._twins import AXIS_IN_TWIN, Layout
 
 aten, ops = torch.ops.aten, torch.ops.thresher
 Rule = Callable[[Layout, fx.Node], bool]
 
 
-def _image(value: Any) -> bool:
+def _image(value: fx.Node) -> bool:
     """Return whether it is a sequence, an image or a volume, with a batch and channels in front."""
-    return is_tensor(value) and len(shape_of(value)) in AXIS_IN_TWIN
+    return len(shape_of(value)) in AXIS_IN_TWIN
 
 
 def _batched(node: fx.Node) -> bool:
     """Return whether a convolution or pool reads a batch, not a single image: two dimensions more than its name says."""
-    dimensions = re.search(r"(\d)d", str(node.target))
-    return dimensions is not None and is_tensor(node.args[0]) and len(shape_of(node.args[0])) == int(dimensions[1]) + 2
+    dimensions = next(int(letter) for letter in str(node.target) if letter.isdigit())
+    return len(shape_of(node.args[0])) == dimensions + 2
 
 
 def _sizes(value: Any, node: fx.Node, unit: int) -> list[int]:
@@ -63,7 +62,7 @@ def _conv(layout: Layout, node: fx.Node) -> bool:
     if constant is None:
         return False
     stride, dilation = (_sizes(argument(node, i, k, 1), node, 1) for i, k in ((3, "stride"), (5, "dilation")))
-    padding, value = argument(node, 4, "padding", 0), layout.twin(node.args[0], node)
+    padding, value = argument(node, 4, "padding", 0), layout.twin(node.args[0])
     if isinstance(padding, str):
         kernel = _sizes(list(constant.shape[2:]), node, 1)
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel)]
@@ -87,9 +86,9 @@ def _conv_transpose(layout: Layout, node: fx.Node) -> bool:
         for i, k, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
     )
     groups, dilation = argument(node, 6, "groups", 1), _sizes(argument(node, 7, "dilation", 1), node, 1)
-    value, weight = layout.twin(node.args[0], node), _kernel(layout, node, constant)
+    value, weight = layout.twin(node.args[0]), _kernel(layout, node, constant)
     kernel = layout.program.constants[str(weight.target)]
-    static = all(isinstance(d, int) for d in shape_of(node)) and kernel.dim() == 4
+    static = all(isinstance(d, int) for d in shape_of(node))
     one_tap = (
         stride == list(kernel.shape[2:]) and padding == output_padding == [0, 0] and dilation == [1, 1] and groups == 1
     )
@@ -130,7 +129,7 @@ def _max_pool(layout: Layout, node: fx.Node) -> bool:
     )
     call = ops.max_pool3d_ndhwc.default if len(kernel) == 3 else ops.max_pool2d_nhwc.default
     rest = (kernel, stride, padding, dilation, bool(argument(node, 5, "ceil_mode", False)))
-    return layout.emit(node, call, (layout.twin(node.args[0], node), *rest))
+    return layout.emit(node, call, (layout.twin(node.args[0]), *rest))
 
 
 def _avg_pool(layout: Layout, node: fx.Node) -> bool:
@@ -149,17 +148,17 @@ def _avg_pool(layout: Layout, node: fx.Node) -> bool:
 
 def _averaged(layout: Layout, node: fx.Node, kernel: list[int], *rest: Any) -> bool:
     call = ops.avg_pool3d_ndhwc.default if len(kernel) == 3 else ops.avg_pool2d_nhwc.default
-    return layout.emit(node, call, (layout.twin(node.args[0], node), kernel, *rest))
+    return layout.emit(node, call, (layout.twin(node.args[0]), kernel, *rest))
 
 
 def _adaptive_pool(layout: Layout, node: fx.Node) -> bool:
     """Write a pool to one pixel as a mean, to a divisor of the size as a plain pool; anything else stays."""
     x: fx.Node = node.args[0]
-    if not _batched(node) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[1:]):
+    if not _batched(node) or any(isinstance(d, torch.SymInt) for d in shape_of(x)[2:]):
         return False
     out, size = _sizes(node.args[1], node, 1), _sizes([int(d) for d in shape_of(x)[2:]], node, 1)
     if all(o == 1 for o in out):
-        return layout.emit(node, aten.mean.dim, (layout.twin(x, node), list(range(1, len(out) + 1)), True))
+        return layout.emit(node, aten.mean.dim, (layout.twin(x), list(range(1, len(out) + 1)), True))
     if any(not o or s % o for s, o in zip(size, out)):
         return False
     kernel = [s // o for s, o in zip(size, out)]
@@ -169,7 +168,7 @@ def _adaptive_pool(layout: Layout, node: fx.Node) -> bool:
 def _resize(layout: Layout, node: fx.Node) -> bool:
     """Resize (nearest, bilinear) where the image is channels-last already."""
     x, size, *rest = node.args
-    if x not in layout.last or len(shape_of(x)) != 4:
+    if x not in layout.last:
         return False
     call = ops.upsample_nearest2d_nhwc if node.target is aten.upsample_nearest2d.vec else ops.upsample_bilinear2d_nhwc
     return layout.emit(node, call.default, (layout.last[x], size, *rest))
@@ -179,7 +178,7 @@ def _elementwise(layout: Layout, node: fx.Node) -> bool:
     if not _image(node) or node.target is aten.prelu.default:
         return False
     rank = len(shape_of(node))
-    if not any(n in layout.last for n in node.all_input_nodes if is_tensor(n) and len(shape_of(n)) == rank):
+    if not any(n in layout.last and len(shape_of(n)) == rank for n in node.all_input_nodes):
         return False
     args, kwargs = fx.node.map_aggregate(
         (node.args, node.kwargs), lambda a: layout.operand(a, rank, node) if isinstance(a, fx.Node) else a
@@ -192,7 +191,7 @@ def _cat(layout: Layout, node: fx.Node) -> bool:
     if not all(_image(v) for v in values) or not any(v in layout.last for v in values):
         return False
     axis = _axis(node, argument(node, 1, "dim", 0))
-    return layout.emit(node, node.target, ([layout.twin(v, node) for v in values], axis))
+    return layout.emit(node, node.target, ([layout.twin(v) for v in values], axis))
 
 
 def _axis(value: fx.Node, dim: int) -> int:
@@ -244,16 +243,16 @@ def _index_select(layout: Layout, node: fx.Node) -> bool:
 
 
 def _reshape(layout: Layout, node: fx.Node) -> bool:
-    """Read the twin as it is for [N, C, 1, 1] -> [N, C], and for [N, C, H, W] -> [N, C, H W] -> (tokens) [N, H W, C]."""
+    """Read the twin as it is for [N, C, 1, 1] -> any shape, and for [N, C, H, W] -> [N, C, H W] -> (tokens) [N, H W, C]."""
     x = node.args[0]
     if x not in layout.last:
         return False
     program, shape, twin = layout.program, shape_of(x), layout.last[x]
-    if all(d == 1 for d in shape[2:]) and len(shape_of(node)) == 2:
+    if all(d == 1 for d in shape[2:]):
         node.replace_all_uses_with(program.insert_call(node, aten.reshape.default, (twin, node.args[1]), like=node))
         return True
     tokens = [u for u in node.users if _swaps_tokens(u)]
-    if len(shape_of(node)) != 3 or len(tokens) != len(node.users) or shape_of(node)[1] != shape[1]:
+    if len(shape_of(node)) != 3 or len(tokens) != len(node.users) or shape_of(node)[:2] != shape[:2]:
         return False
     size = [node.args[1][0], shape_of(node)[2], shape_of(node)[1]]
     if any(isinstance(d, torch.SymInt) for d in size):
@@ -275,8 +274,6 @@ def _to_tokens(layout: Layout, node: fx.Node) -> bool:
 
 
 def _swaps_tokens(node: fx.Node) -> bool:
-    if node.target is aten.transpose.int:
-        return {d % 3 for d in node.args[1:3]} == {1, 2}
     return node.target is aten.permute.default and [d % 3 for d in node.args[1]] == [0, 2, 1]
 
 
@@ -288,8 +285,9 @@ RULES: dict[Any, Rule] = {
     ),
     **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default), _max_pool),
     **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), _avg_pool),
-    **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default), _adaptive_pool),
-    **dict.fromkeys((aten._adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default), _adaptive_pool),
+    aten.adaptive_avg_pool1d.default: _adaptive_pool,
+    **dict.fromkeys((aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default), _adaptive_pool),
+    **dict.fromkeys((aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default), _adaptive_pool),
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), _resize),
     aten.cat.default: _cat,
     aten.mean.dim: _reduce,
@@ -300,13 +298,11 @@ RULES: dict[Any, Rule] = {
     aten.index_select.default: _index_select,
     aten.reshape.default: _reshape,
     aten.permute.default: _to_tokens,
-    aten.transpose.int: _to_tokens,
 }
 
 
 def rewrite(layout: Layout, node: fx.Node) -> bool:
     """Give ``node`` a channels-last twin, or feed it from one, where its operator allows it."""
-    rule = RULES.get(node.target)
-    if rule is None and isinstance(TABLE.get(node.target), Elementwise):
-        rule = _elementwise
-    return bool(rule is not None and is_tensor(node) and rule(layout, node))
+    elementwise = _elementwise if isinstance(TABLE.get(node.target), Elementwise) else None
+    rule = RULES.get(node.target, elementwise)
+    return rule is not None and rule(layout, node)

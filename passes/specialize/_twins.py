@@ -54,13 +54,12 @@ class Layout:
             twin = self.program.insert_call(before, aten.permute.default, (value, to_last(rank)), like=value)
         return self.program.insert_call(before, aten.unsqueeze.default, (twin, 1), like=value) if rank == 3 else twin
 
-    def twin(self, value: fx.Node, before: fx.Node) -> fx.Node:
+    def twin(self, value: fx.Node) -> fx.Node:
         """Return the channels-last twin of a value, made where it has none."""
         if value not in self.last:
-            constant = self.program.constant(value)
-            following = value.next if value.op == "call_function" else before
-            if value.op == "placeholder":
-                following = next(n for n in self.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            constant, following = self.program.constant(value), value.next
+            while following.op in ("placeholder", "get_attr"):
+                following = following.next
             self.last[value] = (
                 self.permuted(value, following) if constant is None else self.constant(constant, constant.dim(), value)
             )
@@ -72,7 +71,7 @@ class Layout:
             return value
         missing = rank - len(shape_of(value))
         if missing == 0:
-            return self.twin(value, before)
+            return self.twin(value)
         constant = self.program.constant(value)
         if constant is not None:
             return self.constant(constant, rank, value)

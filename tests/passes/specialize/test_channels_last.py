@@ -81,3 +81,62 @@ program model {
 
 def test_before_and_after() -> None:
     check_rewrite("channels-last", BEFORE, AFTER)
+
+
+SEQUENCE = """\
+program model {
+  %x = input : f32[2, 3, 13]
+  %weight = constant "weight" : f32[4, 3, 3]
+  %conv = aten.conv1d.default(%x, %weight, None, [2], [1], [2]) : f32[2, 4, 6]
+  %max = aten.max_pool1d.default(%conv, [3], [1], [1]) : f32[2, 4, 6]
+  %mean = aten.avg_pool1d.default(%max, [2], [2]) : f32[2, 4, 3]
+  %up = constant "up" : f32[4, 4, 2]
+  %y = aten.conv_transpose1d.default(%mean, %up, None, [3], [0], [1]) : f32[2, 4, 9]
+  return [%y]
+}
+"""
+SEQUENCE_AFTER = """\
+program model {
+  %x = input : f32[2, 3, 13]
+  %weight = constant "weight" : f32[4, 3, 1, 3]
+  %up = constant "up" : f32[4, 4, 1, 2]
+  %permute = aten.permute.default(%x, [0, 2, 1]) : f32[2, 13, 3]
+  %image = aten.unsqueeze.default(%permute, 1) : f32[2, 1, 13, 3]
+  %conv = thresher.conv2d_nhwc.default(%image, %weight, None, [1, 2], [0, 1], [1, 2], 1) : f32[2, 1, 6, 4]
+  %max = thresher.max_pool2d_nhwc.default(%conv, [1, 3], [1, 1], [0, 1], [1, 1], False) : f32[2, 1, 6, 4]
+  %mean = thresher.avg_pool2d_nhwc.default(%max, [1, 2], [1, 2], [0, 0], False, True, None) : f32[2, 1, 3, 4]
+  %y = thresher.conv_transpose2d_nhwc.default(%mean, %up, None, [1, 3], [0, 0], [0, 1], 1, [1, 1]) : f32[2, 1, 9, 4]
+  %squeeze = aten.squeeze.dims(%y, [1]) : f32[2, 9, 4]
+  %first = aten.permute.default(%squeeze, [0, 2, 1]) : f32[2, 4, 9]
+  return [%first]
+}
+"""
+
+
+def test_a_sequence_is_an_image_of_height_1() -> None:
+    """Whatever a kernel of height 1 may do along the height, it does nothing there."""
+    check_rewrite("channels-last", SEQUENCE, SEQUENCE_AFTER)
+
+
+ONE_NUMBER = """\
+program model {
+  %x = input : f32[1, 3, 6, 6]
+  %max = aten.max_pool2d.default(%x, [2], [], [1]) : f32[1, 3, 4, 4]
+  %mean = aten.mean.dim(%max, 3, True) : f32[1, 3, 4, 1]
+  return [%mean]
+}
+"""
+EACH_DIMENSION = """\
+program model {
+  %x = input : f32[1, 3, 6, 6]
+  %permute = aten.permute.default(%x, [0, 2, 3, 1]) : f32[1, 6, 6, 3]
+  %max = thresher.max_pool2d_nhwc.default(%permute, [2, 2], [2, 2], [1, 1], [1, 1], False) : f32[1, 4, 4, 3]
+  %mean = aten.mean.dim(%max, [2], True) : f32[1, 4, 1, 3]
+  %first = aten.permute.default(%mean, [0, 3, 1, 2]) : f32[1, 3, 4, 1]
+  return [%first]
+}
+"""
+
+
+def test_one_number_stands_for_all_dimensions() -> None:
+    check_rewrite("channels-last", ONE_NUMBER, EACH_DIMENSION)
