@@ -175,8 +175,6 @@ def _resize(layout: Layout, node: fx.Node) -> bool:
 
 
 def _elementwise(layout: Layout, node: fx.Node) -> bool:
-    if not _image(node) or node.target is aten.prelu.default:
-        return False
     rank = len(shape_of(node))
     if not any(n in layout.last and len(shape_of(n)) == rank for n in node.all_input_nodes):
         return False

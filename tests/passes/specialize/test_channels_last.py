@@ -120,18 +120,20 @@ def test_a_sequence_is_an_image_of_height_1() -> None:
 
 ONE_NUMBER = """\
 program model {
-  %x = input : f32[1, 3, 6, 6]
-  %max = aten.max_pool2d.default(%x, [2], [], [1]) : f32[1, 3, 4, 4]
-  %mean = aten.mean.dim(%max, 3, True) : f32[1, 3, 4, 1]
+  %x = input : f32[2, 3, 6, 6]
+  %max = aten.max_pool2d.default(%x, [2], [], [1]) : f32[2, 3, 4, 4]
+  %slice = aten.slice.Tensor(%max, start=1) : f32[1, 3, 4, 4]
+  %mean = aten.mean.dim(%slice, 3, True) : f32[1, 3, 4, 1]
   return [%mean]
 }
 """
 EACH_DIMENSION = """\
 program model {
-  %x = input : f32[1, 3, 6, 6]
-  %permute = aten.permute.default(%x, [0, 2, 3, 1]) : f32[1, 6, 6, 3]
-  %max = thresher.max_pool2d_nhwc.default(%permute, [2, 2], [2, 2], [1, 1], [1, 1], False) : f32[1, 4, 4, 3]
-  %mean = aten.mean.dim(%max, [2], True) : f32[1, 4, 1, 3]
+  %x = input : f32[2, 3, 6, 6]
+  %permute = aten.permute.default(%x, [0, 2, 3, 1]) : f32[2, 6, 6, 3]
+  %max = thresher.max_pool2d_nhwc.default(%permute, [2, 2], [2, 2], [1, 1], [1, 1], False) : f32[2, 4, 4, 3]
+  %slice = aten.slice.Tensor(%max, 0, start=1) : f32[1, 4, 4, 3]
+  %mean = aten.mean.dim(%slice, [2], True) : f32[1, 4, 1, 3]
   %first = aten.permute.default(%mean, [0, 3, 1, 2]) : f32[1, 3, 4, 1]
   return [%first]
 }
@@ -139,4 +141,5 @@ program model {
 
 
 def test_one_number_stands_for_all_dimensions() -> None:
+    """And a slice without a dimension is one of the first."""
     check_rewrite("channels-last", ONE_NUMBER, EACH_DIMENSION)
