@@ -72,9 +72,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tests_of(cls: type) -> list[str]:
-    """Return the test files of a pass: ``tests/passes/<stage>/test_<module>*.py``."""
+    """Return the test files of a pass: ``tests/passes/<stage>/test_<module>*.py``, and the one of the options of all passes."""
     *_, stage, module = cls.__module__.split(".")
-    return sorted(map(str, (ROOT / "tests" / "passes" / stage).glob(f"test_{module}*.py")))
+    folder = ROOT / "tests" / "passes"
+    return [str(folder / "test_option_values.py"), *sorted(map(str, (folder / stage).glob(f"test_{module}*.py")))]
 
 
 def row_of(mutant: Any) -> Row:

@@ -15,6 +15,7 @@ from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Context
 from thresher.rewriting.registry import make_pass
+from thresher.testing.comparisons import signature_change
 from thresher.verification.compare import EXACT_TOLERANCE, compare_programs, observe
 
 aten = torch.ops.aten
@@ -50,6 +51,7 @@ def on_twins(model: nn.Module, *args: Tensor, dynamic_shapes: tuple | None = Non
     program = capture(model.eval(), args, dynamic_shapes=dynamic_shapes)
     result = make_pass("channels-last").apply(program, Context())
     result.program.verify()
+    assert not signature_change(program, result.program)
     assert not compare_programs(observe(program), result.program).exceeds(EXACT_TOLERANCE)
     calls = [node for node in program.calls() if is_tensor(node) and dtype_of(node).is_floating_point]
     names = {note.node for note in result.rewrites}
@@ -259,6 +261,7 @@ OPERANDS: dict[str, tuple[int, Callable, tuple, list[tuple], int]] = {
     "a larger image": (3, product, (), [(2, 2, 4, 12)], 2),
     "an image of cat": (4, lambda x, _, y: torch.cat([y, x], 1), (), [(2, 4, 8, 6)], 3),
     "a constant of cat": (4, lambda x, y: torch.cat([y, x], 1), (2, 2, 8, 6), [], 2),
+    "cat with nothing": (4, lambda x, y: torch.cat([x, y]), (0,), [], 2),
     "cat of two vectors": (4, lambda x, y: torch.cat([x.amax((0, 2, 3)), y]), (4,), [], 2),
     "what is computed, of a lower rank": (3, lambda x, y: x * (y + 1), (4, 1), [], 3),
 }  # fmt: skip
