@@ -105,7 +105,7 @@ class EvaluateConstants(Pass):
         if isinstance(node.target, torch._ops.OpOverload) and RANDOM in node.target.tags:
             return False
         if not is_tensor(node):
-            return node.target is not operator.getitem or node.args[0] in values
+            return True
         if not self.static(node):
             return False
         inputs = sum(v.numel() for s in node.all_input_nodes if isinstance(v := values[s], Tensor))
@@ -160,16 +160,15 @@ def way_back(program: Program, node: fx.Node, name_of_result: str, values_of: di
     moves: list[fx.Node] = []
     source = node
     while source.op != "get_attr":
-        first = source.args[0] if source.args else None
-        if source.target is aten.mul.Tensor and not moves and isinstance(first, fx.Node):
+        if source.target is aten.mul.Tensor and not moves:
             other = source.args[1]
             factor = factor * (values_of[other].double() if isinstance(other, fx.Node) else other)
             factors |= _sources(other)
-        elif source.target in MOVES and isinstance(first, fx.Node):
+        elif source.target in MOVES:
             moves.append(source)
         else:
             return None
-        source = first
+        source = source.args[0]
     name, original = str(source.target), program.constants[source.target]
     calls = [
         (m.target, [values_of[a] if isinstance(a, fx.Node) else a for a in m.args[1:]], dict(m.kwargs))

@@ -92,6 +92,7 @@ class Weight(nn.Module):
         self.function = function
         self.weight, self.row = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1, 4))
         self.register_buffer("mask", torch.eye(4) + 0.5)
+        self.register_buffer("order", torch.tensor([2, 0, 3, 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
@@ -106,6 +107,12 @@ COMPUTED: dict[str, Callable] = {
     "buffer": lambda s, x: x * s.mask.exp().sum(0) + (s.mask[0] > 1),
     "squared": lambda s, x: F.linear(x, s.weight * s.weight),
     "expanded": lambda s, x: x * (s.row * 2).expand(3, 4)[0],
+    "expanded buffer": lambda s, x: x * s.mask[:1].expand(3, 4)[0],
+    "expanded signs": lambda s, x: x * (s.row > 0).expand(3, 4)[0],
+    "not copied": lambda s, x: x * s.row.expand(1, 1, 4)[0],
+    "indexed": lambda s, x: F.linear(x, s.weight.index_select(0, s.order)) * F.embedding(s.order, s.weight)[0],
+    "bits": lambda s, x: x * ((s.order >> 1) & 1),
+    "scaled, then moved": lambda s, x: F.linear(x, (s.weight * s.mask)[1:]),
 }
 
 
@@ -124,7 +131,9 @@ def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
 CASES = {
     "evaluate-constants": [
         Entry(Case("masked layer", masked, n=(1, 3), c=(4, 6))),
-        *kinds("computed", computed, (), tuple(COMPUTED), ("torn",), lost=("squared",)),
+        *kinds(
+            "computed", computed, (), tuple(COMPUTED), ("torn",), lost=("squared", "scaled, then moved", "not copied")
+        ),
     ],
     "complex-numbers": [Entry(Case("spectrum", spectrum, n=(2, 3), c=(6, 7)))],
     "simplify": [Entry(Case("parts of a value", parts, n=(2, 3), c=(2, 3))), *spellings.ENTRIES],

@@ -46,6 +46,21 @@ def test_random_numbers_are_not_constants() -> None:
     assert any("rand" in str(n.target) for n in result.calls())
 
 
+def evaluated(item: str, model: nn.Module, *args: torch.Tensor) -> list:
+    """Return the operators that are left after the pass."""
+    result = PassManager([item], "each").run(capture(model.eval(), args))
+    return [n.target for n in result.calls()]
+
+
+def test_a_result_may_be_as_large_as_the_limit_or_as_its_constants() -> None:
+    row, x = nn.Parameter(torch.randn(4)), torch.randn(4, 4)
+    wide = Function(lambda x, rows: x + rows[0][:, None] * rows[0], nn.ParameterList([row]))
+    assert evaluated("evaluate-constants{limit=16}", wide, x) == [aten.add.Tensor]
+    assert evaluated("evaluate-constants{limit=15}", wide, x) == [aten.mul.Tensor, aten.add.Tensor]
+    pair = Function(lambda x, rows: x + torch.cat([rows[0], rows[1]]), nn.ParameterList([row, row * 2]))
+    assert evaluated("evaluate-constants{limit=0}", pair, torch.randn(8)) == [aten.add.Tensor]
+
+
 BEFORE = """\
 program model {
   %x = input : f32[2, 3]
