@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from thresher.analysis.cost.break_even import MAX_MEMORY_BOUND_ROWS, Kind
 from thresher.approximation.calibration import watch
-from thresher.ir.nodes import dtype_of, is_tensor, shape_of
+from thresher.ir.nodes import is_tensor, shape_of
 from thresher.ir.program import Program
+from thresher.passes.sparsity._linear_layers import layers_of_constants
 
 aten = torch.ops.aten
 TILE_ROWS = 7  # that share a list, where there are many rows
@@ -51,18 +52,12 @@ class Density:
 def sites_of(program: Program, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[Site]:
     """Return the sites of layers with constant, finite weights and static shapes; a gated layer has two, one for its input."""
     sites = []
-    for node in program.calls(aten.linear.default):
-        weight = program.constant(node.args[1])
-        static = all(isinstance(d, int) for d in (*shape_of(node), *shape_of(node.args[0])))
-        if weight is None or not static or dtype_of(node) not in dtypes or len(shape_of(node)) < 2:
-            continue
-        if not bool(torch.isfinite(weight).all()):
-            continue  # 0 times infinity is no 0
+    for node in layers_of_constants(program, dtypes):
         sites.append(Site("input", node))
         product = next(iter(node.users)) if len(node.users) == 1 else None
         if product is not None and product.target is aten.mul.Tensor:
             gate = product.args[1] if product.args[0] is node else product.args[0]
-            if is_tensor(gate) and gate is not node and shape_of(gate) == shape_of(node) and gate < node:
+            if is_tensor(gate) and shape_of(gate) == shape_of(node) and gate < node:
                 sites.append(Site("gate", node, gate, product))
     return sites
 

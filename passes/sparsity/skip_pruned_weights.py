@@ -24,7 +24,7 @@ from thresher.analysis.cost.cost import constant_bytes
 from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import dtype_of, module_path, shape_of
 from thresher.ir.program import Program
-from thresher.passes.sparsity._densities import sites_of
+from thresher.passes.sparsity._linear_layers import layers_of_constants
 from thresher.rewriting.contract import Context, Note, Pass, PassResult, SkippedZeros
 from thresher.rewriting.registry import register_pass
 
@@ -74,8 +74,8 @@ def _dense(line: SkippedZeros) -> str:
 
 def pruned_layers(program: Program) -> list[fx.Node]:
     """Linear layers and 1 x 1 convolutions of constant, finite weights, with static shapes."""
-    linears = [s.linear for s in sites_of(program) if s.kind == "input"]
-    return linears + [n for n in program.calls(ops.conv2d_nhwc.default) if _pointwise(program, n)]
+    convolutions = [n for n in program.calls(ops.conv2d_nhwc.default) if _pointwise(program, n)]
+    return [*layers_of_constants(program), *convolutions]
 
 
 def _pointwise(program: Program, node: fx.Node) -> bool:

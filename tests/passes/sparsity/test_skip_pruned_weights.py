@@ -14,7 +14,7 @@ from helpers.cases.contexts import skipping
 from helpers.clocks import FakeClock, compile_with
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
-from thresher.analysis.cost.break_even import BreakEven, Layer, estimated
+from thresher.analysis.cost.break_even import PRUNED_DENSITIES, BreakEven, Layer, estimated
 from thresher.analysis.cost.cost import machine_model
 from thresher.backends.base import find_backend
 from thresher.driver.measure_break_even import measure
@@ -35,9 +35,10 @@ def blocks(high: int, wide: int, density: float, n: int = 128, k: int = 96) -> T
     return torch.randn(n, k, generator=generator) * mask.repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
 
-def two_of_four(n: int = 128, k: int = 96) -> Tensor:
-    weight = torch.randn(n, k // 4, 4, generator=torch.Generator().manual_seed(0))
-    return (weight * (weight.abs() >= weight.abs().topk(2, -1).values[..., -1:])).reshape(n, k)
+def some_of(group: int, count: int = 2, n: int = 128, k: int = 96) -> Tensor:
+    """Return a weight that keeps the ``count`` largest of each group."""
+    weight = torch.randn(n, k // group, group, generator=torch.Generator().manual_seed(0))
+    return (weight * (weight.abs() >= weight.abs().topk(count, -1).values[..., -1:])).reshape(n, k)
 
 
 def layers(weight: Tensor) -> nn.Linear:
@@ -47,9 +48,12 @@ def layers(weight: Tensor) -> nn.Linear:
     return layer
 
 
+COSTS = {"rows": 2.0, "panels": 1.0, "runs": 1.5}
+
+
 def by_density(layer: Layer) -> BreakEven:
     """Rows are twice as dear as panels, runs in between."""
-    cost = {"rows": 2.0, "panels": 1.0, "runs": 1.5}.get(layer.kind, 9.0)
+    cost = COSTS.get(layer.kind, 9.0)
     return BreakEven(1.0, (0.0, cost), (0.0, 1.0))
 
 
@@ -67,7 +71,17 @@ def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord, list]:
         (blocks(16, 1, 0.1), "blocks of 16 x 1"),
         (blocks(1, 16, 0.1), "blocks of 1 x 16"),
         (blocks(4, 4, 0.3), "blocks of 4 x 4"),
-        (two_of_four(), "2:4"),
+        (blocks(16, 16, 0.2), "blocks of 16 x 16"),
+        (blocks(32, 1, 0.1), "blocks of 32 x 1"),
+        (blocks(1, 32, 0.1), "blocks of 1 x 32"),
+        (blocks(8, 8, 0.3), "blocks of 8 x 8"),
+        (blocks(16, 1, 0.1, n=144), "blocks of 16 x 1"),
+        (blocks(1, 16, 0.1, k=80), "blocks of 1 x 16"),
+        (some_of(4), "2:4"),
+        (some_of(8, 4), "4:8"),
+        (some_of(16, 5), "5:16"),
+        (some_of(4, 3), "scattered"),
+        (some_of(5, 2, k=90), "scattered"),
         (blocks(1, 1, 0.1), "scattered"),
     ],
 )
@@ -89,7 +103,11 @@ def test_the_fastest_layout_is_taken(weight: Tensor, rows: int, layout: str) -> 
     program, record, zeros = run(weight, rows)
     (node,) = program.calls(ops.pruned_linear.default)
     assert node.args[3] == layout and f"kept by {layout}" in record.rewrites[0].message
-    assert zeros[0]["chosen"]
+    (line,) = zeros
+    kept = stored(weight, rows)[layout]  # type: ignore[index]
+    assert line["chosen"] and line["saved"] == pytest.approx(1 - kept)
+    assert (line["dense"], line["sparse"]) == pytest.approx((1000.0, 1000 * kept * COSTS.get(layout, 9.0)))
+    assert line["nonzero"] == pytest.approx(float((weight != 0).double().mean()))
 
 
 def test_it_stays_dense_where_that_is_faster() -> None:
@@ -98,6 +116,33 @@ def test_it_stays_dense_where_that_is_faster() -> None:
     assert [line["chosen"] for line in zeros] == [False]
     assert run(blocks(1, 1, 0.9))[1].refusals == []  # too few zeros to speak of
     assert stored(blocks(1, 16, 0.1), 1)["runs"] == pytest.approx(0.1, abs=0.03)
+    edge = torch.arange(40.0).reshape(4, 10) % 10 < 7  # as many as are still kept
+    assert stored(edge, 4) == {"rows": PRUNED_DENSITIES[-1], "panels": PRUNED_DENSITIES[-1]}
+
+
+def test_the_layer_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def remember(layer: Layer) -> BreakEven:
+        asked.append(layer)
+        return by_density(layer)
+
+    x, weight = torch.randn(2, 3, 80), blocks(1, 1, 0.1, k=80)
+    for limit in (1 << 30, weight.numel() * 4 + 128 * 4, weight.numel() * 4 + 128 * 4 - 1):
+        monkeypatch.setattr("thresher.passes.sparsity.skip_pruned_weights.CACHED_BYTES", limit)
+        SkipPrunedWeights().apply(capture(layers(weight).eval(), (x,)), Context(find_break_even=remember))
+    assert asked == [Layer("rows", 6, 80, 128, cold) for cold in (False, False, True)]
+
+
+def test_half_types_and_single_vectors_stay() -> None:
+    weight = blocks(1, 1, 0.1)
+    for model, x in (
+        (layers(weight), torch.randn(96)),
+        (layers(weight).to(torch.bfloat16), torch.randn(4, 96, dtype=torch.bfloat16)),
+        (layers(weight * torch.inf), torch.randn(4, 96)),
+    ):
+        program = capture(model.eval(), (x,))
+        assert SkipPrunedWeights().apply(program, Context(find_break_even=by_density)).program is program
 
 
 def test_pruned_by_torch() -> None:

@@ -19,6 +19,7 @@ from helpers.modules import Function
 from helpers.rewrites import check_rewrite
 from thresher.analysis.cost.break_even import BreakEven, Layer, estimated, record, recorded
 from thresher.analysis.cost.cost import machine_model
+from thresher.approximation.calibration import Calibration
 from thresher.backends.base import find_backend
 from thresher.driver.measure_break_even import measure
 from thresher.frontend.capture import capture
@@ -118,6 +119,9 @@ def test_tiles_share_a_list() -> None:
     assert listed(x) == pytest.approx((0.2 + 0.1) / 2) and listed(x[:8]) == pytest.approx(0.3)
     program = capture(Function(lambda x, layer: layer(x), nn.Linear(10, 3)), (x,))
     (density,) = densities(program, sites_of(program), [[x], [x * 0]]).values()
+    assert listed(torch.eye(8)) == 1.0 and listed(torch.eye(9)) == pytest.approx(
+        (7 + 2) / 18
+    )  # eight rows are no tiles
     assert density.nonzero == pytest.approx(4 / 140 / 2) and density.listed == pytest.approx(0.075)
 
 
@@ -138,6 +142,90 @@ def test_between_what_was_measured() -> None:
     guess = estimated(Layer("input", 1, 1024, 1024, True), machine_model("cpu"))
     assert guess.at(0.1) < guess.dense < guess.at(1.0) and not guess.measured
     assert estimated(Layer("gate", 64, 64, 64, True), machine_model("cpu")).density <= 0.01
+
+
+def found(function, *shapes: tuple[int, ...], context: Context | None = None, dtype=torch.float32) -> tuple[list, list]:
+    """Return the operators of zeros that are skipped, and what the report says of each site, of a function of inputs and two layers."""
+    torch.manual_seed(0)
+    model = Function(function, nn.Linear(16, 8), nn.Linear(16, 8)).to(dtype).eval()
+    program = capture(model, tuple(torch.randn(shape).to(dtype) for shape in shapes))
+    result = SkipZeros().apply(program, context or Context(find_break_even=free))
+    kernels = [n.target for n in result.program.calls(ops.sparse_linear.default, ops.gated_linear.default)]
+    return kernels, [(line.kind, line.chosen) for line in result.zeros]
+
+
+def gated(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    gate = b(x).relu()
+    return a(x) * gate
+
+
+def test_what_is_a_gate() -> None:
+    assert found(gated, (1, 16)) == ([ops.gated_linear.default], [("gate", True)])
+    assert found(lambda x, a, b: b(x).relu() * a(x), (1, 16))[0] == [ops.gated_linear.default]
+    assert found(lambda x, a, b: a(x) * b(x).relu(), (1, 16))[0] == []  # the gate is computed later
+    assert found(lambda x, a, b: a(x) * 2.0, (1, 16))[0] == []
+    assert found(lambda x, a, b: (lambda y: y * y)(a(x)), (1, 16))[0] == []
+    assert found(lambda x, a, b: b(x)[:, :1].relu() * a(x), (1, 16))[0] == []  # of another shape
+    assert found(lambda x, a, b: b(x).relu() + a(x), (1, 16))[0] == []
+    assert found(lambda x, a, b: (lambda g, y: g * y + y)(b(x).relu(), a(x)), (1, 16))[0] == []  # read twice
+
+
+def test_of_a_layer_with_zeros_on_both_sides_those_that_save_more() -> None:
+    def both(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        return b(x).hardshrink(1.0) * a((x - 0.2).relu())
+
+    def prefers(kind: str) -> Context:
+        return Context(
+            find_break_even=lambda layer: BreakEven(2.0 if layer.kind == kind else 1.0, (0.01, 0.5), (0.01, 1.0))
+        )
+
+    assert found(both, (1, 16), context=prefers("input"))[0] == [ops.sparse_linear.default]
+    assert found(both, (1, 16), context=prefers("gate"))[0] == [ops.gated_linear.default]
+    assert found(both, (1, 16), context=prefers("gate"))[1] == [("gate", True), ("input", False)]
+
+
+def test_gpus_skip_zeros_of_the_inputs_of_few_rows() -> None:
+    cuda = Context(target="cuda", find_break_even=free)
+    assert found(gated, (3, 16), context=cuda) == ([], [])
+    relu = lambda x, a, b: a((x - 2).relu())  # noqa: E731
+    assert found(relu, (8, 16), context=cuda)[0] == [ops.sparse_linear.default]
+    assert found(relu, (9, 16), context=cuda)[0] == []
+    assert found(relu, (8, 16), context=cuda, dtype=torch.bfloat16)[0] == [ops.sparse_linear.default]
+    assert found(relu, (8, 16), dtype=torch.bfloat16)[0] == []
+    assert found(relu, (16,))[0] == []
+
+
+def test_zeros_are_counted_on_the_samples() -> None:
+    """The example has none; at most eight samples are looked at."""
+    model = Function(lambda x, a: a(x.relu()), nn.Linear(16, 8)).eval()
+    program = capture(model, (torch.ones(2, 16),))
+    assert SkipZeros().apply(program, Context(find_break_even=free)).program is program
+    samples = [(torch.full((2, 16), -1.0 if i < 10 else 1.0),) for i in range(36)]
+    calibration = Calibration.of(program, samples, thresher.Budget(rel_l2=0.1))
+    firsts = [float(s[0].mean()) for s in calibration.search_samples[:8]]
+    result = SkipZeros().apply(program, Context(find_break_even=free, calibration=calibration))
+    assert result.zeros[0].nonzero == pytest.approx(sum(f > 0 for f in firsts) / 8)
+
+
+def test_the_layer_that_is_timed_and_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def remember(layer: Layer) -> BreakEven:
+        asked.append(layer)
+        return free(layer)
+
+    x = torch.ones(2, 3, 16)
+    x[..., :4] = -1.0
+    program = capture(Function(lambda x, a: a(x.relu()), nn.Linear(16, 8)).eval(), (x,))
+    for limit in (4 * (16 * 8 + 8), 4 * (16 * 8 + 8) - 1):
+        monkeypatch.setattr("thresher.passes.sparsity.skip_zeros.CACHED_BYTES", limit)
+        result = SkipZeros().apply(program, Context(find_break_even=remember))
+    assert asked == [Layer("input", 6, 16, 8, cold) for cold in (False, True)]
+    assert [n.message for n in result.rewrites] == [
+        "zeros of its input are skipped: 75.0 % are not 0, 25 % of the arithmetic is left out, 750.000 ms instead of 1000.000 ms (measured)"
+    ]
+    (line,) = result.zeros
+    assert (line.nonzero, line.saved, line.dense, line.sparse) == pytest.approx((0.75, 0.25, 1000.0, 750.0))
 
 
 def test_builds_measure_once() -> None:
