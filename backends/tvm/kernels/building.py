@@ -62,6 +62,15 @@ def broadcast(index: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(i if int(size) > 1 else i64(0) for i, size in zip(index, shape))
 
 
+def unflattened(shape: Sequence[int], flat: Any) -> tuple[Any, ...]:
+    """Return the index of the element with number ``flat``."""
+    index: list[Any] = []
+    for size in reversed(shape[1:]):
+        index.insert(0, tirx.floormod(flat, size))
+        flat = tirx.floordiv(flat, size)
+    return (flat, *index) if shape else ()
+
+
 @contextmanager
 def loop(size: int, depth: int) -> Iterator[Any]:
     """Loop over ``size`` elements, ``depth`` steps written out, or fewer if these do not divide."""

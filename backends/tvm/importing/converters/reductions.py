@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
 from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.registry import (
@@ -16,7 +17,9 @@ from thresher.backends.tvm.importing.converters.registry import (
     semantics,
     sizes,
 )
+from thresher.backends.tvm.importing.converters.writes import emit_scatter
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cpu.scatter import Scatter
 from thresher.ir.nodes import shape_of
 
 
@@ -56,20 +59,29 @@ def histc(importer: Importer, node: fx.Node) -> Any:
     if low >= high:
         raise NotImplementedError("intervals from the least to the largest element: give min and max, min below max")
     dtype, shape = result_dtype(node), sizes(node.args[0])
+    first, last = tirx.const(float(low), dtype), tirx.const(float(high), dtype)
+
+    def interval(value: Any) -> Any:
+        """Return the number of the value's interval, ``bins`` where it has none."""
+        at = te.min(tirx.Cast("int64", (value - first) * tirx.const(float(bins), dtype) / (last - first)), bins - 1)
+        return tirx.Select(tirx.all(value >= first, value <= last), at, tirx.const(bins, "int64"))
 
     def counted(x: te.Tensor) -> te.Tensor:
         axes = [
             te.reduce_axis((tirx.const(0, "int64"), tirx.const(size, "int64")), name=f"i{d}")
             for d, size in enumerate(shape)
         ]
-        first, last = tirx.const(float(low), dtype), tirx.const(float(high), dtype)
 
-        def count(interval: Any) -> Any:
-            value = x[tuple(axes)]
-            at = tirx.Cast("int64", (value - first) * tirx.const(float(bins), dtype) / (last - first))
-            hit = tirx.all(value >= first, value <= last, te.min(at, tirx.const(bins - 1, "int64")) == interval)
+        def count(number: Any) -> Any:
+            hit = interval(x[tuple(axes)]) == number
             return te.sum(tirx.Select(hit, tirx.const(1.0, dtype), tirx.const(0.0, dtype)), axis=axes)
 
         return te.compute((bins,), count, name="histc")
 
-    return importer.emit_te("histc", counted, importer.value(node.args[0]))
+    if importer.machine is None:
+        return importer.emit_te("histc", counted, importer.value(node.args[0]))
+    flat = importer.emit(R.reshape(importer.value(node.args[0]), [-1]))
+    index = importer.emit_te("interval", lambda x: te.compute(x.shape, lambda i: interval(x[i]), name="interval"), flat)
+    scatter = Scatter([bins], [math.prod(shape)], 0, True, lambda a, b: a + b)
+    zeros, ones = (importer.emit(R.full([n], relax.const(v, dtype))) for n, v in ((bins, 0.0), (math.prod(shape), 1.0)))
+    return emit_scatter(importer, scatter, zeros, index, ones)

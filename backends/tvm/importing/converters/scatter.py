@@ -1,7 +1,8 @@
 """Writes at indices that are known only when the model runs: ``index_put``, ``masked_scatter``, ``scatter_add``, ``scatter_reduce``; and so
 ``x[i] = v``, ``index_copy``, ``index_add``: a cache of keys and values.
 
-No element is written twice: every element of the result looks for the value that is written to it.
+On a CPU the values are written in their order (``writes.py``). On a GPU no element is written twice: every element of the result looks
+for the value that is written to it.
 
 writer[p] = max { j : index[j] = p },  out[p] = writer[p] < 0 ? x[p] : values[writer[p]]      the last one that writes p
 out[p]    = x[p] + sum over j of (index[j] = p ? values[j] : 0)                               where writes add up
@@ -20,8 +21,10 @@ import torch
 from torch import fx
 from tvm import te, tirx
 
-from thresher.backends.tvm.importing.converters.registry import R, aten, axis, result_dtype, semantics
+from thresher.backends.tvm.importing.converters.registry import R, aten, axis, result_dtype, semantics, sizes
+from thresher.backends.tvm.importing.converters.writes import emit_scatter, write_at_indices
 from thresher.backends.tvm.importing.importer import Importer
+from thresher.backends.tvm.kernels.cpu.scatter import Scatter
 from thresher.backends.tvm.kernels.extrema import limit
 from thresher.ir.nodes import dtype_of, shape_of
 
@@ -70,7 +73,10 @@ def _at_indices(importer: Importer, node: fx.Node, dims: list[int], indices: lis
     """Indices of the dimensions ``dims`` of x, broadcast against each other; the dimensions of what they select come together, in the place
     of the first where ``dims`` are neighbours, else in front."""
     x, values = node.args[0], node.args[2]
-    shape = [int(d) for d in torch.broadcast_shapes(*(shape_of(i) for i in indices))]
+    if importer.machine is not None:
+        join = (tirx.any if dtype_of(x) is torch.bool else _added) if accumulate else None
+        return write_at_indices(importer, node, dims, indices, join)
+    shape = list(torch.broadcast_shapes(*(tuple(sizes(i)) for i in indices)))
     count = math.prod(shape)
     flat = [
         importer.emit(R.reshape(R.broadcast_to(importer.value(i), shape), [count])) if list(shape_of(i)) != [count] else importer.value(i)
@@ -206,6 +212,14 @@ def _reduced(importer: Importer, node: fx.Node, how: str, include_self: bool) ->
         raise NotImplementedError("a tensor without dimensions")
     dim, dtype = dim % rank, result_dtype(node)
     join, start = JOINED[how]
+    if importer.machine is not None:
+        written, values = list(shape_of(index)), importer.value(source)
+        if list(shape_of(source)) != written:
+            ends = [importer.sizes.expression(d) for d in written]
+            values = importer.emit(R.strided_slice(values, [*range(rank)], [0] * rank, ends))
+        fresh = None if include_self else start(dtype)
+        scatter = Scatter(shape_of(x), written, dim, False, join, fresh, how == "mean")
+        return emit_scatter(importer, scatter, importer.value(x), importer.value(index), values)
     fold = te.comm_reducer(join, start, name=how)
     limits = [d for d in range(rank) if d != dim and shape_of(index)[d] != shape_of(x)[d]]
 

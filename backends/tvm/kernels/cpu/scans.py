@@ -9,7 +9,7 @@ from typing import Any
 import tvm.tirx.script.builder as T
 from tvm import te, tirx
 
-from thresher.backends.tvm.kernels.building import argument, buffer, function, i64, store
+from thresher.backends.tvm.kernels.building import argument, buffer, function, i64, store, unflattened
 
 EXTREMA = ("cummax", "cummin")
 
@@ -81,7 +81,7 @@ def search(rows: Sequence[int], values: Sequence[int], dtype: str, index_dtype: 
         table, wanted = argument("rows", rows, dtype), argument("values", values, dtype)
         out = argument("out", values, index_dtype)
         with T.parallel(count) as flat:
-            at = _unflattened(values, flat)
+            at = unflattened(values, flat)
             low = buffer(1, "int64")
             store(low, i64(0), i64(0))
             for step in (1 << s for s in reversed(range(size.bit_length()))):
@@ -96,13 +96,4 @@ def search(rows: Sequence[int], values: Sequence[int], dtype: str, index_dtype: 
 
 def _index(shape: Sequence[int], row: Any, last: Any) -> tuple[Any, ...]:
     """Return the index of element ``last`` of the row with number ``row``."""
-    return (*_unflattened(shape[:-1], row), last)
-
-
-def _unflattened(shape: Sequence[int], flat: Any) -> tuple[Any, ...]:
-    """Return the index of the element with number ``flat``."""
-    index: list[Any] = []
-    for size in reversed(shape):
-        index.insert(0, tirx.floormod(flat, size))
-        flat = tirx.floordiv(flat, size)
-    return tuple(index)
+    return (*unflattened(shape[:-1], row), last)
