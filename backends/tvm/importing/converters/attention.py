@@ -51,25 +51,27 @@ class Call:
 
     @staticmethod
     def of(node: fx.Node) -> Call | None:
-        """Return the arguments of a node; None where dimensions are dynamic, or not three or four, or broadcast."""
+        """Return the arguments of a node; None where dimensions are dynamic, or broadcast."""
         q, k, v = node.args[:3]
         rank = len(shape_of(q))
-        if rank not in (3, 4) or any(not isinstance(d, int) for n in (q, k, v) for d in shape_of(n)):
+        if any(not isinstance(d, int) for n in (q, k, v) for d in shape_of(n)):
             return None
         shapes = [sizes(n) for n in (q, k, v)]
         if any(len(s) != rank for s in shapes) or any(s[:-3] != shapes[0][:-3] for s in shapes):
             return None
-        if shapes[0][-3] % shapes[1][-3] or (rank == 3 and shapes[0][0] != shapes[1][0]):
+        inputs = (_four(shapes[0]), _four(shapes[1]), _four(shapes[2]))
+        if inputs[0][1] % inputs[1][1] or (rank == 3 and inputs[0][1] != inputs[1][1]):
             return None
-        four = [s if rank == 4 else [1, *s] for s in shapes]
-        inputs = (four[0], four[1], four[2])
+        mask = argument(node, 3, "attn_mask")
+        if is_tensor(mask) and math.prod(lead := _lead(mask, rank)) > 1 and lead != shapes[0][:-3]:
+            return None
         if node.target is ops.sparse_attention.default:
             _, _, _, mask, blocks, counts, block_q, block_k, scale, causal, softcap, skip = arguments(node)
             lists = None if blocks is None else (blocks, counts)
             return Call(q, k, v, mask, causal, scale, inputs, lists, block_q, block_k, softcap, skip)
         scale = argument(node, 6, "scale")
         scale = 1.0 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
-        return Call(q, k, v, argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False)), scale, inputs)
+        return Call(q, k, v, mask, bool(argument(node, 5, "is_causal", False)), scale, inputs)
 
     def values(self, importer: Importer) -> list[Any]:
         """Return q, k and v with four dimensions."""
@@ -95,7 +97,18 @@ class Call:
     def mask_shape(self) -> list[int]:
         """The shape of the mask with four dimensions."""
         assert self.mask is not None
-        return [1] * (4 - len(shape_of(self.mask))) + sizes(self.mask)
+        return _four(sizes(self.mask))
+
+
+def _four(shape: list[int]) -> list[int]:
+    """Return a shape with four dimensions, those before the heads as one: the batch; without any, or without heads, they are 1."""
+    padded = [1] * (4 - len(shape)) + shape
+    return [math.prod(padded[:-3]), *padded[-3:]]
+
+
+def _lead(mask: fx.Node, rank: int) -> list[int]:
+    """Return the sizes of a mask before the heads, beside queries of ``rank`` dimensions."""
+    return ([1] * (rank - len(shape_of(mask))) + list(shape_of(mask)))[:-3]
 
 
 @cpu_kernel(aten.scaled_dot_product_attention.default)

@@ -609,6 +609,14 @@ ATTENTION = {
     "grouped": lambda q, k, v: F.scaled_dot_product_attention(q.repeat(1, 2, 1, 1), k, v, enable_gqa=True),
     "written-out": lambda q, k, v: (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v,
     "five-dims": lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
+    "windows": lambda q, k, v: F.scaled_dot_product_attention(*(torch.stack([t, t.flip(0)], 1) for t in (q, k, v))),
+    "windows-masked": lambda q, k, v: F.scaled_dot_product_attention(
+        *(torch.stack([t, t.flip(0)], 1) for t in (q, k, v)), torch.stack([q, -q], 1)[:, :, :1, :, :7]
+    ),
+    "windows-of-one-mask": lambda q, k, v: F.scaled_dot_product_attention(
+        *(torch.stack([t, t.flip(0)], 1) for t in (q, k, v)), torch.stack([q, -q], 1)[:1, :, :, :, :7] > 0
+    ),
+    "two-dims": lambda q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]),
 }
 for _name, _f in ATTENTION.items():
     case(f"attention-{_name}", _f, Q, K, V)
