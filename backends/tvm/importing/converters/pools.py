@@ -72,16 +72,26 @@ def avg_pool(importer: Importer, node: fx.Node) -> Any:
 def _window(
     x: te.Tensor, out: list[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, empty: Any
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """Return how a pool reads x [B, *spatial, C] at (batch, *pixel, channel), ``empty`` outside, and the axes of its taps."""
-    taps = [te.reduce_axis((0, k), name=f"k{d}") for d, k in enumerate(kernel)]
+    """Return how a pool reads x [B, *spatial, C] at (batch, *pixel, channel), ``empty`` outside, and the axes of its taps.
+
+    A window larger than the image goes over the pixels of the image instead of its own.
+    """
     spatial = [int(d) for d in x.shape[1:-1]]
+    larger = [k > size and d == 1 for k, d, size in zip(kernel, dilation, spatial)]
+    counts = [size if all_pixels else k for all_pixels, size, k in zip(larger, spatial, kernel)]
+    taps = [te.reduce_axis((0, n), name=f"k{d}") for d, n in enumerate(counts)]
 
     def at(b: Any, *rest: Any) -> Any:
         *position, c = rest
-        read = [p * s - pad + t * d for p, s, pad, t, d in zip(position, stride, padding, taps, dilation)]
-        inside = []
-        for r, o, s, pad, k, d, size in zip(read, out[1:-1], stride, padding, kernel, dilation, spatial):
-            inside += _border(r, pad, _overhangs(o, s, pad, k, d, size), size)
+        read, inside = [], []
+        for i, (p, s, pad, t, d, size) in enumerate(zip(position, stride, padding, taps, dilation, spatial)):
+            start, o, k = p * s - pad, out[1:-1][i], kernel[i]
+            if larger[i]:
+                read.append(t)
+                inside += [t >= start] * ((o - 1) * s > pad) + [t < start + k] * (k - pad < size)
+            else:
+                read.append(start + t * d)
+                inside += _border(read[-1], pad, _overhangs(o, s, pad, k, d, size), size)
         if not inside:
             return x[(b, *read, c)]
         clamped = [te.max(te.min(r, size - 1), 0) for r, size in zip(read, spatial)]
