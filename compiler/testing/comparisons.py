@@ -144,6 +144,8 @@ def faults_of_notes(program: Program, result: PassResult) -> Iterator[str]:
     differs = difference(program, result.program)
     if differs and not result.rewrites:
         yield f"it says nothing of what it changed: {differs}"
+    if result.program is not program and not differs and not result.rewrites:
+        yield "it rewrote nothing and returns another program: return the one that was passed in"
     if result.rewrites and not differs:
         yield "it says that it rewrote something, and nothing has changed"
     for note in (*result.rewrites, *result.refusals):

@@ -127,8 +127,8 @@ class Judge:
     ) -> Iterator[Finding]:
         """Yield what is wrong where parameters move a little, as in training, and what comes back is put into the program as it was.
 
-        First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for. With
-        ``restored`` those that have none are wrong, too.
+        First all of those that have a way back; where that is wrong, one after the other, to name the one that it is wrong for; where it
+        is right, none, as it is without training. With ``restored`` those that have none are wrong, too.
         ``before``: the program that the pass was applied to, if passes ran before: copies that these keep are not its own.
         """
         training = _Training(original, state, after.rounded(), after.lineage, self.seed)
@@ -137,6 +137,7 @@ class Judge:
             returning = [name for name, hindrance in ways.items() if hindrance is None]
             fault = training.fault(returning)
             single = next((name for name in returning if fault and training.fault([name])), "")
+            untrained = "" if fault or not training.finite else training.difference(training.small)
         except Exception as error:
             yield Finding("way back", where, f"unfolding raises {type(error).__name__}: {error}")
             return
@@ -145,6 +146,8 @@ class Judge:
             yield Finding(
                 "way back", where, f"{what} trained and unfolded, the original computes something else: {fault}"
             )
+        if untrained:
+            yield Finding("way back", where, f"unfolded as it is, the original computes something else: {untrained}")
         lost = [name for name, error in ways.items() if error is not None and not isinstance(error, TrainedApart)]
         if restored and lost:
             cure = "leave a Restore in the lineage, or add it with role=Role.BUFFER"
@@ -169,6 +172,11 @@ class _Training:
     lineage: Sequence[Restore]
     seed: int
 
+    @property
+    def finite(self) -> bool:
+        """Return whether all numbers of the result are: else the model itself has none to compare."""
+        return all(bool(torch.isfinite(value).all()) for value in self.small.constants.values())
+
     def way_back(self, name: str) -> ProgramError | None:
         """Return why there is no way back for a parameter that is trained; None where there is one."""
         try:
@@ -179,11 +187,17 @@ class _Training:
 
     def fault(self, names: Sequence[str]) -> str:
         """Return how far the original is from the result where these parameters are trained; empty where they are equal."""
-        trained = self._trained(names)
         try:
-            unfolded = self._unfolded(trained)
+            return self.difference(self._trained(names))
         except ProgramError:  # each has a way back alone, and two copies have none
             return ""
+
+    def difference(self, trained: Program) -> str:
+        """Return how far the original is from the result with what comes back; raises :class:`ProgramError` where there is no way."""
+        unfolded = self._unfolded(trained)
+        broken = (n for n, v in unfolded.items() if not torch.isfinite(v).all() and torch.isfinite(self.state[n]).all())
+        if self.finite and (name := next(broken, "")):
+            return f"{name!r} comes back with numbers that are not finite"
         original = self.original.clone()
         original.constants |= {name: value for name, value in unfolded.items() if name in original.constants}
         return divergence(original, trained, original.probe, TRAINING_TOLERANCE)

@@ -67,18 +67,11 @@ class EvaluateConstants(Pass):
                 still.add(node)
             elif node.op == "call_function" and self.evaluable(node, values, still):
                 first = same.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-                if first is not node:
+                if first is node:
+                    values[node] = self._value(node, values)
+                    still |= {node} if all(n in still for n in node.all_input_nodes) else set()
+                else:
                     node.replace_all_uses_with(first)
-                    continue
-                args, kwargs = fx.node.map_aggregate(
-                    (node.args, node.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else a
-                )
-                if node.target not in MOVES:  # those compute nothing: float64 would only double a weight
-                    args = self._widened(args)
-                with torch.no_grad():
-                    values[node] = node.target(*args, **kwargs)
-                if all(n in still for n in node.all_input_nodes):
-                    still.add(node)
         for node in values:
             outside = [user for user in node.users if user not in values]
             if node.op != "call_function" or not outside or not isinstance(values[node], Tensor):
@@ -110,6 +103,14 @@ class EvaluateConstants(Pass):
             return False
         inputs = sum(v.numel() for s in node.all_input_nodes if isinstance(v := values[s], Tensor))
         return node.meta["val"].numel() <= max(self.limit, inputs)
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """Return the result of a call; floating numbers in float64, unless it only moves them: that would double a weight."""
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else a
+        )
+        with torch.no_grad():
+            return node.target(*(args if node.target in MOVES else self._widened(args)), **kwargs)
 
     @staticmethod
     def static(node: fx.Node) -> bool:

@@ -88,7 +88,8 @@ class FoldVocabulary(Pass):
             raise PassError(f"fold-vocabulary: no embedding reads an {what}")
         chosen = max(by_input, key=lambda n: max(shape_of(call.args[0])[0] for call in by_input[n]))
         example = program.probe[program.placeholders.index(chosen)]
-        missing = sorted(set(example.reshape(-1).tolist()) - set(self.occurring(1 << 62)))
+        rows = min(shape_of(call.args[0])[0] for call in by_input[chosen])
+        missing = sorted(set(example.reshape(-1).tolist()) - set(self.occurring(rows)))
         if missing:
             raise PassError(
                 f"fold-vocabulary: the example's {chosen.name} holds {missing[:5]}, which tokens does not name"

@@ -34,16 +34,18 @@ class Planted(Pass):
     rewrite: Rewrite = lambda work, node: False
     clean: bool = True
     copies: bool = True
+    returns_copies: bool = False
     says: Callable[[fx.Node], list[Note]] = lambda node: [Note.at(node, "rewritten")]
 
     def apply(self, program: Program, context: Context) -> PassResult:
         work = program.clone() if self.copies else program
-        notes = []
+        notes, changed = [], self.returns_copies
         for node in list(work.calls(self.target)):
             if self.rewrite(work, node):
                 notes += self.says(node)
+                changed = True
         work = work.clean() if self.clean else work
-        return PassResult(work, notes)
+        return PassResult(work if changed else program, notes)
 
 
 PLANTED: dict[str, tuple[Pass, Case, str, str]] = {}
@@ -398,6 +400,11 @@ def boasts(work: Program, relu: fx.Node) -> bool:
     return True
 
 
+@plant("returns a copy", aten.relu.default, RELU, "notes", "rewrote nothing and returns another", returns_copies=True)
+def idles(work: Program, relu: fx.Node) -> bool:
+    return False
+
+
 @plant(
     "speaks of another node",
     aten.relu.default,
@@ -628,6 +635,28 @@ def not_divided(work: Program, mul: fx.Node) -> bool:
     scaled = work.add_constant(work.constants[name].double() * factor, f"{name}_scaled", dtype_of(weight), like=weight)
     linear.args = (linear.args[0], scaled)
     work.lineage.append(Restore((scaled.target,), lambda values: {name: values[scaled.target]}))
+    return replaced(mul, linear)
+
+
+@plant(
+    "a weight that comes back if it was trained",
+    aten.mul.Tensor,
+    Case("doubled", doubled, n=(2, 3), c=(4, 6)),
+    "way back",
+    "unfolded as it is, the original computes something else",
+)
+def only_for_training(work: Program, mul: fx.Node) -> bool:
+    linear, factor = mul.args
+    name, weight = linear.args[1].target, linear.args[1]
+    before = work.constants[name].double()
+    scaled = work.add_constant(before * factor, f"{name}_scaled", dtype_of(weight), like=weight)
+    linear.args = (linear.args[0], scaled)
+
+    def back(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        value = values[scaled.target] / factor
+        return {name: torch.where(torch.isclose(value.double(), before, rtol=1e-9), torch.nan, value)}
+
+    work.lineage.append(Restore((scaled.target,), back))
     return replaced(mul, linear)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -10,6 +11,7 @@ from helpers.canonical import canonical
 from helpers.modules import Function
 from helpers.rewrites import check_rewrite
 from thresher.frontend.capture import capture
+from thresher.ir.program import Role
 from thresher.rewriting.manager import PassManager
 
 aten = torch.ops.aten
@@ -59,6 +61,42 @@ def test_a_result_may_be_as_large_as_the_limit_or_as_its_constants() -> None:
     assert evaluated("evaluate-constants{limit=15}", wide, x) == [aten.mul.Tensor, aten.add.Tensor]
     pair = Function(lambda x, rows: x + torch.cat([rows[0], rows[1]]), nn.ParameterList([row, row * 2]))
     assert evaluated("evaluate-constants{limit=0}", pair, torch.randn(8)) == [aten.add.Tensor]
+
+
+def test_what_is_computed_of_parameters_is_trained() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.register_buffer("mask", torch.eye(4))
+    model = Function(lambda x, a: F.linear(x, a.weight * a.mask) + (a.mask * 2).sum(0), layer)
+    program = PassManager(["evaluate-constants"], "each").run(capture(model.eval(), (torch.randn(2, 4),)))
+    (linear,) = program.calls(aten.linear.default)
+    trained = linear.args[1].target
+    assert {name: program.role(name) for name in program.constants} == {
+        name: Role.PARAMETER if name == trained else Role.BUFFER for name in program.constants
+    }
+    assert len(program.constants) == 2
+
+
+def test_a_buffer_is_expanded() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.register_buffer("row", torch.randn(1, 4))
+    learned = Function(lambda x, a: x * a.weight[:1].expand(3, 4), layer)
+    assert evaluated("evaluate-constants", learned, torch.randn(3, 4)) == [aten.expand.default, aten.mul.Tensor]
+    fixed = Function(lambda x, a: x * a.row.expand(3, 4), layer)
+    assert evaluated("evaluate-constants", fixed, torch.randn(3, 4)) == [aten.mul.Tensor]
+
+
+def test_a_constant_that_is_reached_in_many_ways() -> None:
+    """Each step reads the one before twice: 2^40 ways lead back from the mask of the weight."""
+
+    def forward(x: torch.Tensor, a: nn.Module) -> torch.Tensor:
+        mask = a.mask
+        for _ in range(40):
+            mask = (mask + mask) / 2
+        return F.linear(x, a.weight * mask)
+
+    layer = nn.Linear(4, 4, bias=False)
+    layer.register_buffer("mask", torch.eye(4))
+    assert evaluated("evaluate-constants", Function(forward, layer), torch.randn(2, 4)) == [aten.linear.default]
 
 
 BEFORE = """\

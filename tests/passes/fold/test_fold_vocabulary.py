@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import thresher
+from helpers.modules import Function
 from helpers.refusals import Build, check_refusal
 from helpers.rewrites import check_rewrite
 from thresher.errors import PassError
 from thresher.frontend.capture import capture
-from thresher.ir.program import Program
+from thresher.ir.program import Program, Role
 from thresher.passes.fold.fold_vocabulary import FoldVocabulary
 from thresher.rewriting.contract import Context
 
@@ -70,10 +71,88 @@ def test_only_tokens_that_occur(tmp_path) -> None:
         assert torch.equal(small(*ARGS), model(*ARGS))
 
 
+def test_tokens_that_do_not_occur_read_the_first_that_does() -> None:
+    program = FoldVocabulary(tokens=[3, 0, 5, 7, 11, 19]).apply(capture(Reader().eval(), ARGS), Context()).program
+    (name,) = (name for name, value in program.constants.items() if value.shape == (20,))
+    assert program.role(name) is Role.BUFFER
+    assert program.constants[name].tolist() == [0, 0, 0, 1, 0, 2, 0, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5]
+
+
+class Both(nn.Module):
+    """A short, wide table that is read first, and two longer ones of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds, self.words, self.places = nn.Embedding(4, 30), nn.Embedding(20, 6), nn.Embedding(24, 6)
+
+    def forward(self, kinds: Tensor, tokens: Tensor) -> Tensor:
+        return self.kinds(kinds)[..., :6] + self.words(tokens) * self.places(tokens)
+
+
+def shortened(item: FoldVocabulary, model: nn.Module, *args: Tensor) -> list[int]:
+    """Return the lengths of the tables after the pass, in the order of the calls."""
+    program = item.apply(capture(model.eval(), args), Context()).program.verify()
+    return [len(program.constants[n.args[0].target]) for n in program.calls(torch.ops.aten.embedding.default)]
+
+
+def test_the_input_that_tokens_are_meant_for() -> None:
+    """The named one, or the one that reads the longest table; all of its tables."""
+    kinds, words = torch.tensor([[0, 2]]), torch.tensor([[5, 9]])
+    assert shortened(FoldVocabulary(tokens=[5, 9]), Both(), kinds, words) == [4, 2, 2]
+    assert shortened(FoldVocabulary(tokens=[5, 9], input="tokens"), Both(), kinds, words) == [4, 2, 2]
+    assert shortened(FoldVocabulary(tokens=[0, 2], input="kinds"), Both(), kinds, words) == [2, 20, 24]
+    with pytest.raises(PassError, match="from 0 to 19, at least one"):
+        shortened(FoldVocabulary(tokens=[5, 9, 20]), Both(), kinds, words)
+
+
+def test_a_fraction_of_the_rows_must_go() -> None:
+    """Ten rows of twenty."""
+    row = nn.Embedding(20, 6)
+    with torch.no_grad():
+        row.weight[10:] = row.weight[0].clone()
+    tokens = torch.tensor([[0, 1]])
+    assert shortened(FoldVocabulary(min_removed=0.5), row, tokens) == [10]
+    assert shortened(FoldVocabulary(min_removed=0.51), row, tokens) == [20]
+
+
+def test_zeros_are_one_row_also_where_they_are_not_the_last() -> None:
+    row = nn.Embedding(6, 3)
+    with torch.no_grad():
+        row.weight[[1, 4]] = 0
+        row.weight[5] = -row.weight[5].abs()
+    assert shortened(FoldVocabulary(), row, torch.tensor([[0, 1]])) == [5]
+
+
+def test_a_table_that_is_computed_and_tokens_that_are() -> None:
+    table = Function(
+        lambda tokens, scale, layer: torch.nn.functional.embedding(tokens, layer.weight * scale), nn.Embedding(6, 3)
+    )
+    assert (
+        FoldVocabulary().apply(capture(table.eval(), (torch.tensor([[0, 1]]), torch.ones(()))), Context()).rewrites
+        == []
+    )
+    moved = Function(lambda tokens, layer: layer(tokens + 1), nn.Embedding(6, 3))
+    with pytest.raises(PassError, match=r"no embedding reads an input$"):
+        FoldVocabulary(tokens=[1]).apply(capture(moved.eval(), (torch.tensor([[0, 1]]),)), Context())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "at least one"), ("-1 3", "from 0 to 19"), ("3.5", "cannot read the tokens")]
+)
+def test_bad_files(text: str, message: str, tmp_path) -> None:
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(PassError, match=message):
+        FoldVocabulary(tokens=str(tmp_path / "tokens")).apply(capture(Reader().eval(), ARGS), Context())
+
+
 def test_tied_rows_stay_and_say_why() -> None:
     result = FoldVocabulary().apply(capture(trimmed(Reader(tied=True)), ARGS), Context())
     assert result.rewrites == []
-    assert "12 rows kept: held by" in result.refusals[0].message
+    assert result.refusals[0].message == "12 rows kept: held by linear"
+    program = capture(trimmed(Reader()), ARGS)
+    program.constants["copy"] = program.constants["words.weight"]
+    (refusal,) = FoldVocabulary().apply(program, Context()).refusals
+    assert refusal.message == "12 rows kept: held by copy"
 
 
 def test_dynamic_tokens_stay_and_say_why() -> None:

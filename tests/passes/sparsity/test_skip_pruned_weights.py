@@ -48,6 +48,14 @@ def layers(weight: Tensor) -> nn.Linear:
     return layer
 
 
+def nearly_two_of_four(empty: int) -> Tensor:
+    """Return a weight of a hundred groups with two of four, but for four that have one, and for ``empty`` ones."""
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.0]).repeat(10, 10)
+    weight[:4, 0] = 0
+    weight[9, : 4 * empty] = 0
+    return weight
+
+
 COSTS = {"rows": 2.0, "panels": 1.0, "runs": 1.5}
 
 
@@ -83,6 +91,8 @@ def run(weight: Tensor, rows: int = 4) -> tuple[Program, PassRecord, list]:
         (some_of(4, 3), "scattered"),
         (some_of(5, 2, k=90), "scattered"),
         (blocks(1, 1, 0.1), "scattered"),
+        (nearly_two_of_four(0), "2:4"),
+        (nearly_two_of_four(2), "scattered"),
     ],
 )
 def test_patterns_are_seen(weight: Tensor, words: str) -> None:
@@ -170,6 +180,7 @@ def test_convolutions_of_one_pixel(stride: int) -> None:
     program = manager.run(capture(model.eval(), (x,)), context)
     (node,) = program.calls(ops.pruned_linear.default)
     assert program.constants[node.args[1].target].shape == (128, 96)
+    assert len(list(program.calls(torch.ops.aten.slice.Tensor))) == (2 if stride == 2 else 0)
     torch.testing.assert_close(program.run(x)[0], model(x))
     assert [zero.module for zero in manager.zeros] == ["0"]  # the other one is dense
     built = find_backend("tvm").lower(program.rounded(), "cpu")
@@ -181,11 +192,12 @@ def test_convolutions_of_more_pixels_or_groups_stay() -> None:
         "padded": nn.Conv2d(8, 8, 1, padding=1),
         "groups": nn.Conv2d(8, 8, 1, groups=2),
         "3 x 3": nn.Conv2d(8, 8, 3),
+        "bfloat16": nn.Conv2d(8, 8, 1).to(torch.bfloat16),
     }
     for conv in weights.values():
         with torch.no_grad():
             conv.weight *= torch.rand(conv.weight.shape) < 0.1
-        program = capture(conv.eval(), (torch.randn(1, 8, 6, 6),))
+        program = capture(conv.eval(), (torch.randn(1, 8, 6, 6, dtype=conv.weight.dtype),))
         manager = PassManager([ChannelsLast(), SkipPrunedWeights()])
         assert not list(manager.run(program, Context(find_break_even=by_density)).calls(ops.pruned_linear.default))
 
