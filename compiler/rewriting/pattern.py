@@ -151,6 +151,11 @@ def _equal_literals(a: Any, b: Any) -> bool:
 # ---------------------------------------------------------------------- tracing
 
 
+def forget_patterns() -> None:
+    """Trace each pattern anew when it is asked for next: which lines a pass runs must not depend on what ran before."""
+    _trace.cache_clear()
+
+
 @functools.cache
 def _trace(pattern: Callable) -> tuple[fx.Node, ...]:
     """Return the nodes that the pattern returns. Raises :class:`PassError` where no program can match it."""

@@ -38,6 +38,11 @@ REASONS: dict[tuple[str, str, str], str] = {
         'if k is None or v is None or shape_of(k)[1] != shape_of(v)[1] or argument(node, 7, "enable_gqa"):',
     ): "None is as false as False",
     (
+        "fold/permute_channels.py",
+        "if not same_size(size, 1) and (value, dim) not in mentioned:",
+        "if True and (value, dim) not in mentioned:",
+    ): "a dimension of size 1 is tied to none of another size, and its only channel has one order",
+    (
         "canonicalize/simplify.py",
         "or not is_tensor(node.args[0])",
         "or False",

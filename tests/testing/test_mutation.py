@@ -230,7 +230,7 @@ def test_a_sample_of_a_pass_of_ours() -> None:
 
 def test_the_modules_of_a_pass_are_its_own_and_its_helpers() -> None:
     names = [m.__name__.removeprefix("thresher.passes.") for m in modules_of(find_pass("skip-zeros"))]
-    assert names == ["sparsity.skip_zeros", "sparsity._densities"]
+    assert names == ["sparsity.skip_zeros", "sparsity._linear_layers"]
     names = [m.__name__.removeprefix("thresher.passes.") for m in modules_of(find_pass("fold-channels"))]
     assert names[:1] == ["fold.fold_channels"] and "fold._edge_markers" in names
 
@@ -238,7 +238,7 @@ def test_the_modules_of_a_pass_are_its_own_and_its_helpers() -> None:
 def test_importers_come_after_what_they_import() -> None:
     import thresher.passes.pipelines  # noqa: F401
 
-    names = [m.__name__ for m in importers_of(sys.modules["thresher.passes.sparsity._densities"])]
+    names = [m.__name__ for m in importers_of(sys.modules["thresher.passes.sparsity._linear_layers"])]
     assert names.index("thresher.passes.sparsity.skip_zeros") < names.index("thresher.passes.pipelines")
     assert "thresher.passes.fold.fold_scale" not in names
 

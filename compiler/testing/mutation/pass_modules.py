@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from thresher.rewriting.pattern import forget_patterns
+
 Lines = set[tuple[str, int]]  # a file, as its module names it, and a line
 
 
@@ -58,7 +60,8 @@ def execute(module: ModuleType, text: str, importers: Sequence[ModuleType]) -> N
 
 @contextmanager
 def traced(files: Sequence[str]) -> Iterator[Lines]:
-    """Collect the lines of some files that run within the block."""
+    """Collect the lines of some files that run within the block, those of patterns included that are traced once and for all."""
+    forget_patterns()
     lines: Lines = set()
     watched = frozenset(files)
 

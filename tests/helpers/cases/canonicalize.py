@@ -124,6 +124,15 @@ def softshrink(n: int) -> tuple[nn.Module, tuple]:
     return nn.Softshrink(0.3), (torch.randn(n, 5),)
 
 
+def dividing(kind: str, n: int) -> tuple[nn.Module, tuple]:
+    function = {
+        "modulus": lambda x: x * F.relu(1 - 0.3 / x.abs()),
+        "garrote": lambda x: x * F.relu(1 - 0.09 / x**2),
+        "groups": lambda x: x * F.relu(1 - 0.3 / torch.linalg.vector_norm(x, dim=-1, keepdim=True)),
+    }[kind]
+    return Function(function), (torch.randn(n, 5),)
+
+
 def soft(n: int, c: int) -> tuple[nn.Module, tuple]:
     return Function(lambda x: F.relu(x - 0.3) - F.relu(-x - 0.3)), (torch.randn(n, c),)
 
@@ -147,5 +156,8 @@ CASES = {
     "canonicalize-threshold": [
         Entry(Case("soft", soft, n=(2, 3), c=(4, 5)), first=("simplify",)),
         Entry(Case("shrink", softshrink, n=(2, 3))),
+        Entry(
+            Case("dividing", dividing, kind=("modulus", "garrote", "groups"), n=(2,)), first=("simplify",), misses=10
+        ),
     ],
 }

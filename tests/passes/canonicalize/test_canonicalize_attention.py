@@ -33,6 +33,21 @@ ATTENTION: dict[str, Callable] = {
     "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, False) @ v,
     "where": lambda q, k, v: torch.where(BELOW, q @ k.mT / 2, -math.inf).softmax(-1) @ v,
     "masked fill": lambda q, k, v: (q @ k.mT / 2).masked_fill(~BELOW, -1e9).softmax(-1) @ v,
+    "masked by the largest number that is large": lambda q, k, v: (q @ k.mT).masked_fill(~BELOW, -1e4).softmax(-1) @ v,
+    "where, the other way": lambda q, k, v: torch.where(~BELOW, -1e9, q @ k.mT / 2).softmax(-1) @ v,
+    "batch and windows": lambda q, k, v: ((q[:, None] @ k[:, None].mT).softmax(-1) @ v[:, None])[:, 0],
+    "windows with a bias of the keys": lambda q, k, v: (
+        (q[:, None] @ k[:, None].mT + v[0, 0, :, 0]).softmax(-1) @ v[:, None]
+    )[:, 0],
+    "bias divided": lambda q, k, v: ((q @ k.mT + v[0, 0, :, :1].T) / 4).softmax(-1) @ v,
+    "two biases": lambda q, k, v: (q @ k.mT + v[0, 0, :, :1].T + q[0, :, :1, :1]).softmax(-1) @ v,
+    "factor first": lambda q, k, v: (v[0, :, :1, :1] * (q @ k.mT)).softmax(-1) @ v,
+    "scaled by baddbmm alone": lambda q, k, v: (
+        torch.baddbmm(q[0] @ k[0].mT, q[0], k[0].mT, beta=0, alpha=0.25).softmax(-1) @ v[0]
+    ),
+    "scaled by baddbmm": lambda q, k, v: (
+        torch.baddbmm(v[0, :, :, :1].mT.expand(3, 5, 5), q[0], k[0].mT, beta=3.0, alpha=0.25).softmax(-1) @ v[0]
+    ),
     "masked and biased": lambda q, k, v: ((q @ k.mT).masked_fill(~BELOW, -1e9) + v[0, 0, :, :1].T).softmax(-1) @ v,
     "biased, then scaled": lambda q, k, v: ((q @ k.mT + v[0, 0, :, :1].T) * 0.5).softmax(-1) @ v,
     "scaled by head": lambda q, k, v: ((q @ k.mT) * v[0, :, :1, :1]).softmax(-1) @ v,
@@ -65,6 +80,14 @@ ATTENTION: dict[str, Callable] = {
 def test_attention_spellings(name: str) -> None:
     program, _ = canonical(Function(ATTENTION[name]), Q, K, V)
     assert count(program, SDPA) == 1 and count(program, aten.softmax.int) == 0
+
+
+def test_a_softmax_without_a_product_is_no_attention() -> None:
+    """Nothing is said of it, also where a layer follows."""
+    layer = nn.Linear(5, 3)
+    for function in (lambda q, a: a(q.mT.softmax(-1)), lambda q, a: q.softmax(-1).sum(-1), lambda q, a: q.softmax(-1)):
+        _, records = canonical(Function(function, layer), Q)
+        assert not records["canonicalize-attention"].refusals
 
 
 def test_masks_are_not_trained() -> None:
@@ -159,6 +182,22 @@ REFUSALS = [
     (
         "the scores are capped, and not after the scale and before the mask",
         spelled(lambda q, k, v: ((q @ k.mT + v[..., :1].mT).tanh() * 3).softmax(-1) @ v),
+    ),
+    (
+        "the scores are capped, and not after the scale and before the mask",
+        spelled(lambda q, k, v: (((q @ k.mT).tanh() * 3).masked_fill(~BELOW, -1e9) * 2).softmax(-1) @ v),
+    ),
+    (
+        "the scores are capped, and not after the scale and before the mask",
+        spelled(lambda q, k, v: ((q @ k.mT).tanh() * -3).softmax(-1) @ v),
+    ),
+    (
+        "the scores are capped, and not after the scale and before the mask",
+        spelled(lambda q, k, v: (((q @ k.mT).tanh() * 3).tanh() * 2).softmax(-1) @ v),
+    ),
+    (
+        "*: scores are replaced by something that is not a large negative number",
+        spelled(lambda q, k, v: (q @ k.mT).masked_fill(~BELOW, -9999.0).softmax(-1) @ v),
     ),
     (
         "*: scores are replaced by something that is not a large negative number",

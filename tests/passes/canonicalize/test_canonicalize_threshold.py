@@ -107,9 +107,31 @@ DIVIDING: dict[str, tuple[str, Callable]] = {
     "garrote": ("garrote", lambda x: x * F.relu(1 - T**2 / x**2)),
     "garrote, product": ("garrote", lambda x: x * F.relu(1 - T**2 / (x * x))),
     "garrote, where": ("garrote", lambda x: torch.where(x.abs() > T, x - T**2 / x, torch.zeros_like(x))),
+    "modulus, as a product": ("soft", lambda x: x * F.relu(1 - x.abs().reciprocal() * T)),
+    "modulus, for each channel": ("soft", lambda x: x * F.relu(1 - torch.tensor([0.3, 0.2]) / x.abs())),
     "pairs": ("group", lambda x: x * F.relu(1 - T / x.square().sum(-1, keepdim=True).sqrt())),
     "groups": ("group", lambda x: x * F.relu(1 - T / torch.linalg.vector_norm(x, dim=-1, keepdim=True))),
 }
+
+
+def test_what_is_wider_than_the_value_is_no_part_of_the_threshold() -> None:
+    x = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
+    program, _ = canonical(lambda x: F.relu(x - 0.3) + torch.zeros(4, 9), x)
+    assert program.run(x)[0].shape == (4, 9)
+
+
+def test_relu_stays() -> None:
+    program, record = canonical(F.relu, torch.randn(4, 9))
+    assert [n.target for n in program.calls()] == [torch.ops.aten.relu.default] and not record.refusals
+
+
+def test_two_thresholds_per_channel_are_not_one() -> None:
+    other = torch.linspace(0.1, 0.9, 9)
+    model = Learned(lambda x, t: F.relu(x - t) - F.relu(-x - other), torch.linspace(0.2, 0.8, 9))
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    program = PassManager(pipelines.canonicalize).run(capture(model, (x,)))
+    assert {n.args[2] for n in program.calls(SHRINK)} <= {"positive"}
+    torch.testing.assert_close(program.run(x)[0], model(x))
 
 
 @pytest.mark.parametrize("name", DIVIDING)
@@ -183,6 +205,12 @@ def test_computed_for_any_number_of_rows() -> None:
     ("function", "message"),
     [
         (lambda x: x - x.clamp(-0.3, 0.4), "not symmetric"),
+        (lambda x: torch.where((x > T) | (x < -T2), x, 0.0), "not symmetric"),
+        (lambda x: x * F.relu(1 + T / x.abs()), None),
+        (lambda x: x * F.relu(1 - torch.tensor([0.3, 0, 0.2]).repeat(3) / x.abs()), None),
+        (lambda x: x * F.relu(1 - torch.full((9,), 0.2) / x**2), None),
+        (lambda x: torch.where(x.abs() > T, x - 0.3**2 / x, 0.0), None),
+        (lambda x: torch.where(x.abs() > T, x - T**2 / x, 1.0), None),
         (lambda x: 2 * F.softshrink(x, T) - x.clamp(0, 0), "scaled"),
         (lambda x: F.relu(x + 0.4) - F.relu(-x + 0.4), None),
         (lambda x: torch.sign(x) * F.relu(x.abs() - x.mean()), "may be negative"),

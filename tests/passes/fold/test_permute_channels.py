@@ -140,7 +140,7 @@ def test_a_free_batch_and_parts_of_a_value() -> None:
 
     def forward(s: Net, x: Tensor) -> Tensor:
         y, _ = x.reshape(x.shape[0], 2, 3).unbind(1)
-        return s.c(F.relu(s.a(y) + s.b(y))).reshape(x.shape[0], -1)
+        return s.c(F.relu(s.a(y) + s.b(y))).reshape(2 * x.shape[0], -1)
 
     net = Net(forward, **linears((3, 6), (3, 6), (6, 4)))
     kill(net.b.weight, 0, 2)
