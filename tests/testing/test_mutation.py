@@ -230,7 +230,7 @@ def test_a_sample_of_a_pass_of_ours() -> None:
 
 def test_the_modules_of_a_pass_are_its_own_and_its_helpers() -> None:
     names = [m.__name__.removeprefix("thresher.passes.") for m in modules_of(find_pass("skip-zeros"))]
-    assert names == ["sparsity.skip_zeros", "sparsity._linear_layers"]
+    assert names == ["sparsity.skip_zeros", "sparsity._densities", "sparsity._linear_layers"]
     names = [m.__name__.removeprefix("thresher.passes.") for m in modules_of(find_pass("fold-channels"))]
     assert names[:1] == ["fold.fold_channels"] and "fold._edge_markers" in names
 

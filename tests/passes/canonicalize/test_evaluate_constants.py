@@ -39,6 +39,14 @@ def test_a_mask_used_often_becomes_one_constant() -> None:
     assert len(program.constants) == 1
 
 
+def test_one_note_and_one_step_back_for_each_constant_that_stays() -> None:
+    """Not for those on the way to it."""
+    model = Function(lambda x, a: F.linear(x, (a.weight * 2).cos().t()), nn.Linear(4, 4))
+    manager = PassManager(["evaluate-constants"], "each")
+    program = manager.run(capture(model.eval(), (torch.randn(2, 4),)))
+    assert len(manager.records[0].rewrites) == len(program.lineage) == 1
+
+
 def test_random_numbers_are_not_constants() -> None:
     """A model that draws them is not captured; a pass may still meet the operator."""
     program = capture(Function(lambda x: x + 2), (torch.randn(3),))

@@ -138,3 +138,62 @@ def test_notes_are_of_nodes_that_the_program_had() -> None:
     outcome = before_after("simplify", Function(lambda x: x.split(2, 1)[0] + x.chunk(2, 1)[0]), (torch.randn(3, 4),))
     names = {node.name for node in outcome.before.graph.nodes}
     assert outcome.changed and {note.node for note in outcome.rewrites} <= names
+
+
+KTH = """\
+program model {
+  %x = input : f32[2, 6]
+  %largest = aten.topk.default(%x, 3DIM) : (f32[2, 3], i64[2, 3])
+  %values = getitem(%largest, 0) : f32[2, 3]
+  %last = aten.slice.Tensor(%values, SLICE) : f32[2, 1]
+  return [%last]
+}
+"""
+KTH_AFTER = """\
+program model {
+  %x = input : f32[2, 6]
+  %last = thresher.kth_largest.default(%x, 3) : f32[2, 1]
+  return [%last]
+}
+"""
+
+
+@pytest.mark.parametrize("dim", ["", ", -1", ", 1"])
+@pytest.mark.parametrize("part", ["-1, 2, 3", "1, -1", "1, 2, 9223372036854775807"])
+def test_the_last_of_the_largest(dim: str, part: str) -> None:
+    check_rewrite("simplify", KTH.replace("DIM", dim).replace("SLICE", part), KTH_AFTER)
+
+
+def test_a_conversion_to_the_same_type_goes() -> None:
+    check_rewrite(
+        "simplify",
+        """\
+program model {
+  %x = input : f32[2, 6]
+  %same = aten._to_copy.default(%x, dtype=torch.float32) : f32[2, 6]
+  %y = aten.relu.default(%same) : f32[2, 6]
+  return [%y]
+}
+""",
+        """\
+program model {
+  %x = input : f32[2, 6]
+  %y = aten.relu.default(%x) : f32[2, 6]
+  return [%y]
+}
+""",
+    )
+
+
+def test_a_mask_that_is_also_the_values_stays_expanded() -> None:
+    """Values do not broadcast over the queries by themselves."""
+    attend = lambda q, m: F.scaled_dot_product_attention(q, q, m.expand(2, 3, 4, 4), m.expand(2, 3, 4, 4))  # noqa: E731
+    program, _ = canonical(Function(attend), torch.randn(2, 3, 4, 4), torch.randn(2, 1, 1, 4))
+    (site,) = program.calls(aten.scaled_dot_product_attention.default)
+    assert [n.target for n in site.args[2:4]] == [aten.expand.default] * 2
+
+
+def test_a_mask_broadcasts_by_itself() -> None:
+    attend = lambda q, m: F.scaled_dot_product_attention(q, q, q, m.expand(2, 3, 4, 4))  # noqa: E731
+    program, _ = canonical(Function(attend), torch.randn(2, 3, 4, 4), torch.randn(2, 1, 1, 4))
+    assert not count(program, aten.expand.default)
