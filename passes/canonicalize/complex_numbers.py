@@ -5,10 +5,12 @@
     DFT along a dimension of n     a linear layer with the constant matrix of cosines and sines, n^2 instead of n log n multiplications: for
                                    the grids of models (AFNO, Guibas et al., 2022; FNet, Lee-Thorp et al., 2022; GFNet, Rao et al., 2021)
                                    that is what a kernel for products does best
+    DFT of more than WHOLE         n = a b: DFTs of a, factors, DFTs of b (Cooley & Tukey, 1965), n (a + b) multiplications; both alike
 
 So thresholds, products and sums of Fourier modes are the ones that other passes know. A program stays as it is, with the reason, if it
 takes or returns complex values, divides by one, multiplies with a complex literal, adds a number to one, transforms over a dynamic
-dimension or reads a part of a spectrum, or applies an operator that has no rule here.
+dimension or over more than LARGEST numbers that are a prime (or a multiple of one), reads a part of a spectrum, or applies an operator that
+has no rule here.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from thresher.rewriting.registry import register_pass
 aten = torch.ops.aten
 FOURIER = (aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
 MAKERS = (*FOURIER, aten.view_as_complex.default, aten.complex.default)
+WHOLE, LARGEST = 256, 4096  # numbers that are transformed by one matrix: where they have factors, and at all
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -105,10 +108,20 @@ class _Pairs:
         rank = len(shape_of(re))
         return self.call(aten.cat.default, [self.call(aten.unsqueeze.default, part, rank) for part in (re, im)], rank)
 
+    def constant(self, value: Tensor, name: str) -> fx.Node:
+        """Return a constant in the precision of the node that is converted."""
+        kind = dtype_of(self.here)
+        return self.program.add_constant(
+            value, f"{self.here.name}_{name}", REAL.get(kind, kind), like=self.here, role=Role.BUFFER
+        )
+
     def parts(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-        x = self.pairs(value)
-        last = len(shape_of(x)) - 1
-        return self.call(aten.select.int, x, last, 0), self.call(aten.select.int, x, last, 1)
+        return self.split(self.pairs(value))
+
+    def split(self, pairs: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Return the real and the imaginary parts of pairs."""
+        last = len(shape_of(pairs)) - 1
+        return self.call(aten.select.int, pairs, last, 0), self.call(aten.select.int, pairs, last, 1)
 
     # ------------------------------------------------------------------ Fourier transforms
 
@@ -187,19 +200,62 @@ def _fourier(self: _Pairs, node: fx.Node) -> fx.Node:
     if any(not isinstance(n, int) for n in whole):
         raise NoRule(f"{node.name} is over a dynamic dimension")
     scale = _scale(normalization, math.prod(whole))
+    forward = bool(last) if node.target is aten._fft_c2c.default else node.target is aten._fft_r2c.default
     if node.target is aten._fft_r2c.default:
-        x = self.along(x, dims[-1], scale * real_to_complex(whole[-1], last), (False, True))
-        rest, forward = dims[:-1], True
+        x = _real_to_complex(self, x, dims[-1], whole[-1], bool(last), scale)
     elif node.target is aten._fft_c2c.default:
-        x = self.along(x, dims[-1], scale * complex_to_complex(whole[-1], last), (True, True))
-        rest, forward = dims[:-1], last
-    else:
-        rest, forward = dims[:-1], False
-    for dim in rest:
-        x = self.along(x, dim, complex_to_complex(shape_of(source)[dim], forward), (True, True))
-    if node.target is aten._fft_c2r.default:
-        x = self.along(x, dims[-1], scale * complex_to_real(last), (True, False))
-    return x
+        x = _transform(self, x, dims[-1], whole[-1], forward, True, scale)
+    for dim, n in zip(dims[:-1], whole):
+        x = _transform(self, x, dim, n, forward, True)
+    return _complex_to_real(self, x, dims[-1], last, scale) if node.target is aten._fft_c2r.default else x
+
+
+def _real_to_complex(self: _Pairs, x: fx.Node, dim: int, n: int, half: bool, scale: float) -> fx.Node:
+    if n <= WHOLE:
+        return self.along(x, dim, scale * real_to_complex(n, half), (False, True))
+    x = _transform(self, x, dim, n, True, False, scale)
+    return self.call(aten.slice.Tensor, x, dim, 0, n // 2 + 1) if half else x
+
+
+def _complex_to_real(self: _Pairs, x: fx.Node, dim: int, n: int, scale: float) -> fx.Node:
+    """Insert the inverse DFT to n real numbers; of a large one the other half of the spectrum, the conjugate, is made first."""
+    if n <= WHOLE:
+        return self.along(x, dim, scale * complex_to_real(n), (True, False))
+    known = n // 2 + 1
+    mirrored = self.call(aten.flip.default, self.call(aten.slice.Tensor, x, dim, 1, n - known + 1), [dim])
+    sign = self.constant(torch.tensor([1.0, -1.0], dtype=torch.float64), "conjugate")
+    x = self.call(aten.cat.default, [x, self.call(aten.mul.Tensor, mirrored, sign)], dim)
+    x = _transform(self, x, dim, n, False, True, scale)
+    return self.call(aten.select.int, x, len(shape_of(x)) - 1, 0)
+
+
+def _transform(self: _Pairs, x: fx.Node, dim: int, n: int, forward: bool, paired: bool, scale: float = 1.0) -> fx.Node:
+    """Insert the DFT (its inverse, unscaled, but for ``scale``) of n pairs, or of n real numbers unless ``paired``."""
+    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    if n <= WHOLE or a == 1:
+        if n > LARGEST:
+            raise NoRule(f"{self.here.name} transforms {n} numbers, which have no factors")
+        matrix = complex_to_complex(n, forward) if paired else real_to_complex(n, False)
+        return self.along(x, dim, scale * matrix, (paired, True))
+    b, shape = n // a, list(shape_of(x))
+    x = self.call(aten.reshape.default, x, self.literal([*shape[:dim], a, b, *shape[dim + 1 :]]))
+    x = _transform(self, x, dim, a, forward, paired, scale)
+    x = _transform(self, _turned(self, x, dim, forward), dim + 1, b, forward, True)
+    x = self.call(aten.transpose.int, x, dim, dim + 1)
+    return self.call(
+        aten.reshape.default, x, self.literal([*shape[:dim], n, *shape[dim + 1 :], *([] if paired else [2])])
+    )
+
+
+def _turned(self: _Pairs, x: fx.Node, dim: int, forward: bool) -> fx.Node:
+    """Insert the product of the pair at (k, j) of two dimensions a and b with exp(-2 pi i k j / (a b)), its conjugate for the inverse."""
+    a, b = shape_of(x)[dim : dim + 2]
+    cos, sin = (t.reshape(a, b, *[1] * (len(shape_of(x)) - dim - 3)) for t in _angles(a, b, a * b))
+    sin = -sin if forward else sin
+    (re, im), mul = self.split(x), aten.mul.Tensor
+    cosines, sines = self.constant(cos, "cosines"), self.constant(sin, "sines")
+    real = self.call(aten.sub.Tensor, self.call(mul, re, cosines), self.call(mul, im, sines))
+    return self.stack(real, self.call(aten.add.Tensor, self.call(mul, re, sines), self.call(mul, im, cosines)))
 
 
 # ---------------------------------------------------------------------- arithmetic and movement

@@ -21,6 +21,7 @@ from thresher.ir.nodes import dtype_of, is_tensor
 from thresher.ir.parser import parse
 from thresher.ir.program import Program
 from thresher.passes import pipelines
+from thresher.passes.canonicalize import complex_numbers
 from thresher.rewriting.manager import PassManager, PassRecord
 from thresher.verification.compare import compare
 
@@ -42,10 +43,15 @@ def rand(*shape: int) -> Tensor:
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.sampled_from(["backward", "ortho", "forward"]), st.sampled_from([0, 1, -1])
+    st.integers(1, 16),
+    st.integers(1, 12),
+    st.sampled_from(["backward", "ortho", "forward"]),
+    st.sampled_from([0, 1, -1]),
+    st.sampled_from([complex_numbers.WHOLE, 2]),
 )
-@settings(max_examples=15, deadline=None)
-def test_transforms(rows: int, columns: int, norm: str, dim: int) -> None:
+@settings(max_examples=25, deadline=None)
+def test_transforms(rows: int, columns: int, norm: str, dim: int, whole: int) -> None:
+    """By one matrix, and by those of its factors."""
     x = rand(rows, columns, 3)
     n = x.shape[dim]
 
@@ -56,7 +62,9 @@ def test_transforms(rows: int, columns: int, norm: str, dim: int) -> None:
         two = fft.irfft2(fft.rfft2(x, dim=(0, 1), norm=norm), s=x.shape[:2], dim=(0, 1), norm=norm)
         return torch.view_as_real(y), fft.irfft(y, n=n, dim=dim, norm=norm), back.real, back.imag, z.abs(), two
 
-    program, _ = canonical(Function(function), x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(complex_numbers, "WHOLE", whole)
+        program, _ = canonical(Function(function), x)
     assert all_real(program)
     for wanted, found in zip(function(x.double()), program.run(x.double(), dtype=torch.float64)):
         assert not compare([wanted], [found]).exceeds(1e-9)
@@ -163,6 +171,16 @@ program model {
 """
 
 
+def test_a_long_convolution_has_no_large_matrix() -> None:
+    """By the transform of twice as many numbers: a matrix of it would have 8 million."""
+
+    def convolved(x: Tensor) -> Tensor:
+        return fft.irfft(fft.rfft(x, n=2048) * fft.rfft(x.flip(-1), n=2048), n=2048)[..., :1024]
+
+    program, _ = canonical(Function(convolved), rand(3, 1024))
+    assert sum(c.numel() for c in program.constants.values()) < 100_000
+
+
 def test_before_and_after() -> None:
     check_rewrite("complex-numbers", BEFORE, AFTER)
 
@@ -211,6 +229,10 @@ REFUSALS = [
         ),
     ),
     ("* is over a dynamic dimension", free(lambda x: fft.fft(x, dim=0).abs(), 0)),
+    (
+        "* transforms * numbers, which have no factors",
+        lambda: (Function(lambda x: fft.fft(x).abs()), rand(2, 2 * 4099)),
+    ),
     ("* divides by a complex value", of_spectrum(lambda z, x: (x / z).real)),
     ("* multiplies with a complex number", spelled("%y = aten.mul.Tensor(%z, 2j) : c64[2, 5]", "f32[2, 5, 2]")),
     ("* adds a number", spelled("%y = aten.add.Tensor(%z, 1.0) : c64[2, 5]", "f32[2, 5, 2]")),
