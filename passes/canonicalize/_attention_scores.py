@@ -2,7 +2,7 @@
 
     scores = cap * tanh((c q k^T + bias) / cap), masked         each part optional, in any order that means this
 
-Read backward from the softmax: adding a tensor is a bias; ``where`` and ``masked_fill`` with a number are a mask; factors are a scale
+Read backward from the softmax: adding a tensor is a bias; ``where`` with a number is a mask; factors are a scale
 (of the biases added before them, too); reshapes must leave every score where it is, but may regroup batch and heads. Everything else, and
 scores that something besides the softmax reads, raises :class:`NotAttention` with its reason.
 """
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from thresher.analysis.slices.transfer.base import argument
 from thresher.ir.nodes import dtype_of, is_tensor, shape_of
 from thresher.ir.program import Program
 
 aten = torch.ops.aten
-PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
 LAYOUTS = (
     aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.expand.default,
@@ -119,23 +118,16 @@ class _Walk:
         if len(node.users) > 1:
             raise NotAttention(f"{node.name}: the scores are used besides the softmax")
         if node.target in PRODUCTS:
-            return self.product(node, scale)
+            return Scores(node, scale)
         if node.target in LAYOUTS or (node.target in CONVERSIONS and _widens(node)):
             return self.run(node.args[0], scale)
         if node.target is aten.add.Tensor and "alpha" not in node.kwargs:
             return self.sum(node, scale)
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self.factor(node, scale)
-        if node.target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        if node.target in (aten.where.self, aten.where.ScalarOther):
             return self.masked(node, scale)
         raise NotAttention(f"the scores are not a scaled product of queries and keys: {node.target} is between")
-
-    def product(self, node: fx.Node, scale: float) -> Scores:
-        if node.target is not aten.baddbmm.default:
-            return Scores(node, scale)
-        beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
-        bias = [Bias(node.args[0], shape_of(node), scale * beta)] if beta else []
-        return Scores(node, scale * alpha, bias)
 
     def sum(self, node: fx.Node, scale: float) -> Scores:
         left, right = node.args[:2]
@@ -184,11 +176,10 @@ class _Walk:
         return replace(scores, softcap=cap)
 
     def masked(self, node: fx.Node, scale: float) -> Scores:
-        fill = node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-        condition, x, other = (node.args[1], node.args[0], node.args[2]) if fill else node.args
-        inverted = fill
-        if not fill and self.number(x) is not None:
-            x, other, inverted = other, x, True
+        condition, x, other = node.args
+        inverted = self.number(x) is not None
+        if inverted:
+            x, other = other, x
         low = self.number(other)
         if low is None or low > MAX_MASKED_SCORE:
             raise NotAttention(f"{node.name}: scores are replaced by something that is not a large negative number")
@@ -201,7 +192,7 @@ class _Walk:
         constant = self.program.constant(value)
         if constant is not None and constant.numel() == 1:
             return float(constant)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return float(value) if isinstance(value, (int, float)) else None
 
 
 def _widens(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 import thresher.ops  # noqa: F401  (registers the operators)
-from thresher.ir.nodes import dtype_of
+from thresher.ir.nodes import dtype_of, shape_of
 from thresher.ir.program import Program
 from thresher.rewriting.contract import Note
 from thresher.rewriting.pattern import Match, matches
@@ -92,7 +92,9 @@ def rewrite_dividing(program: Program) -> list[Note]:
 
 def _threshold(program: Program, match: Match, kind: str) -> float | fx.Node | None:
     """t, where it is a positive number or constant: with 0, 0 / 0 would not be 0."""
-    c = match.bound["c"]
+    c, rank = match.bound["c"], len(shape_of(match.anchor))
+    if match.bound.get("dim", -1) % rank != rank - 1:  # the norm comes back along another dimension
+        return None
     if kind != "garrote":
         value = torch.as_tensor(c) if isinstance(c, (int, float)) else program.constant(c)
         return c if value is not None and bool((value > 0).all()) else None

@@ -2,9 +2,9 @@
 
     softmax(c * (q @ k^T) + bias) @ v        masked, scaled before or after the product, in float32 between half types, or by einsum
 
-matmul, bmm or baddbmm; masks added, ``where`` or ``masked_fill``; heads and batch regrouped in between; tokens or channels first (then the
-weights come second in the last product, transposed). Capped scores (``cap * tanh(scores / cap)``) become ``thresher::sparse_attention``
-over all blocks, because ATen's operator has no cap. (Vaswani et al., 2017.)
+matmul or bmm (capture takes baddbmm and ``masked_fill`` apart); masks added, or ``where``; heads and batch regrouped in between; tokens or
+channels first (then the weights come second in the last product, transposed). Capped scores (``cap * tanh(scores / cap)``) become
+``thresher::sparse_attention`` over all blocks, because ATen's operator has no cap. (Vaswani et al., 2017.)
 
 The softmax must be over the keys, the scores and the weights read by nothing else, and queries, keys and values of one type. Refused, each
 with its reason: scores of several heads that are mixed (talking heads: Shazeer et al., 2020); queries, keys and values that are broadcast
@@ -71,7 +71,7 @@ def _values_product(softmax: fx.Node) -> tuple[fx.Node, bool] | None:
     """Return the product of the weights with the values, and if they are its right side, transposed; None: this is no attention."""
     weights = softmax
     while True:
-        products = [u for u in weights.users if u.target in PRODUCTS[:2]]
+        products = [u for u in weights.users if u.target in PRODUCTS]
         if products:
             break
         following = [u for u in weights.users if u.target in (*LAYOUTS, *CONVERSIONS)]
@@ -104,7 +104,7 @@ def _replace(program: Program, softmax: fx.Node, scores: Scores, product: fx.Nod
     lead, dtype = list(shape_of(softmax)[:-2]), dtype_of(product)
     if len(lead) > 2 and all(isinstance(d, int) for d in lead):  # batch and windows
         lead = [math.prod(lead[:-1]), lead[-1]]
-    q, k = scores.product.args[-2:] if scores.product.target is not aten.baddbmm.default else scores.product.args[1:3]
+    q, k = scores.product.args
     v = product.args[0] if right else product.args[1]
     if not all(is_tensor(n) for n in (q, k, v)) or any(dtype_of(n) != dtype for n in (q, k, v)):
         raise NotAttention("queries, keys and values are not of one type")

@@ -35,10 +35,10 @@ ATTENTION: dict[str, Callable] = {
     "masked fill": lambda q, k, v: (q @ k.mT / 2).masked_fill(~BELOW, -1e9).softmax(-1) @ v,
     "masked by the largest number that is large": lambda q, k, v: (q @ k.mT).masked_fill(~BELOW, -1e4).softmax(-1) @ v,
     "where, the other way": lambda q, k, v: torch.where(~BELOW, -1e9, q @ k.mT / 2).softmax(-1) @ v,
-    "batch and windows": lambda q, k, v: ((q[:, None] @ k[:, None].mT).softmax(-1) @ v[:, None])[:, 0],
-    "windows with a bias of the keys": lambda q, k, v: (
-        (q[:, None] @ k[:, None].mT + v[0, 0, :, 0]).softmax(-1) @ v[:, None]
-    )[:, 0],
+    "batch and windows": lambda q, k, v: ((q[None] @ k[None].mT).softmax(-1) @ v[None])[0],
+    "windows with a bias of the keys": lambda q, k, v: ((q[None] @ k[None].mT + v[0, 0, :, 0]).softmax(-1) @ v[None])[
+        0
+    ],
     "bias divided": lambda q, k, v: ((q @ k.mT + v[0, 0, :, :1].T) / 4).softmax(-1) @ v,
     "two biases": lambda q, k, v: (q @ k.mT + v[0, 0, :, :1].T + q[0, :, :1, :1]).softmax(-1) @ v,
     "factor first": lambda q, k, v: (v[0, :, :1, :1] * (q @ k.mT)).softmax(-1) @ v,

@@ -29,6 +29,7 @@ INF, NAN = float("inf"), float("nan")
 def canonical(function: Callable, *inputs: Tensor) -> tuple[Program, PassRecord]:
     manager = PassManager(pipelines.canonicalize)
     program = manager.run(capture(Function(function), inputs))
+    assert [r.failure for r in manager.records if r.status == "reverted"] == []
     return program, next(r for r in manager.records if r.name == "canonicalize-threshold")
 
 
@@ -75,6 +76,7 @@ SPELLINGS: dict[str, tuple[str, Callable]] = {
     "hardshrink": ("hard", lambda x: F.hardshrink(x, T)),
     "threshold": ("above", lambda x: F.threshold(x, T, 0.0)),
     "above": ("above", lambda x: torch.where(x > T, x, zero(()))),
+    "above a negative number": ("above", lambda x: torch.where(x > -T, x, zero(()))),
     "above, gate": ("above", lambda x: (x > T) * x),
     "above, gate, at least": ("above", lambda x: x * (x >= T)),
     "relu behind hard": ("above", lambda x: F.relu(F.hardshrink(x, T))),
@@ -110,6 +112,7 @@ DIVIDING: dict[str, tuple[str, Callable]] = {
     "modulus, as a product": ("soft", lambda x: x * F.relu(1 - x.abs().reciprocal() * T)),
     "modulus, for each channel": ("soft", lambda x: x * F.relu(1 - torch.tensor([0.3, 0.2]) / x.abs())),
     "pairs": ("group", lambda x: x * F.relu(1 - T / x.square().sum(-1, keepdim=True).sqrt())),
+    "pairs, the dimension later": ("group", lambda x: x * F.relu(1 - T / x.square().sum(-1).sqrt()).unsqueeze(-1)),
     "groups": ("group", lambda x: x * F.relu(1 - T / torch.linalg.vector_norm(x, dim=-1, keepdim=True))),
 }
 
@@ -118,6 +121,13 @@ def test_what_is_wider_than_the_value_is_no_part_of_the_threshold() -> None:
     x = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
     program, _ = canonical(lambda x: F.relu(x - 0.3) + torch.zeros(4, 9), x)
     assert program.run(x)[0].shape == (4, 9)
+
+
+def test_norms_of_rows_that_scale_columns_are_none() -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    function = lambda x: x * F.relu(1 - T / x.square().sum(-1).sqrt()).unsqueeze(0)  # noqa: E731
+    program, _ = canonical(function, x)
+    torch.testing.assert_close(program.run(x)[0], function(x))
 
 
 def test_relu_stays() -> None:
