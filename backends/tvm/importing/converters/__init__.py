@@ -24,6 +24,7 @@ from thresher.backends.tvm.importing.converters import (  # noqa: F401  (each fi
     scatter,
     selection,
     sparse_linear,
+    stock_convolutions,
     thresholds,
     tokens,
 )

@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions."""
+"""Convolutions and transposed convolutions by kernels of ours, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from typing import Any
 
 import numpy as np
 from torch import fx
-from tvm import te, tirx, topi
+from tvm import te, tirx
 
-from thresher.analysis.slices.transfer.base import argument
 from thresher.backends.tvm.importing.converters.products import widen
 from thresher.backends.tvm.importing.converters.registry import (
     R,
-    accumulator,
     add_bias,
     aten,
-    cast,
     cpu_kernel,
     ops,
     pad,
-    result_dtype,
-    semantics,
     sizes,
 )
+from thresher.backends.tvm.importing.converters.stock_convolutions import arguments_of, convolution
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.kernels.cpu import batched, depthwise, gemm, winograd
 from thresher.ir.nodes import shape_of
@@ -194,6 +190,16 @@ def _conv_groups(importer: Importer, image: Any, array: np.ndarray, first: Group
     each = array.reshape(groups, width, inputs, *taps)
     padded = np.pad(each, [(0, 0), (0, full - width), *[(0, 0)] * (1 + len(taps))]).reshape(-1, inputs, *taps)
     packed = importer.weight(gemm.pack(np.ascontiguousarray(np.moveaxis(padded, 1, -1)), tile), (first.key, tile))
+    return _product_of_groups(importer, image, packed, list(array.shape), first, plan, groups)
+
+
+def _product_of_groups(
+    importer: Importer, image: Any, packed: Any, weight: Sequence[int], first: Group, plan: gemm.Plan, groups: int
+) -> Any:
+    """Emit the product of all groups; ``weight`` is the shape [groups * O, I, *taps] that was packed, each group to whole registers."""
+    outputs, inputs, *taps = weight
+    width = outputs // groups
+    full = gemm.whole(width, importer.cpu.lanes)
 
     def compute(image: te.Tensor, w: te.Tensor) -> te.Tensor:
         def read(m: Any, group: Any, *k: Any) -> Any:
@@ -206,9 +212,42 @@ def _conv_groups(importer: Importer, image: Any, array: np.ndarray, first: Group
         return value
 
     def without_zeros(t: te.Tensor) -> te.Tensor:
-        return te.compute((*first.out, len(array)), lambda *i: t[(*i[:-1], i[-1] // width * full + i[-1] % width)])
+        return te.compute((*first.out, outputs), lambda *i: t[(*i[:-1], i[-1] // width * full + i[-1] % width)])
 
     return importer.emit_te("ungroup", without_zeros, value)
+
+
+@cpu_kernel(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def conv_of_computed_weight(importer: Importer, node: fx.Node) -> Any:
+    """Compute a convolution, channels first, whose weight is computed: it is packed when it is there, for the product of a constant one.
+
+    Groups that are narrower than half a register, and images without a batch, are left to TVM.
+    """
+    x, weight, bias, stride, padding, dilation, groups = arguments_of(node)
+    (batch, outputs, *spatial), shape, rank = sizes(node), sizes(weight), len(shape_of(node)) - 2
+    width, lanes = outputs // groups, importer.cpu.lanes
+    if importer.is_constant(weight) or len(shape_of(x)) != rank + 2 or 2 * width < lanes:
+        return convolution(importer, node)
+    out, full = [batch, *spatial], gemm.whole(width, lanes)
+    padded = [groups * full, *shape[1:]]
+    plan = importer.choose(node, lambda limit: _plans_of_product(importer, out, padded, limit, full))
+    columns = plan.tile(importer.cpu).columns
+
+    def pack(w: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            panel, *tap, c, lane = i
+            group, output = tirx.floordiv(panel, full // columns), panel % (full // columns) * columns + lane
+            value = w[(group * width + te.min(output, width - 1), c, *tap)]
+            return value if full == width else tirx.Select(output < width, value, tirx.const(0, w.dtype))
+
+        return te.compute((groups * full // columns, *shape[2:], shape[1], columns), element, name="pack")
+
+    channels_last = importer.emit(R.permute_dims(importer.value(x), [0, *range(2, rank + 2), 1]))
+    image = _padded(importer, channels_last, padding, padding)
+    packed = importer.emit_te("pack", pack, importer.value(weight), opaque=True)
+    first = Group(weight, 0, out, stride, dilation)
+    value = add_bias(importer, _product_of_groups(importer, image, packed, shape, first, plan, groups), bias)
+    return importer.emit(R.permute_dims(value, [0, rank + 1, *range(1, rank + 1)]))
 
 
 @dataclass(frozen=True)
@@ -301,83 +340,3 @@ def conv_transpose_kernel(importer: Importer, node: fx.Node) -> Any:
 
     value = parts[0] if math.prod(stride) == 1 else importer.emit_te("side_by_side", side_by_side, *parts)
     return add_bias(importer, value, bias)
-
-
-@semantics(ops.conv_transpose2d_nhwc.default, ops.conv_transpose3d_ndhwc.default)
-def conv_transpose(importer: Importer, node: fx.Node) -> Any:
-    """Compute a transposed convolution as a convolution over the image with zeros between its pixels (weights flipped)."""
-    x, weight, bias, stride, padding, extra, groups, dilation = node.args
-    array = importer.array(weight)
-    inputs, per_out, *taps = array.shape
-    rank, width = len(taps), inputs // groups
-    flipped = np.flip(array.reshape(groups, width, per_out, *taps), axis=tuple(range(3, 3 + rank)))
-    before = [dilation[d] * (k - 1) - padding[d] for d, k in enumerate(taps)]
-    after = [b + extra[d] for d, b in enumerate(before)]
-
-    def spread(t: te.Tensor) -> te.Tensor:
-        wide = topi.nn.dilate(t, (1, *stride, 1))
-        wide = pad(wide, (0, *(max(b, 0) for b in before), 0), (0, *(max(a, 0) for a in after), 0), 0)
-        if min(before + after) >= 0:
-            return wide
-        shape = [int(d) for d in wide.shape]
-        begin = [0, *(max(-b, 0) for b in before), 0]
-        end = [shape[0], *(size - max(-a, 0) for size, a in zip(shape[1:], after)), shape[-1]]
-        return topi.strided_slice(wide, begin, end)
-
-    image = importer.emit_te("spread", spread, importer.value(x))
-    parts = []
-    for group in range(groups):
-        kernel = np.ascontiguousarray(flipped[group].swapaxes(0, 1))
-        section = importer.emit(R.strided_slice(image, [rank + 1], [group * width], [(group + 1) * width]))
-        w = importer.weight(np.ascontiguousarray(np.moveaxis(kernel, 1, -1)), (weight, group))
-        parts.append(importer.emit(_stock(rank)(section, w, dilation=dilation, **_layouts(rank))))
-    value = parts[0] if len(parts) == 1 else importer.emit(R.concat(parts, rank + 1))
-    return add_bias(importer, value, bias)
-
-
-def _stock(rank: int) -> Any:
-    """Return TVM's convolution of ``rank`` spatial dimensions."""
-    return {1: R.nn.conv1d, 2: R.nn.conv2d, 3: R.nn.conv3d}[rank]
-
-
-def _layouts(rank: int) -> dict[str, str]:
-    """Return the layouts of channels-last images and weights."""
-    return {2: {"data_layout": "NHWC", "kernel_layout": "OHWI"}, 3: {"data_layout": "NDHWC", "kernel_layout": "ODHWI"}}[
-        rank
-    ]
-
-
-@semantics(ops.conv2d_nhwc.default, ops.conv3d_ndhwc.default)
-def conv_last(importer: Importer, node: fx.Node) -> Any:
-    """Compute a channels-last convolution by TVM's, on targets without a kernel of ours; half types are summed in float32."""
-    x, weight, bias, stride, padding, dilation, groups = node.args
-    rank = len(stride)
-    w = importer.weight(np.ascontiguousarray(np.moveaxis(importer.array(weight), 1, -1)), (weight, "channels last"))
-    call = _stock(rank)(
-        importer.value(x), w, stride, padding, dilation, groups, **_layouts(rank), out_dtype=accumulator(node)
-    )
-    return add_bias(importer, cast(importer, importer.emit(call), result_dtype(node)), bias)
-
-
-@semantics(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-def convolution(importer: Importer, node: fx.Node) -> Any:
-    """Compute a convolution with channels first by TVM's, with the dtype of torch's result; half types are summed in float32."""
-    rank = len(shape_of(node)) - 2
-    defaults = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    stride, padding, dilation = (
-        [v] * rank if isinstance(v := argument(node, i, k, d), int) else list(v) for i, k, d in defaults
-    )
-    value = _stock(rank)(
-        importer.value(node.args[0]),
-        importer.value(node.args[1]),
-        stride,
-        padding,
-        dilation,
-        argument(node, 6, "groups", 1),
-        out_dtype=accumulator(node),
-    )
-    value = cast(importer, importer.emit(value), result_dtype(node))
-    bias = argument(node, 2, "bias")
-    if bias is None:
-        return value
-    return importer.emit(R.add(value, importer.emit(R.reshape(importer.value(bias), [1, -1] + [1] * rank))))

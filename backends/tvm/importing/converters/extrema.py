@@ -5,6 +5,7 @@ TVM's own reductions, sorts and pools pass over a NaN, or put it anywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,11 +151,27 @@ def sort(importer: Importer, node: fx.Node) -> Any:
     )
     if not shape_of(node.args[0]):
         raise NotImplementedError("a tensor without dimensions")
-    if node.target in (aten.sort.default, aten.argsort.default) and dtype_of(node.args[0]) in FEW_VALUES:
+    if node.target in (aten.sort.default, aten.argsort.default) and _shows_ties(importer, node, int(dim)):
         raise NotImplementedError("equal elements whose order torch's kernel decides (sort with stable=True)")
     indices = importer.emit(R.argsort(_keys(importer, node.args[0]), int(dim), bool(descending), dtype="int64"))
     only_indices = node.target in (aten.argsort.default, aten.argsort.stable)
     return indices if only_indices else _picked(importer, node.args[0], indices, int(dim))
+
+
+def _shows_ties(importer: Importer, node: fx.Node, dim: int) -> bool:
+    """Return whether the indices of a sort that is not stable show in which order it leaves equal elements.
+
+    Elements of few values are often equal; of two random float32 about one in 2**23 is, which many elements meet. Where torch may not be
+    called, its order is not to be had, and theirs is as good.
+    """
+    source = node.args[0]
+    if dtype_of(source) in FEW_VALUES:
+        return True
+    indices = node.target is aten.argsort.default or any(u.args[1] == 1 for u in node.users)
+    shape = shape_of(source)
+    if not (indices and importer.options.library) or dtype_of(source) is not torch.float32:
+        return False
+    return all(isinstance(d, int) for d in shape) and math.prod(shape) * int(shape[dim]) > 2**23
 
 
 @semantics(aten.topk.default)

@@ -29,12 +29,14 @@ from thresher.ir.nodes import shape_of
 
 @cpu_kernel(aten.linear.default)
 def linear_kernel(importer: Importer, node: fx.Node) -> Any:
-    """Compute x [..., I] times weight [O, I] -> [..., O] by the packed product."""
+    """Compute x [..., I] times weight [O, I] -> [..., O] by the packed product; a weight that is computed is packed when it is there."""
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-    if not importer.is_constant(weight) or len(shape_of(x)) < 2:
+    if len(shape_of(x)) < 2:
         return linear(importer, node)
     lead, (n, k) = sizes(x)[:-1], sizes(weight)
     machine = importer.cpu
+    if not importer.is_constant(weight):
+        return _linear_of_computed_weight(importer, node)
     plan = importer.choose(node, lambda limit: gemm.plans(math.prod(lead), n, (k,), machine, limit))
     if importer.shared_weights is not None:
         plan = _plan_of_shared_weights(importer, plan, math.prod(lead), importer.array(weight))
@@ -46,6 +48,24 @@ def linear_kernel(importer: Importer, node: fx.Node) -> Any:
         return gemm.product(lambda m, i: x[(*gemm.unravel(m, lead), i)], w, (k,), lead, n, plan, wide)
 
     return add_bias(importer, importer.emit_te("linear", compute, importer.value(x), packed), bias, wide)
+
+
+def _linear_of_computed_weight(importer: Importer, node: fx.Node) -> Any:
+    """Emit the product of two computed values; the weight is the transposed right side."""
+    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    (*lead, n), k, machine = sizes(node), sizes(weight)[1], importer.cpu
+    rows = math.prod(lead)
+    if min(rows, n) < batched.MIN_ROWS:
+        return linear(importer, node)
+    plan = importer.choose(node, lambda limit: batched.plans(rows, n, k, 1, machine, limit))
+
+    def multiply(x: te.Tensor, w: te.Tensor) -> te.Tensor:
+        packed = batched.pack(lambda i, j: w[j, i], [], n, k, plan.vectors * machine.lanes)
+        return batched.product(lambda m, i: x[m, i], packed, rows, n, plan)
+
+    flat = importer.emit(R.reshape(importer.value(x), [rows, k]))
+    value = add_bias(importer, importer.emit_te("matmul", multiply, flat, importer.value(weight)), bias)
+    return importer.emit(R.reshape(value, [*lead, n]))
 
 
 def _plan_of_shared_weights(importer: Importer, plan: gemm.Plan, rows: int, weight: np.ndarray) -> gemm.Plan:
