@@ -60,7 +60,16 @@ def test_transforms(rows: int, columns: int, norm: str, dim: int, whole: int) ->
         z = fft.fft(torch.view_as_complex(torch.stack([x, 2 * x], -1)), dim=dim, norm=norm)
         back = fft.ifft(z * z, dim=dim, norm=norm)
         two = fft.irfft2(fft.rfft2(x, dim=(0, 1), norm=norm), s=x.shape[:2], dim=(0, 1), norm=norm)
-        return torch.view_as_real(y), fft.irfft(y, n=n, dim=dim, norm=norm), back.real, back.imag, z.abs(), two
+        both_halves = fft.fft(x, dim=dim, norm=norm).imag
+        return (
+            torch.view_as_real(y),
+            fft.irfft(y, n=n, dim=dim, norm=norm),
+            back.real,
+            back.imag,
+            z.abs(),
+            two,
+            both_halves,
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(complex_numbers, "WHOLE", whole)
