@@ -123,7 +123,20 @@ class _Pairs:
         last = len(shape_of(pairs)) - 1
         return self.call(aten.select.int, pairs, last, 0), self.call(aten.select.int, pairs, last, 1)
 
+    def times(self, a: tuple[fx.Node, fx.Node], b: tuple[fx.Node, fx.Node]) -> fx.Node:
+        """Insert the pairs of the product of two complex values, whose parts are given."""
+        (p, q), (r, s), mul = a, b, aten.mul.Tensor
+        re = self.call(aten.sub.Tensor, self.call(mul, p, r), self.call(mul, q, s))
+        return self.stack(re, self.call(aten.add.Tensor, self.call(mul, p, s), self.call(mul, q, r)))
+
     # ------------------------------------------------------------------ Fourier transforms
+
+    def factor(self, n: int) -> int:
+        """Return the factor by which a transform of n numbers is taken apart; 1: one matrix does it."""
+        a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+        if a == 1 and n > LARGEST:
+            raise NoRule(f"{self.here.name} transforms {n} numbers, which have no factors")
+        return a if n > WHOLE else 1
 
     def along(self, x: fx.Node, dim: int, matrix: Tensor, paired: tuple[bool, bool]) -> fx.Node:
         """Insert ``matrix`` times the numbers (or pairs) of x along a dimension; ``paired``: whether x has pairs, and the result."""
@@ -211,7 +224,7 @@ def _fourier(self: _Pairs, node: fx.Node) -> fx.Node:
 
 
 def _real_to_complex(self: _Pairs, x: fx.Node, dim: int, n: int, half: bool, scale: float) -> fx.Node:
-    if n <= WHOLE:
+    if self.factor(n) == 1:
         return self.along(x, dim, scale * real_to_complex(n, half), (False, True))
     x = _transform(self, x, dim, n, True, False, scale)
     return self.call(aten.slice.Tensor, x, dim, 0, n // 2 + 1) if half else x
@@ -219,7 +232,7 @@ def _real_to_complex(self: _Pairs, x: fx.Node, dim: int, n: int, half: bool, sca
 
 def _complex_to_real(self: _Pairs, x: fx.Node, dim: int, n: int, scale: float) -> fx.Node:
     """Insert the inverse DFT to n real numbers; of a large one the other half of the spectrum, the conjugate, is made first."""
-    if n <= WHOLE:
+    if self.factor(n) == 1:
         return self.along(x, dim, scale * complex_to_real(n), (True, False))
     known = n // 2 + 1
     mirrored = self.call(aten.flip.default, self.call(aten.slice.Tensor, x, dim, 1, n - known + 1), [dim])
@@ -231,10 +244,8 @@ def _complex_to_real(self: _Pairs, x: fx.Node, dim: int, n: int, scale: float) -
 
 def _transform(self: _Pairs, x: fx.Node, dim: int, n: int, forward: bool, paired: bool, scale: float = 1.0) -> fx.Node:
     """Insert the DFT (its inverse, unscaled, but for ``scale``) of n pairs, or of n real numbers unless ``paired``."""
-    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-    if n <= WHOLE or a == 1:
-        if n > LARGEST:
-            raise NoRule(f"{self.here.name} transforms {n} numbers, which have no factors")
+    a = self.factor(n)
+    if a == 1:
         matrix = complex_to_complex(n, forward) if paired else real_to_complex(n, False)
         return self.along(x, dim, scale * matrix, (paired, True))
     b, shape = n // a, list(shape_of(x))
@@ -252,10 +263,7 @@ def _turned(self: _Pairs, x: fx.Node, dim: int, forward: bool) -> fx.Node:
     a, b = shape_of(x)[dim : dim + 2]
     cos, sin = (t.reshape(a, b, *[1] * (len(shape_of(x)) - dim - 3)) for t in _angles(a, b, a * b))
     sin = -sin if forward else sin
-    (re, im), mul = self.split(x), aten.mul.Tensor
-    cosines, sines = self.constant(cos, "cosines"), self.constant(sin, "sines")
-    real = self.call(aten.sub.Tensor, self.call(mul, re, cosines), self.call(mul, im, sines))
-    return self.stack(real, self.call(aten.add.Tensor, self.call(mul, re, sines), self.call(mul, im, cosines)))
+    return self.times(self.split(x), (self.constant(cos, "cosines"), self.constant(sin, "sines")))
 
 
 # ---------------------------------------------------------------------- arithmetic and movement
@@ -264,10 +272,7 @@ def _turned(self: _Pairs, x: fx.Node, dim: int, forward: bool) -> fx.Node:
 def _product(self: _Pairs, node: fx.Node) -> fx.Node:
     a, b = node.args[:2]
     if is_complex(a) and is_complex(b):
-        (p, q), (r, s) = self.parts(a), self.parts(b)
-        mul = aten.mul.Tensor
-        re = self.call(aten.sub.Tensor, self.call(mul, p, r), self.call(mul, q, s))
-        return self.stack(re, self.call(aten.add.Tensor, self.call(mul, p, s), self.call(mul, q, r)))
+        return self.times(self.parts(a), self.parts(b))
     z, real = (a, b) if is_complex(a) else (b, a)
     if node.target is aten.div.Tensor and z is b:
         raise NoRule(f"{node.name} divides by a complex value")

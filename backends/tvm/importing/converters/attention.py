@@ -51,7 +51,7 @@ class Call:
 
     @staticmethod
     def of(node: fx.Node) -> Call | None:
-        """Return the arguments of a node; None where dimensions are dynamic, or broadcast."""
+        """Return the arguments of a node; None where dimensions are dynamic, or broadcast, or those of blocks not three or four."""
         q, k, v = node.args[:3]
         rank = len(shape_of(q))
         if any(not isinstance(d, int) for n in (q, k, v) for d in shape_of(n)):
@@ -62,13 +62,15 @@ class Call:
         inputs = (_four(shapes[0]), _four(shapes[1]), _four(shapes[2]))
         if inputs[0][1] % inputs[1][1] or (rank == 3 and inputs[0][1] != inputs[1][1]):
             return None
-        mask = argument(node, 3, "attn_mask")
-        if is_tensor(mask) and math.prod(lead := _lead(mask, rank)) > 1 and lead != shapes[0][:-3]:
-            return None
         if node.target is ops.sparse_attention.default:
+            if rank not in (3, 4):  # lists of blocks have no other dimensions
+                return None
             _, _, _, mask, blocks, counts, block_q, block_k, scale, causal, softcap, skip = arguments(node)
             lists = None if blocks is None else (blocks, counts)
             return Call(q, k, v, mask, causal, scale, inputs, lists, block_q, block_k, softcap, skip)
+        mask = argument(node, 3, "attn_mask")
+        if is_tensor(mask) and math.prod(lead := _lead(mask, rank)) > 1 and lead != shapes[0][:-3]:
+            return None
         scale = argument(node, 6, "scale")
         scale = 1.0 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
         return Call(q, k, v, mask, bool(argument(node, 5, "is_causal", False)), scale, inputs)

@@ -18,7 +18,7 @@ from thresher.backends.tvm.importing.converters.registry import R, aten, cast, s
 from thresher.backends.tvm.importing.importer import Importer
 from thresher.backends.tvm.importing.values import tensor_type
 from thresher.backends.tvm.kernels.extrema import extremum, first_extremum
-from thresher.ir.nodes import dtype_of, shape_of
+from thresher.ir.nodes import dtype_of, getitem_users, shape_of
 
 prims = torch.ops.prims
 LARGEST = {aten.amax.default, aten.max.default, aten.max.dim, aten.argmax.default, prims.amax.default}
@@ -167,7 +167,7 @@ def _shows_ties(importer: Importer, node: fx.Node, dim: int) -> bool:
     source = node.args[0]
     if dtype_of(source) in FEW_VALUES:
         return True
-    indices = node.target is aten.argsort.default or any(u.args[1] == 1 for u in node.users)
+    indices = node.target is aten.argsort.default or 1 in getitem_users(node)
     shape = shape_of(source)
     if not (indices and importer.options.library) or dtype_of(source) is not torch.float32:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 from torch import fx
@@ -82,6 +83,6 @@ def histc(importer: Importer, node: fx.Node) -> Any:
         return importer.emit_te("histc", counted, importer.value(node.args[0]))
     flat = importer.emit(R.reshape(importer.value(node.args[0]), [-1]))
     index = importer.emit_te("interval", lambda x: te.compute(x.shape, lambda i: interval(x[i]), name="interval"), flat)
-    scatter = Scatter([bins], [math.prod(shape)], 0, True, lambda a, b: a + b)
+    scatter = Scatter([bins], [math.prod(shape)], 0, True, operator.add)
     zeros, ones = (importer.emit(R.full([n], relax.const(v, dtype))) for n, v in ((bins, 0.0), (math.prod(shape), 1.0)))
     return emit_scatter(importer, scatter, zeros, index, ones)

@@ -36,10 +36,10 @@ def write_at_indices(importer: Importer, node: fx.Node, dims: list[int], indices
     rows = [math.prod(before), math.prod(indexed), math.prod(after)]
     written = [rows[0], math.prod(count), rows[2]]
 
-    flat = [_shaped(importer, _wide(importer, importer.value(i), count), [written[1]]) for i in indices]
+    flat = [_shaped(importer, _wide(importer, i, count), [written[1]]) for i in indices]
     if len(dims) > 1:
         flat = [importer.emit_te("row", partial(_row, sizes=[importer.sizes.expression(d) for d in indexed]), *flat)]
-    wide = _shaped(importer, _wide(importer, importer.value(values), [*before, *count, *after]), written)
+    wide = _shaped(importer, _wide(importer, values, [*before, *count, *after]), written)
     moved = _shaped(importer, _moved(importer, importer.value(x), order), rows)
     out = emit_scatter(importer, Scatter(rows, written, 1, True, join), moved, flat[0], wide)
     return _moved(importer, _shaped(importer, out, [sizes[d] for d in order]), back)
@@ -82,8 +82,11 @@ def _shaped(importer: Importer, value: Any, shape: Sequence[Any]) -> Any:
     return importer.emit(R.reshape(value, [importer.sizes.expression(d) for d in shape]))
 
 
-def _wide(importer: Importer, value: Any, shape: Sequence[Any]) -> Any:
-    return importer.emit(R.broadcast_to(value, [importer.sizes.expression(d) for d in shape]))
+def _wide(importer: Importer, node: fx.Node, shape: Sequence[Any]) -> Any:
+    """Return a value broadcast to a shape; one that has it is not copied."""
+    if list(shape_of(node)) == list(shape):
+        return importer.value(node)
+    return importer.emit(R.broadcast_to(importer.value(node), [importer.sizes.expression(d) for d in shape]))
 
 
 def _moved(importer: Importer, value: Any, order: list[int]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,15 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import thresher
+from helpers.compiled import compiled_and_equal
 from helpers.modules import Function
-from thresher.verification.compare import compare
 
 
-def compiled_and_equal(function, *args: Tensor) -> thresher.Compiled:
-    compiled = thresher.compile(Function(function), args, passes="none", validate="off")
-    expected = function(*(a.double() for a in args)).float()
-    assert compare([expected], [compiled(*args)]).relative < 2e-6
-    return compiled
+def checked(function: Callable[..., Tensor], *args: Tensor) -> thresher.Compiled:
+    return compiled_and_equal(Function(function), *args, tolerance=2e-6)
 
 
 def kernels(compiled: thresher.Compiled, name: str) -> int:
@@ -36,7 +35,7 @@ def test_convolutions(data: st.DataObject) -> None:
     size = [(k - 1) * d + 1 + data.draw(st.integers(0, 6)) for k, d in zip(kernel, dilation)]
     torch.manual_seed(0)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    compiled_and_equal(
+    checked(
         lambda x, w, b: convolve(x, w, b, stride, padding, dilation, groups).relu(),
         torch.randn(batch, groups * inputs, *size),
         torch.randn(groups * outputs, inputs, *kernel),
@@ -48,14 +47,14 @@ def test_convolutions(data: st.DataObject) -> None:
 def test_linear(lead: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     args = torch.randn(*lead, 20), torch.randn(37, 20), torch.randn(37)
-    compiled = compiled_and_equal(lambda x, w, b: F.linear(x, w, b).relu(), *args)
+    compiled = checked(lambda x, w, b: F.linear(x, w, b).relu(), *args)
     assert kernels(compiled, "batched") + kernels(compiled, "matmul") >= 1
 
 
 def test_experts_mixed_before_the_convolution() -> None:
     """CondConv (Yang et al., 2019): a weight a sample, the samples as groups."""
     torch.manual_seed(0)
-    compiled = compiled_and_equal(
+    compiled = checked(
         lambda x, w: F.conv2d(x.reshape(1, -1, 9, 9), w.reshape(-1, 8, 3, 3), padding=1, groups=2).reshape(2, 16, 9, 9),
         torch.randn(2, 8, 9, 9),
         torch.randn(2, 16, 8, 3, 3),

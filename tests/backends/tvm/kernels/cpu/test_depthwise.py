@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
+from helpers.compiled import compiled_and_equal
 from thresher.backends.tvm.cpu import CpuInfo
 from thresher.backends.tvm.kernels.cpu.depthwise import Window, tasks
-from thresher.verification.compare import compare
 
 
 def check(layer: nn.Module, x: torch.Tensor) -> None:
-    model = nn.Sequential(layer, nn.ReLU()).eval()
-    compiled = thresher.compile(model, (x,), target="cpu", passes="none", validate="off")
-    with torch.no_grad():
-        assert compare([model.double()(x.double()).float()], [compiled(x)]).relative < 1e-6
+    compiled_and_equal(nn.Sequential(layer, nn.ReLU()), x, tolerance=1e-6)
 
 
 @settings(max_examples=10, deadline=None)

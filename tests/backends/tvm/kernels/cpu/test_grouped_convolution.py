@@ -9,15 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import thresher
-from thresher.verification.compare import compare
+from helpers.compiled import compiled_and_equal
 
 
-def compiled_and_equal(layer: nn.Module, x: torch.Tensor, **options: str) -> thresher.Compiled:
-    model = nn.Sequential(layer, nn.ReLU()).eval()
-    compiled = thresher.compile(model, (x,), **{"target": "cpu", "passes": "none", "validate": "off", **options})
-    with torch.no_grad():
-        assert compare([model.double()(x.double()).float()], [compiled(x)]).relative < 2e-6
-    return compiled
+def checked(layer: nn.Module, x: torch.Tensor) -> thresher.Compiled:
+    return compiled_and_equal(nn.Sequential(layer, nn.ReLU()), x, tolerance=2e-6)
 
 
 @settings(max_examples=8, deadline=None)
@@ -31,7 +27,7 @@ def test_any_shape(data: st.DataObject) -> None:
     inputs, outputs = data.draw(st.integers(1, 70)), data.draw(st.integers(5, 70))
     torch.manual_seed(0)
     layer = nn.Conv2d(groups * inputs, groups * outputs, kernel, stride, padding, dilation, groups=groups)
-    compiled_and_equal(layer, torch.randn(batch, groups * inputs, *size))
+    checked(layer, torch.randn(batch, groups * inputs, *size))
 
 
 @pytest.mark.parametrize("width", [16, 32, 40])  # RegNet's, ResNeXt's, and one of a pruned layer
@@ -39,19 +35,19 @@ def test_any_shape(data: st.DataObject) -> None:
 def test_all_groups_are_one_kernel(width: int, kernel: int) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(9 * width, 9 * width, kernel, padding=kernel // 2, groups=9)
-    kernels = [name for name, _ in compiled_and_equal(layer, torch.randn(1, 9 * width, 7, 7)).executable.kernels]
+    kernels = [name for name, _ in checked(layer, torch.randn(1, 9 * width, 7, 7)).executable.kernels]
     assert len([name for name in kernels if "conv" in name]) == 1
     assert not any("concat" in name for name in kernels)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(60, 90, 5, groups=3), nn.Conv3d(64, 96, (3, 1, 2), groups=2)], ids=str)
 def test_other_dimensions(layer: nn.Module) -> None:
-    compiled_and_equal(layer, torch.randn(2, layer.in_channels, *[9] * (layer.weight.ndim - 2)))
+    checked(layer, torch.randn(2, layer.in_channels, *[9] * (layer.weight.ndim - 2)))
 
 
 def test_a_deep_sum_in_slices() -> None:
     torch.manual_seed(0)
-    compiled_and_equal(nn.Conv2d(320, 64, 3, groups=2), torch.randn(1, 320, 9, 9))
+    checked(nn.Conv2d(320, 64, 3, groups=2), torch.randn(1, 320, 9, 9))
 
 
 def test_for_another_cpu() -> None:
